@@ -16,12 +16,26 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+import model as model_module
 import rope_kernels
+from model import (
+    Llama,
+    ModelConfig,
+    attention_kl,
+    load_checkpoint,
+    load_config,
+    next_token_loss,
+    save_checkpoint,
+)
 from rope_kernels import apply_rope, apply_rope_torch, ntk_theta, rope_frequencies
 
 HERE = Path(__file__).resolve().parent
@@ -447,3 +461,299 @@ def test_the_chosen_path_is_told(monkeypatch):
     assert rope_kernels.rope_backend("cuda:1") == kernel
     monkeypatch.setattr(rope_kernels, "interpret_on_cpu", rope_kernels.INTERPRETED)
     assert rope_kernels.rope_backend(DEVICE) == kernel
+
+
+# --------------------------------------------------------------------------------------- model.py
+
+
+def tiny_config(**changes) -> ModelConfig:
+    """A Llama whose numbers all differ: GQA 6:2, head_dim not d_model / n_heads."""
+    shape = dict(d_model=48, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=16, d_ff=80)
+    shape |= dict(vocab_size=96, max_position_embeddings=64, rope_theta=500.0)
+    return ModelConfig(**(shape | changes))
+
+
+def tiny_llama(seed=0, std=0.2, **changes) -> Llama:
+    """At the usual std of 0.02 attention is flat and a wrong theta hardly shows; 0.2 shows it."""
+    model = Llama(tiny_config(**changes))
+    return model.init_weights(std, torch.Generator().manual_seed(seed)).eval()
+
+
+def tokens(batch=2, length=33, vocab=96, seed=1):
+    return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def hf_model(folder, **more):
+    """The folder as transformers reads it, in fp32."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", **more
+    ).eval()
+
+
+def rel(got, want):
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("skipped", [False, True])
+def test_logits_and_every_hidden_state_equal_transformers(tmp_path, tie, skipped):
+    model = tiny_llama(tie_embeddings=tie)
+    theirs = hf_model(save_checkpoint(model, tmp_path / "hf"))
+    ids = tokens()
+    positions = torch.arange(33) + (torch.arange(33) > 9) * 200 if skipped else torch.arange(33)
+    positions = positions.expand(2, -1)
+    taps = tuple(range(4))
+    with torch.no_grad():
+        last, hidden = model(ids, positions, taps)
+        want = theirs(ids, position_ids=positions, output_hidden_states=True)
+        assert rel(model.logits(last), want.logits) < 1e-4
+    for i in taps:
+        assert rel(hidden[i], want.hidden_states[i]) < 1e-4, i
+    assert last is hidden[3]
+
+
+@pytest.mark.parametrize(
+    "extension",
+    [
+        {"rope_theta": 9000.0},
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "ntk", "factor": 4.0}},
+    ],
+)
+def test_transformers_opens_what_we_save_after_an_extension(tmp_path, extension):
+    save_checkpoint(tiny_llama(), tmp_path / "original")
+    model = load_checkpoint(tmp_path / "original", **extension)
+    theirs = hf_model(save_checkpoint(model, tmp_path / "extended"))
+    ours, ids = load_checkpoint(tmp_path / "extended"), tokens(length=201)
+    with torch.no_grad():
+        want = theirs(ids).logits
+        plain = load_checkpoint(tmp_path / "original")
+        assert rel(model.logits(model(ids)[0]), want) < 1e-4
+        assert rel(ours.logits(ours(ids)[0]), want) < 1e-4
+        assert rel(plain.logits(plain(ids)[0]), want) > 1e-2  # the extension did something
+
+
+def test_we_open_what_transformers_saves_sharded_or_not(tmp_path):
+    config = transformers.LlamaConfig(**tiny_config().to_hf(), initializer_range=0.2)
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path / "one")
+    theirs.save_pretrained(tmp_path / "many", max_shard_size="60KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    ids = tokens()
+    for folder in ("one", "many"):
+        ours = load_checkpoint(tmp_path / folder)
+        with torch.no_grad():
+            assert rel(ours.logits(ours(ids)[0]), theirs(ids).logits) < 1e-4
+    assert load_config(tmp_path / "one").rope_theta == 500.0
+
+
+def test_a_sharded_save_loads_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_module, "SHARD_SIZE", 60_000)
+    model = tiny_llama()
+    save_checkpoint(model, tmp_path / "hf")
+    assert (tmp_path / "hf" / "model.safetensors.index.json").is_file()
+    again = load_checkpoint(tmp_path / "hf")
+    for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert rel(hf_model(tmp_path / "hf")(tokens()).logits, model.logits(model(tokens())[0])) < 1e-4
+
+
+def test_rotary_frequencies_survive_casts_of_the_module():
+    model = tiny_llama().to(torch.bfloat16)
+    assert model.inv_freq.dtype == torch.float64
+    assert torch.equal(model.inv_freq, rope_frequencies(16, 500.0)[0])
+
+
+@pytest.mark.parametrize("rows", [5, 66, 1000])
+def test_chunked_cross_entropy_equals_the_plain_one(rows):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 33, 48, generator=g, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(96, 48, generator=g, dtype=torch.float64).requires_grad_()
+    labels = tokens().masked_fill(torch.rand(2, 33, generator=g) < 0.2, -100)
+    plain = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="sum")
+    want = torch.autograd.grad(3 * plain, (hidden, weight))
+    total, count = next_token_loss(hidden.float(), weight.float(), labels, chunk_rows=rows)
+    got = torch.autograd.grad(3 * total, (hidden, weight))
+    assert count == (labels != -100).sum() and total.dtype == torch.float32
+    assert rel(total, plain) < 1e-6
+    assert rel(got[0], want[0]) < 1e-5 and rel(got[1], want[1]) < 1e-5
+
+
+def test_cross_entropy_never_holds_all_logits():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple) else (out,):
+                self.numel = max(self.numel, t.numel() if isinstance(t, torch.Tensor) else 0)
+            return out
+
+    hidden, weight = torch.randn(1, 1024, 8, requires_grad=True), torch.randn(500, 8)
+    with Largest() as largest:
+        total, _ = next_token_loss(hidden, weight, tokens(1, 1024, 500))
+        total.backward()
+    assert 256 * 500 <= largest.numel < 1024 * 500 // 2
+
+
+def test_recomputed_blocks_give_the_same_gradients():
+    grads = []
+    for recompute in (False, True):
+        model = tiny_llama()
+        model.checkpoint_blocks = recompute
+        total, count = next_token_loss(model(tokens())[0], model.lm_head_weight, tokens(seed=2))
+        (total / count).backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_cached_generation_equals_uncached_and_transformers(tmp_path):
+    model, ids = tiny_llama(), tokens(length=7)
+    got = model.generate(ids, 20)
+    slow = ids
+    for _ in range(20):
+        with torch.no_grad():
+            new = model.logits(model(slow)[0][:, -1]).argmax(-1, keepdim=True)
+        slow = torch.cat([slow, new], 1)
+    assert torch.equal(got, slow)
+    theirs = hf_model(save_checkpoint(model, tmp_path / "hf"))
+    theirs.generation_config.eos_token_id = None
+    assert torch.equal(got, theirs.generate(ids, max_new_tokens=20, do_sample=False))
+
+
+def test_a_prompt_may_be_read_in_pieces():
+    model, ids = tiny_llama(), tokens()
+    cache = model.new_cache(2, 33)
+    with torch.no_grad():
+        pieces = [model(part, cache=cache)[0] for part in ids.split([10, 1, 22], dim=1)]
+        assert rel(torch.cat(pieces, 1), model(ids)[0]) < 1e-5
+
+
+def test_sampling_follows_its_generator_and_temperature():
+    model, ids = tiny_llama(), tokens(1, 5).expand(400, -1)
+    a, b = (model.generate(ids, 1, 1.0, generator=torch.Generator().manual_seed(3)) for _ in "ab")
+    assert torch.equal(a, b) and len(a[:, -1].unique()) > 3
+    with torch.no_grad():
+        p = model.logits(model(ids[:1])[0][0, -1]).softmax(-1)
+    seen = torch.bincount(a[:, -1], minlength=96) / 400
+    assert (seen - p).abs().max() < 4 * (0.25 / 400) ** 0.5  # four standard errors
+
+
+def test_attention_kl_equals_transformers_attention_maps(tmp_path, monkeypatch):
+    save_checkpoint(tiny_llama(), tmp_path / "hf")
+    a, b = load_checkpoint(tmp_path / "hf"), load_checkpoint(tmp_path / "hf", rope_theta=9000.0)
+    save_checkpoint(b, tmp_path / "b")
+    ids, maps = tokens(), []
+    for folder in ("hf", "b"):
+        with torch.no_grad():
+            maps.append(hf_model(tmp_path / folder)(ids, output_attentions=True).attentions)
+    want = torch.stack(
+        [
+            torch.special.xlogy(p, p / q.clamp_min(1e-38)).sum(-1).mean((0, 2))
+            for p, q in zip(*maps, strict=True)
+        ]
+    )
+    got = attention_kl(a, b, ids)
+    assert got.shape == (3, 6) and want.min() > 1e-4
+    assert rel(got, want) < 1e-3
+    assert attention_kl(a, a, ids).abs().max() == 0
+    tokens_by_row = attention_kl(a, b, ids[:, :1])
+    assert tokens_by_row.abs().max() < 1e-6  # one token attends to itself in both
+
+
+def edit_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda t: t.pop("model.norm.weight"), "lacks 1 tensor.*model.norm.weight"),
+        (lambda t: t.update(extra=torch.ones(2)), "unknown 1 tensor.*extra"),
+        (lambda t: t.update({"lm_head.weight": torch.ones(3, 48)}), r"lm_head.weight.*\(3, 48\)"),
+    ],
+)
+def test_a_wrong_tensor_is_named(tmp_path, change, said):
+    folder = save_checkpoint(tiny_llama(), tmp_path / "hf")
+    edit_weights(folder, change)
+    with pytest.raises(ValueError, match=said):
+        load_checkpoint(folder)
+
+
+def test_what_old_writers_leave_in_the_file_is_ignored(tmp_path):
+    folder = save_checkpoint(tiny_llama(tie_embeddings=True), tmp_path / "hf")
+
+    def change(t):
+        t["lm_head.weight"] = t["model.embed_tokens.weight"].clone()
+        t["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+
+    edit_weights(folder, change)
+    assert load_checkpoint(folder).config.tie_embeddings
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header", "empty"])
+def test_damaged_weights_are_named(tmp_path, damage):
+    path = save_checkpoint(tiny_llama(), tmp_path / "hf") / "model.safetensors"
+    raw = path.read_bytes()
+    kept = {"truncated": raw[: len(raw) // 2], "header": b"\xff" * 8 + raw[8:], "empty": b""}
+    path.write_bytes(kept[damage])
+    with pytest.raises(ValueError, match="model.safetensors is missing, truncated or damaged"):
+        load_checkpoint(path.parent)
+
+
+def test_two_scalings_on_top_of_each_other_are_refused(tmp_path):
+    linear = {"rope_type": "linear", "factor": 2.0}
+    save_checkpoint(tiny_llama(rope_scaling=linear), tmp_path / "hf")
+    with pytest.raises(ValueError, match="already scaled"):
+        load_checkpoint(tmp_path / "hf", rope_scaling=linear)
+    assert load_checkpoint(tmp_path / "hf", rope_theta=9e3).config.rope_scaling == linear
+    removed = load_checkpoint(tmp_path / "hf", rope_scaling={"rope_type": "default"})
+    assert removed.config.rope_scaling is None
+
+
+def test_a_save_replaces_only_checkpoints(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        save_checkpoint(tiny_llama(), tmp_path / "thesis")
+    save_checkpoint(tiny_llama(), tmp_path / "hf")
+    save_checkpoint(tiny_llama(seed=5), tmp_path / "hf")
+    assert torch.equal(load_checkpoint(tmp_path / "hf").norm.weight, tiny_llama(5).norm.weight)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "thesis"]
+
+
+def test_weights_are_never_twice_in_memory(tmp_path):
+    model = tiny_llama(d_model=1024, vocab_size=30_000, d_ff=4096, std=0.02)
+    save_checkpoint(model, tmp_path / "hf")
+    size = (tmp_path / "hf" / "model.safetensors").stat().st_size
+    code = """
+import resource, sys, model
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+m = model.load_checkpoint(sys.argv[1])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "hf"], cwd=HERE, capture_output=True, text=True
+    )
+    grown = int(out.stdout)
+    largest = 30_000 * 1024 * 4
+    assert size > 3e8 and grown < size + largest + 40e6, (grown, size)
+
+
+@needs_stories
+def test_stories260k_continues_a_story_as_transformers_does():
+    ours, theirs = load_checkpoint(STORIES), hf_model(STORIES)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(STORIES)
+    ids = tokenizer("Once upon a time, there was a little girl", return_tensors="pt").input_ids
+    theirs.generation_config.eos_token_id = None
+    got = ours.generate(ids, 200)
+    assert torch.equal(got, theirs.generate(ids, max_new_tokens=200, do_sample=False))
+    assert "Lily" in tokenizer.decode(got[0])
+    skipped = torch.arange(ids.shape[1])[None] * 7
+    with torch.no_grad():
+        want = theirs(ids, position_ids=skipped).logits
+        assert rel(ours.logits(ours(ids, skipped)[0]), want) < 1e-4

@@ -1,0 +1,753 @@
+"""Llama: the network, its loss over a large vocabulary, generation, and checkpoints in and out.
+
+Architecture (Llama 1-3, Mistral, Qwen2): token embedding, n_layers blocks of pre-norm attention and
+SwiGLU MLP, final RMSNorm, LM head. Parameters carry Hugging Face's names: loading is a name map.
+
+Rotary convention: half-split as in HF (dimension j pairs with j + H/2). Only Meta's own format
+pairs neighbours (2j, 2j + 1); its q and k rows are permuted once, on load.
+
+Shapes: B batch, T tokens, D d_model, N query heads, K kv heads, H head_dim, V vocab.
+Activations in attention are (B, T, N, H) everywhere up to the SDPA call.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
+
+from rope_kernels import apply_rope, ntk_theta, rope_frequencies
+
+# ---------------------------------------------------------------------------------------- config
+
+# model_type -> (architecture written on save, bias on q, k and v unless the config says otherwise)
+FAMILIES = {
+    "llama": ("LlamaForCausalLM", False),
+    "mistral": ("MistralForCausalLM", False),
+    "qwen2": ("Qwen2ForCausalLM", True),
+}
+
+
+@dataclass
+class ModelConfig:
+    """The shape of a Llama; `hf` keeps the config.json it came from, to be carried over on save."""
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int  # independent of d_model / n_heads
+    d_ff: int
+    vocab_size: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_scaling: dict | None = None  # transformers' form: {"rope_type": ..., "factor": ...}
+    max_position_embeddings: int = 8192  # the window, in tokens; informative, never enforced
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    hf: dict = field(default_factory=dict)
+
+    @classmethod
+    def from_hf(cls, hf: dict) -> "ModelConfig":
+        """Read a config.json, in the spelling of transformers 4 or 5.
+
+        hf: the parsed dict. Raises ValueError naming the entry that is missing, absurd or that
+        describes something this Llama does not compute (sliding windows, partial rotary, ...).
+        """
+        if not isinstance(hf, dict):
+            raise ValueError(f"config.json holds a {type(hf).__name__}, need an object")
+        family = hf.get("model_type", "llama")
+        if family not in FAMILIES:
+            raise ValueError(f"model_type is {family!r}, need one of {', '.join(FAMILIES)}")
+        d_model, n_heads = _count(hf, "hidden_size"), _count(hf, "num_attention_heads")
+        n_kv_heads = _count(hf, "num_key_value_heads", n_heads)
+        if n_heads % n_kv_heads:
+            raise ValueError(
+                f"num_attention_heads {n_heads} is not a multiple of "
+                f"num_key_value_heads {n_kv_heads}; config.json is damaged or not a Llama's"
+            )
+        if hf.get("head_dim") is None and d_model % n_heads:
+            raise ValueError(
+                f"hidden_size {d_model} is not a multiple of num_attention_heads {n_heads} and "
+                "config.json gives no head_dim"
+            )
+        _refuse_unsupported(hf, family)
+        theta, scaling = _rope_from_hf(hf)
+        bias = bool(hf.get("attention_bias", False))
+        config = cls(
+            d_model=d_model,
+            n_layers=_count(hf, "num_hidden_layers"),
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            head_dim=_count(hf, "head_dim", d_model // n_heads),
+            d_ff=_count(hf, "intermediate_size"),
+            vocab_size=_count(hf, "vocab_size"),
+            norm_eps=_positive(hf, "rms_norm_eps", 1e-6),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_position_embeddings=_count(hf, "max_position_embeddings", 2048),
+            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            qkv_bias=bias or FAMILIES[family][1],
+            o_bias=bias and family == "llama",
+            mlp_bias=bool(hf.get("mlp_bias", False)),
+            hf=dict(hf),
+        )
+        rope_frequencies(
+            config.head_dim, theta, scaling
+        )  # a bad scaling ends here, with its reason
+        return config
+
+    def to_hf(self) -> dict:
+        """Return config.json's content: what was read, with this shape, rotary and window in it.
+
+        Rotary is written in transformers 4's spelling (rope_theta, rope_scaling); 5 reads it too.
+        "ntk" has no name there and becomes the larger theta that it is.
+        """
+        hf = dict(self.hf)
+        hf.pop("rope_parameters", None)
+        family = hf.setdefault("model_type", "llama")
+        hf.setdefault("architectures", [FAMILIES[family][0]])
+        theta, scaling = self.rope_theta, self.rope_scaling
+        if scaling and scaling["rope_type"] == "ntk":
+            theta, scaling = ntk_theta(self.head_dim, theta, scaling["factor"]), None
+        hf.update(
+            hidden_size=self.d_model,
+            num_hidden_layers=self.n_layers,
+            num_attention_heads=self.n_heads,
+            num_key_value_heads=self.n_kv_heads,
+            head_dim=self.head_dim,
+            intermediate_size=self.d_ff,
+            vocab_size=self.vocab_size,
+            rms_norm_eps=self.norm_eps,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_position_embeddings=self.max_position_embeddings,
+            tie_word_embeddings=self.tie_embeddings,
+            hidden_act="silu",
+        )
+        if family == "llama":
+            hf.update(attention_bias=self.qkv_bias, mlp_bias=self.mlp_bias)
+        return hf
+
+
+def _count(hf: dict, key: str, default: int | None = None) -> int:
+    value = hf.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        raise ValueError(f"config.json: {key} is {value!r}, need a whole number from 1 to 2^31")
+    return value
+
+
+def _positive(hf: dict, key: str, default: float) -> float:
+    value = hf.get(key, default)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"config.json: {key} is {value!r}, need a number above 0")
+    return float(value)
+
+
+def _refuse_unsupported(hf: dict, family: str) -> None:
+    window = hf.get(
+        "sliding_window", 4096 if family == "mistral" else None
+    )  # transformers' default
+    if family == "qwen2" and not hf.get("use_sliding_window", False):
+        window = None
+    unsupported = {
+        "sliding_window": window is not None,
+        "hidden_act": hf.get("hidden_act", "silu") != "silu",
+        "partial_rotary_factor": hf.get("partial_rotary_factor", 1.0) not in (None, 1.0),
+        "quantization_config": hf.get("quantization_config") is not None,
+    }
+    for key, bad in unsupported.items():
+        if bad:
+            shown = window if key == "sliding_window" else hf.get(key)
+            raise ValueError(
+                f"config.json: {key} is {shown!r}, which this model does not compute; it needs "
+                "full attention, SiLU, full rotary and plain weights"
+            )
+
+
+def _rope_from_hf(hf: dict) -> tuple[float, dict | None]:
+    """(theta, scaling) from transformers 4's two keys or 5's one; scaling None means unscaled."""
+    scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise ValueError(f"config.json: rope_scaling is {scaling!r}, need an object or null")
+    scaling = dict(scaling)
+    theta = scaling.pop("rope_theta", None)
+    theta = hf.get("rope_theta") if theta is None else theta
+    if theta is None:
+        print("config.json gives no rope_theta: using 10,000, as the first Llama 2 releases meant")
+        theta = 10_000.0
+    kind = scaling.pop("type", None)  # the key's name before transformers 4.43
+    scaling.setdefault("rope_type", kind or "default")
+    return _positive({"rope_theta": theta}, "rope_theta", 0), _scaling_or_none(scaling)
+
+
+def _scaling_or_none(scaling: dict | None) -> dict | None:
+    return None if not scaling or scaling.get("rope_type", "default") == "default" else scaling
+
+
+# ----------------------------------------------------------------------------------------- model
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens read: per block (B, S, K, H), `length` of the S filled."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    length: int = 0
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        d_query, d_kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.d_model, d_query, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.d_model, d_kv, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.d_model, d_kv, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(d_query, config.d_model, bias=config.o_bias)
+
+    def qkv(self, x: Tensor, rope: tuple) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) -> rotated q (B, T, N, H), rotated k and plain v (B, T, K, H)."""
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.config.head_dim))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = apply_rope(q, k, *rope)
+        return q, k, v
+
+    def forward(self, x: Tensor, rope: tuple, cached: tuple | None = None) -> Tensor:
+        q, k, v = self.qkv(x, rope)
+        start = 0
+        if cached is not None:
+            keys, values, start = cached
+            end = start + x.shape[1]
+            keys[:, start:end], values[:, start:end] = k, v
+            k, v = keys[:, :end], values[:, :end]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, H) views
+        out = _causal_attention(q, k, v, start)
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
+
+
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    """Causal by index, never by position id. start: tokens before the first query (KV cache).
+
+    No mask tensor is ever built. On a GPU in bf16 or fp16 only cuDNN's and the flash kernel may
+    answer: a silent fall back to the O(T^2) one would end in an out-of-memory error at 32K.
+    """
+    pinned = nullcontext()
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        pinned = sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION])
+    with pinned:
+        if start == 0:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        # is_causal would align the triangle top-left, which is wrong when there are more keys.
+        bias = causal_lower_right(q.shape[2], k.shape[2]) if q.shape[2] > 1 else None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: tuple, cached: tuple | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, cached)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """A Llama, on the current default device; `init_weights` or `load_checkpoint` fills it."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.checkpoint_blocks = False  # recompute each block in backward: memory for time
+        # Not a buffer: .to(bfloat16) casts buffers, and bf16 frequencies are off by whole turns.
+        with torch.device("cpu"):
+            self.inv_freq, self.attention_factor = rope_frequencies(
+                config.head_dim, config.rope_theta, config.rope_scaling
+            )
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """(V, D): the LM head, which is the embedding itself where the two are tied."""
+        return (self.embed_tokens if self.config.tie_embeddings else self.lm_head).weight
+
+    @torch.no_grad()
+    def init_weights(self, std: float = 0.02, generator: torch.Generator | None = None) -> "Llama":
+        """Fill for training from scratch: normal matrices, unit norms, zero biases."""
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                p.normal_(0.0, std, generator=generator)
+            else:
+                p.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        taps: tuple[int, ...] = (),
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Read tokens; return the last hidden state and the tapped ones. Any length runs.
+
+        input_ids: (B, T) int64.
+        position_ids: (B, T) or (T,) int64 >= 0, rotary positions; default: the tokens' own indices.
+        taps: hidden-state indices as in HF: 0 = embeddings, i = output of block i,
+            n_layers = after the final norm (= the last hidden state).
+        cache: tokens already read; extended in place by these.
+        Returns (last_hidden (B, T, D), {index: (B, T, D)}).
+        """
+        start = cache.length if cache else 0
+        if position_ids is None:
+            position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+        if self.inv_freq.device != input_ids.device:
+            self.inv_freq = self.inv_freq.to(input_ids.device)
+        rope = (position_ids, self.inv_freq, self.attention_factor)
+        x = self.embed_tokens(input_ids)  # (B, T, D)
+        hidden = {0: x}
+        for i, block in enumerate(self.layers):
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope, (cache.keys[i], cache.values[i], start) if cache else None)
+            if i + 1 in taps:
+                hidden[i + 1] = x
+        if cache:
+            cache.length += input_ids.shape[1]
+        hidden[self.config.n_layers] = self.norm(x)
+        return hidden[self.config.n_layers], {i: hidden[i] for i in taps}
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., D) -> (..., V). At T = 32768 and V = 128256 that is 15.7 GiB in fp32."""
+        return F.linear(hidden, self.lm_head_weight)
+
+    def new_cache(self, batch: int, max_len: int) -> KVCache:
+        """An empty cache for `batch` sequences of up to `max_len` tokens, in the weights' dtype."""
+        shape = (batch, max_len, self.config.n_kv_heads, self.config.head_dim)
+        like = self.embed_tokens.weight
+        keys, values = ([like.new_empty(shape) for _ in self.layers] for _ in range(2))
+        return KVCache(keys, values)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        pcd: dict | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue each row by exactly max_new_tokens; an end-of-text token does not stop it.
+
+        input_ids: (B, T) int64. temperature: 0.0 = greedy, else the softmax is sampled, from
+        `generator` where given. Returns (B, T + max_new_tokens).
+        """
+        if pcd is not None:
+            raise ValueError("pcd decoding is not implemented yet; pass pcd=None")
+        batch, length = input_ids.shape
+        out = torch.cat([input_ids, input_ids.new_zeros(batch, max_new_tokens)], dim=1)
+        cache = self.new_cache(batch, length + max_new_tokens)
+        new = input_ids
+        for end in range(length, length + max_new_tokens):
+            hidden, _ = self(new, cache=cache)
+            logits = self.logits(hidden[:, -1]).float()  # (B, V)
+            if temperature == 0.0:
+                new = logits.argmax(-1, keepdim=True)  # (B, 1)
+            else:
+                probs = (logits / temperature).softmax(-1)
+                new = torch.multinomial(probs, 1, generator=generator)
+            out[:, end : end + 1] = new
+        return out
+
+
+# ------------------------------------------------------------------------- loss and attention drift
+
+
+class _NextTokenLoss(torch.autograd.Function):
+    """Sum of next-token losses, with the gradients formed chunk by chunk during the forward pass.
+
+    Each chunk of rows makes its logits, turns them in place into softmax - onehot, and leaves
+    d(hidden) and its part of d(weight): three matmuls in all, as without chunking.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, rows, with_grad):  # (M, D), (V, D), (M,)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if with_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
+        for chunk in range(0, hidden.shape[0], rows):
+            h, y = hidden[chunk : chunk + rows], labels[chunk : chunk + rows]
+            logits = F.linear(h, weight).float()  # (rows, V)
+            counted = y != -100
+            target = y.clamp(min=0)[:, None]
+            lse = logits.logsumexp(-1)
+            nll = lse - logits.gather(-1, target)[:, 0]
+            total += torch.where(counted, nll, 0.0).sum()
+            if with_grad:
+                grad = logits.sub_(lse[:, None]).exp_()
+                grad.scatter_add_(-1, target, grad.new_full(target.shape, -1.0))
+                grad = grad.mul_(counted[:, None]).to(h.dtype)
+                torch.mm(grad, weight, out=grad_hidden[chunk : chunk + rows])
+                grad_weight += grad.T @ h
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_total, grad_weight * grad_total, None, None, None
+
+
+def next_token_loss(
+    hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, chunk_rows: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy straight from hidden states, without ever holding (T, V) logits.
+
+    hidden: (B, T, D), the last hidden state. lm_head_weight: (V, D).
+    labels: (B, T) int64, already shifted; -100 is not counted.
+    chunk_rows: tokens whose logits exist at a time; default 4096 on a GPU (2 GiB of fp32 logits at
+        V = 128256, and few passes over d(weight)), 256 on a CPU.
+    Returns (sum of nll, fp32 scalar with gradient; number of counted labels, int64 scalar).
+    """
+    assert hidden.shape[:-1] == labels.shape, (hidden.shape, labels.shape)
+    rows = chunk_rows or (4096 if hidden.is_cuda else 256)
+    with_grad = torch.is_grad_enabled() and (hidden.requires_grad or lm_head_weight.requires_grad)
+    flat = labels.flatten()
+    total = _NextTokenLoss.apply(hidden.flatten(0, -2), lm_head_weight, flat, rows, with_grad)
+    return total, (flat != -100).sum()
+
+
+@torch.no_grad()
+def attention_kl(a: Llama, b: Llama, input_ids: Tensor) -> Tensor:
+    """How far the attention of b has drifted from a's, head by head (LongReD section 3, eq. 6).
+
+    input_ids: (B, T) int64, read by both under ordinary positions.
+    Returns (n_layers, n_heads) fp32: KL(attention of a || attention of b), mean over positions.
+    The two run in lockstep and the (T, T) maps exist only as chunks of rows of at most 2^26
+    numbers, so an 8B model reads 8,192 tokens in about 1.5 GiB beyond the weights.
+    """
+    batch, length = input_ids.shape
+    rows = max(1, 2**26 // (batch * a.config.n_heads * length))
+    positions = torch.arange(length, device=input_ids.device)
+    hidden = [m.embed_tokens(input_ids) for m in (a, b)]
+    ropes = [(positions, m.inv_freq.to(input_ids.device), m.attention_factor) for m in (a, b)]
+    kl = torch.zeros(a.config.n_layers, a.config.n_heads, device=input_ids.device)
+    for i, blocks in enumerate(zip(a.layers, b.layers, strict=True)):
+        qk = [
+            block.self_attn.qkv(block.input_layernorm(x), rope)[:2]
+            for block, x, rope in zip(blocks, hidden, ropes, strict=True)
+        ]
+        for start in range(0, length, rows):
+            log_a, log_b = (_attention_log_probs(q, k, start, start + rows) for q, k in qk)
+            diff = (log_a - log_b).masked_fill_(log_a.isneginf(), 0.0)
+            kl[i] += log_a.exp_().mul_(diff).sum((0, 2, 3)) / (batch * length)
+        hidden = [block(x, r) for block, x, r in zip(blocks, hidden, ropes, strict=True)]
+    return kl
+
+
+def _attention_log_probs(q: Tensor, k: Tensor, start: int, end: int) -> Tensor:
+    """Rows start..end of the causal attention map, as logs: (B, N, rows, keys) fp32."""
+    q, k = q[:, start:end].transpose(1, 2).float(), k[:, :end].transpose(1, 2).float()
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, N, keys, H)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(start + 1)
+    return scores.masked_fill_(future, -torch.inf).log_softmax(-1)
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+# Short names for --ckpt; any other "owner/name" is tried on the hub as it is.
+HUB_NAMES = {
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama3-8b-instruct": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama3.2-3b": "meta-llama/Llama-3.2-3B",
+    "mistral-7b-v0.3": "mistralai/Mistral-7B-v0.3",
+    "qwen2-7b": "Qwen/Qwen2-7B",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+SHARD_SIZE = "5GB"
+
+
+def resolve_checkpoint(path_or_name: str | os.PathLike) -> Path:
+    """Find the folder of a checkpoint: a folder, an OUT_DIR holding hf/, a known name, a hub id.
+
+    Local folders win. Raises ValueError saying which names exist or how to provide the weights.
+    """
+    text = str(path_or_name)
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        for candidate in (folder, folder / "hf"):
+            if (candidate / "config.json").is_file():
+                return candidate
+        raise ValueError(
+            f"{folder} holds no config.json (nor does {folder / 'hf'}): need a Hugging Face folder "
+            "with config.json, model.safetensors and tokenizer.json"
+        )
+    if folder.exists():
+        raise ValueError(f"{folder} is a file, need the folder of a checkpoint around it")
+    repo = HUB_NAMES.get(text.lower(), text)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.startswith((".", "/")):
+        raise ValueError(
+            f"no checkpoint {text!r}: not a folder here, not a hub id owner/name, and not one of "
+            f"{', '.join(HUB_NAMES)}"
+        )
+    return _download(text, repo)
+
+
+def _download(name: str, repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
+    try:
+        found = snapshot_download(
+            repo,
+            allow_patterns=[*wanted, *TOKENIZER_FILES],
+            ignore_patterns=["original/*", "consolidated*"],  # Meta's copy doubles the download
+        )
+        return Path(found)
+    except GatedRepoError:
+        reason = f"its licence must be accepted first, at https://huggingface.co/{repo}"
+    except RepositoryNotFoundError:
+        reason = "the hub has no such repository, or it is private"
+    except Exception as e:  # a dozen network errors from three libraries, one meaning
+        reason = f"the hub could not be reached ({type(e).__name__}) and no local copy is cached"
+    raise ValueError(
+        f"cannot get {name!r} from the hub as {repo}: {reason}. Either run `hf auth login` and `hf "
+        f"download {repo} --exclude 'original/*'` where there is a network, or pass the folder: "
+        "--ckpt /path/to/folder (with config.json, *.safetensors and tokenizer.json)"
+    ) from None
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """Read config.json. Raises ValueError naming the file and what is wrong in it."""
+    path = Path(folder) / "config.json"
+    try:
+        return ModelConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as e:
+        raise ValueError(f"cannot read {path}: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: {e}") from None
+
+
+def load_checkpoint(
+    path_or_name: str | os.PathLike,
+    rope_theta: float | None = None,
+    rope_scaling: dict | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Llama:
+    """Load a checkpoint into a Llama in eval mode, its rotary embedding rescaled on the way.
+
+    path_or_name: folder, OUT_DIR, known name or hub id (see `resolve_checkpoint`).
+    rope_theta: replaces the checkpoint's theta (ABF); its own scaling, if any, is kept.
+    rope_scaling: replaces "no scaling"; {"rope_type": "default"} removes the checkpoint's own.
+    device, dtype: of the parameters. Each tensor goes straight into place, one in flight.
+    Raises ValueError for a tensor missing, extra or misshapen, a damaged file, or two scalings
+    on top of each other.
+    """
+    folder = resolve_checkpoint(path_or_name)
+    config = load_config(folder)
+    if rope_theta is not None:
+        config.rope_theta = _positive({"rope_theta": rope_theta}, "rope_theta", 0)
+    if rope_scaling is not None:
+        scaling = _scaling_or_none(rope_scaling)
+        if scaling and config.rope_scaling:
+            raise ValueError(
+                f"{folder} is already scaled by {config.rope_scaling}, on top of which "
+                f"{rope_scaling['rope_type']!r} is not defined; raise rope_theta instead, or "
+                'remove the scaling first with rope_type "default"'
+            )
+        if scaling and scaling["rope_type"] == "yarn":
+            scaling = {
+                "original_max_position_embeddings": config.max_position_embeddings,
+                **scaling,
+            }
+        config.rope_scaling = scaling
+    files = _weight_files(folder)
+    _check_tensors(folder, config, files)
+    with torch.device("meta"):
+        model = Llama(config)
+    model.to(dtype).to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        # Opened anew for each tensor, so that the pages of a memory-mapped file do not add up.
+        with safe_open(files[_hf_name(name)], framework="pt") as f, torch.no_grad():
+            parameter.copy_(f.get_tensor(_hf_name(name)))
+    return model.eval()
+
+
+def _hf_name(name: str) -> str:
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def _weight_files(folder: Path) -> dict[str, Path]:
+    """{tensor name: file}. Every file's header is read and its size checked by safetensors."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        paths = [single]
+    elif index.is_file():
+        try:
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
+            raise ValueError(
+                f"{index}: not a safetensors index ({type(e).__name__}: {e})"
+            ) from None
+        if any(not isinstance(n, str) or Path(n).name != n for n in names):
+            raise ValueError(f"{index}: its weight_map must name files of this folder, got {names}")
+        paths = [folder / n for n in names]
+    else:
+        raise ValueError(
+            f"{folder} holds neither model.safetensors nor model.safetensors.index.json; download "
+            "the weights, or convert .bin files with transformers' save_pretrained"
+        )
+    files = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as f:
+                for name in f.keys():
+                    if name in files:
+                        raise ValueError(f"{name} stands in both {files[name]} and {path}")
+                    files[name] = path
+        except (SafetensorError, OSError) as e:
+            raise ValueError(
+                f"{path} is missing, truncated or damaged ({e}); fetch it again"
+            ) from None
+    return files
+
+
+def _check_tensors(folder: Path, config: ModelConfig, files: dict[str, Path]) -> None:
+    """The checkpoint's tensors must be the model's, by name and shape."""
+    with torch.device("meta"):
+        expected = {_hf_name(n): tuple(p.shape) for n, p in Llama(config).named_parameters()}
+    ignored = {n for n in files if n.endswith(("rotary_emb.inv_freq", "rope.freqs"))}
+    if config.tie_embeddings:
+        ignored.add("lm_head.weight")  # some writers store the tied matrix twice
+    for problem, names in (
+        ("lacks", expected.keys() - files.keys()),
+        ("has the unknown", files.keys() - expected.keys() - ignored),
+    ):
+        if names:
+            some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            raise ValueError(
+                f"{folder} {problem} {len(names)} tensor(s): {some}; config.json and the weights "
+                "do not belong together"
+            )
+    for name, shape in expected.items():
+        with safe_open(files[name], framework="pt") as f:
+            got = tuple(f.get_slice(name).get_shape())
+        if got != shape:
+            raise ValueError(
+                f"{files[name]}: {name} has shape {got}, config.json asks for {shape}; they do not "
+                "belong together"
+            )
+
+
+def save_checkpoint(
+    model: Llama, out_dir: str | os.PathLike, tokenizer_from: str | os.PathLike | None = None
+) -> Path:
+    """Write a Hugging Face folder that transformers and vLLM open; weights in their own dtype.
+
+    out_dir: written under a temporary name beside it, then renamed; an older checkpoint there is
+        replaced, anything else is refused with ValueError.
+    tokenizer_from: folder (or whatever --ckpt takes) whose tokenizer and generation_config files
+        are carried over, with the new window.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    out_dir = Path(out_dir)
+    if out_dir.exists() and not (out_dir / "config.json").is_file() and any(out_dir.iterdir()):
+        raise ValueError(f"{out_dir} exists and is no checkpoint; pass another folder or remove it")
+    partial = out_dir.with_name(out_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    state = {_hf_name(n): p.detach() for n, p in model.named_parameters()}
+    split = split_torch_state_dict_into_shards(state, max_shard_size=SHARD_SIZE)
+    for filename, names in split.filename_to_tensors.items():
+        shard = {n: state[n].to("cpu").contiguous() for n in names}
+        save_file(shard, partial / filename, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        _write_json(partial / "model.safetensors.index.json", index)
+    hf = model.config.to_hf()
+    hf["torch_dtype"] = hf["dtype"] = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+    _write_json(partial / "config.json", hf)
+    if tokenizer_from is not None:
+        _carry_tokenizer(Path(tokenizer_from), partial, hf["max_position_embeddings"])
+    previous = out_dir.with_name(out_dir.name + ".previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    if out_dir.exists():
+        out_dir.rename(previous)
+    partial.rename(out_dir)
+    shutil.rmtree(previous, ignore_errors=True)
+    return out_dir
+
+
+def _carry_tokenizer(source: Path, out_dir: Path, window: int) -> None:
+    if not any((source / name).is_file() for name in TOKENIZER_FILES):
+        source = resolve_checkpoint(source)
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out_dir / name)
+    settings = out_dir / "tokenizer_config.json"
+    if settings.is_file():
+        content = json.loads(settings.read_text(encoding="utf-8"))
+        content["model_max_length"] = window
+        _write_json(settings, content)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
