@@ -8,12 +8,19 @@ kernel. Comparisons with the real weights use ../shared and skip where it is abs
 float64, transformers, or the paper's formula written out by hand.
 """
 
+import dataclasses
+import json
+import math
 import os
+import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,8 +32,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+import data
+import longred
 import model as model_module
 import rope_kernels
+import runs
+from longred import (
+    Config,
+    cosine_distance,
+    default_theta,
+    long_text_loss,
+    main,
+    resolve,
+    select_distill_layers,
+    short_text_distillation,
+    short_to_long_distillation,
+    step_tokens,
+    train,
+    write_byte_tokenizer,
+)
 from model import (
     Llama,
     ModelConfig,
@@ -757,3 +781,314 @@ def test_stories260k_continues_a_story_as_transformers_does():
     with torch.no_grad():
         want = theirs(ids, position_ids=skipped).logits
         assert rel(ours.logits(ours(ids, skipped)[0]), want) < 1e-4
+
+
+# ------------------------------------------------------------------------------------- longred.py
+
+WORDS = "the a red long short cat dog runs reads window of in to and 7 42 on, is. was; it\n".split(
+    " "
+)
+
+
+@pytest.fixture(scope="session")
+def ckpt(tmp_path_factory):
+    """A tiny byte-level checkpoint, window 64, with text beside it: (folder, long, short)."""
+    root = tmp_path_factory.mktemp("tiny")
+    model = tiny_llama(vocab_size=256, std=0.1)
+    write_byte_tokenizer(root / "tokenizer")
+    folder = save_checkpoint(model, root / "original", tokenizer_from=root / "tokenizer")
+    rng = random.Random(0)
+    for name in ("long", "short"):
+        (root / f"{name}.txt").write_text(" ".join(rng.choices(WORDS, k=12_000)))
+    return folder, root / "long.txt", root / "short.txt"
+
+
+def tiny_run(ckpt, out_dir, **changes) -> Config:
+    folder, long, short = ckpt
+    settings = dict(ckpt=str(folder), target_len=256, out_dir=str(out_dir), rope_theta=3000.0)
+    settings |= dict(long_data=[str(long)], short_data=[str(short)], steps=4, lr=1e-3)
+    settings |= dict(long_micro=2, long_batch=1, short_micro=1, short_batch=3, s2l_micro=1)
+    settings |= dict(s2l_batch=2, cache_dir=str(out_dir.parent / "tokens"), eval_tokens=512)
+    return Config(**(settings | changes))
+
+
+def read_log(out_dir):
+    return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+
+
+def test_cosine_distance_by_hand():
+    student = torch.tensor([[[1.0, 0.0], [3.0, 4.0], [-2.0, 0.0]]])
+    teacher = torch.tensor([[[5.0, 0.0], [0.0, 2.0], [1.0, 0.0]]])
+    assert cosine_distance(student, teacher).item() == pytest.approx((0 + 0.2 + 2) / 3, abs=1e-6)
+    assert cosine_distance(student.bfloat16(), teacher.bfloat16()).dtype == torch.float32
+
+
+def test_identical_teacher_and_student_have_no_distillation_loss():
+    teacher, student = tiny_llama(), tiny_llama()
+    short = short_text_distillation(student, teacher, tokens(), [1, 2, 3])
+    positions = torch.arange(33).expand(2, -1)
+    s2l = short_to_long_distillation(student, teacher, tokens(), positions)
+    assert abs(short.item()) < 1e-6 and abs(s2l.item()) < 1e-6
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """The same teacher and student, ours and transformers': student with another theta."""
+    original = save_checkpoint(tiny_llama(), tmp_path / "original")
+    student = load_checkpoint(original, rope_theta=9000.0).train()
+    extended = save_checkpoint(student, tmp_path / "extended")
+    return (load_checkpoint(original), student), (hf_model(original), hf_model(extended))
+
+
+def distance_by_hand(a, b):
+    dot = (a * b).sum(-1) / (a.square().sum(-1).sqrt() * b.square().sum(-1).sqrt())
+    return (1 - dot).mean()
+
+
+@pytest.mark.parametrize("which", ["long", "short", "s2l"])
+def test_losses_and_gradients_equal_those_from_transformers(pairs, which):
+    (teacher, student), (hf_teacher, hf_student) = pairs
+    ids = tokens(length=34)
+    skipped = torch.from_numpy(data.uniform_positions(np.random.default_rng(0), 2, 34, 200))
+    got = {
+        "long": lambda: long_text_loss(student, ids),
+        "short": lambda: short_text_distillation(student, teacher, ids, [1, 3]),
+        "s2l": lambda: short_to_long_distillation(student, teacher, ids, skipped),
+    }[which]()
+    with torch.no_grad():
+        target = hf_teacher(ids, output_hidden_states=True).hidden_states
+    positions = skipped if which == "s2l" else None
+    out = hf_student(ids, position_ids=positions, output_hidden_states=True)
+    want = {
+        "long": lambda: F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()),
+        "short": lambda: sum(distance_by_hand(out.hidden_states[i], target[i]) for i in (1, 3)),
+        "s2l": lambda: distance_by_hand(out.hidden_states[3], target[3]),
+    }[which]()
+    assert rel(got, want) < 1e-5 and want > 1e-3
+    got.backward()
+    want.backward()
+    theirs = {n.removeprefix("model."): p.grad for n, p in hf_student.named_parameters()}
+    for name, p in student.named_parameters():
+        if theirs[name] is None:
+            assert p.grad is None, name  # no LM head in a distillation
+        else:
+            assert rel(p.grad, theirs[name]) < 1e-4, name
+
+
+def test_layers_are_chosen_by_attention_drift_and_the_last_is_among_them(pairs):
+    teacher, student = pairs[0]
+    kl = attention_kl(teacher, student, tokens()).mean(1)
+    most = int(kl[:2].argmax()) + 1
+    assert select_distill_layers(teacher, student, tokens(), 1) == [3]
+    assert select_distill_layers(teacher, student, tokens(), 2) == [most, 3]
+    assert select_distill_layers(teacher, student, tokens(), 9) == [1, 2, 3]
+
+
+def test_one_step_of_train_equals_the_formula_written_out(ckpt, tmp_path):
+    c = tiny_run(ckpt, tmp_path / "run", steps=1, distill_layers=[2, 3], eval_tokens=0)
+    exported = load_checkpoint(train(c))
+    folder, long, short = ckpt
+    teacher = load_checkpoint(folder)
+    student = load_checkpoint(folder, rope_theta=3000.0).train()
+    tok, cache = data.load_tokenizer(folder), tmp_path / "tokens"
+    long = data.tokenize([str(long)], tok, cache, "long")
+    short = data.tokenize([str(short)], tok, cache, "short")
+    long_ids = torch.cat([data.Stream(long, "long", c.seed, 1, 256).batch(m) for m in (0, 1)])
+    short_ids = data.Stream(short, "short", c.seed, 3, 64).batch(0)[:, :-1]
+    s2l_ids = data.Stream(long, "s2l", c.seed, 2, 64).batch(0)[:, :-1]
+    rng = np.random.default_rng([c.seed, 0x52, 0])
+    skipped = torch.from_numpy(data.cream_positions(rng, 2, 64, 256))
+    total = (
+        8 / 16 * long_text_loss(student, long_ids)
+        + 6 / 16 * 5 * short_text_distillation(student, teacher, short_ids, [2, 3])
+        + 2 / 16 * 10 * short_to_long_distillation(student, teacher, s2l_ids, skipped)
+    )
+    total.backward()
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0).item()
+    torch.optim.AdamW(student.parameters(), 1e-3, (0.9, 0.95), 1e-8, 0.1).step()
+    line = read_log(tmp_path / "run")[0]
+    assert line["loss"] == pytest.approx(total.item(), rel=1e-5)
+    assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    for (name, a), b in zip(exported.named_parameters(), student.parameters(), strict=True):
+        assert (a - b).abs().max() < 2e-5, name  # lr / 50: Adam's first step is lr * sign
+
+
+def test_the_teacher_is_frozen_and_kept_out_of_everything(ckpt, tmp_path, monkeypatch):
+    loaded, optimized = [], []
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(
+        longred,
+        "load_checkpoint",
+        lambda *a, **k: loaded.append(load_checkpoint(*a, **k)) or loaded[-1],
+    )
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda p, *a: optimized.extend(p := list(p)) or adamw(p, *a)
+    )
+    train(tiny_run(ckpt, tmp_path / "run", steps=3, save_every=1))
+    teacher, student = loaded
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+    ours = {id(p) for p in student.parameters()}
+    assert {id(p) for p in optimized} == ours and not ours & {id(p) for p in teacher.parameters()}
+    for a, b in zip(teacher.parameters(), load_checkpoint(ckpt[0]).parameters(), strict=True):
+        assert torch.equal(a, b)
+    state = runs.load_state(tmp_path / "run")
+    assert state["model"].keys() == dict(student.named_parameters()).keys()
+    assert len(state["optimizer"]["state"]) == len(ours)
+
+
+def test_training_lowers_the_loss_and_exports_the_new_window(ckpt, tmp_path):
+    exported = train(tiny_run(ckpt, tmp_path / "run", steps=12, lr=3e-3))
+    log = read_log(tmp_path / "run")
+    assert [line["step"] for line in log] == list(range(1, 13))
+    assert log[-1]["loss_long"] < log[0]["loss_long"] - 0.3
+    config = json.loads((exported / "config.json").read_text())
+    assert config["max_position_embeddings"] == 256 and config["rope_theta"] == 3000.0
+    theirs, ours = hf_model(exported), load_checkpoint(tmp_path / "run")  # OUT_DIR is a --ckpt too
+    ids = tokens(1, 200, 256)
+    with torch.no_grad():
+        assert rel(ours.logits(ours(ids)[0]), theirs(ids).logits) < 1e-4
+    assert transformers.AutoTokenizer.from_pretrained(exported)("ab").input_ids
+    assert "| longred |" in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("method, absent", [("long_cpt", {"short", "s2l"}), ("mix_cpt", set())])
+def test_baselines_come_from_the_same_loop(ckpt, tmp_path, method, absent):
+    train(tiny_run(ckpt, tmp_path / "run", method=method, steps=1, eval_tokens=0))
+    line = read_log(tmp_path / "run")[0]
+    for name in ("short", "s2l"):
+        assert (line[f"loss_{name}"] is None) == (name in absent)
+    shares = {"long": 1.0} if absent else {"long": 8 / 16, "short": 6 / 16, "s2l": 2 / 16}
+    want = sum(share * line[f"loss_{name}"] for name, share in shares.items())
+    assert line["loss"] == pytest.approx(want)
+    assert absent or line["loss_short"] > 4  # cross-entropy over 256 bytes, not a distance
+
+
+def test_a_stopped_run_resumes_bit_for_bit(ckpt, tmp_path, monkeypatch):
+    train(tiny_run(ckpt, tmp_path / "whole", save_every=100))
+    print_step = longred.print_step
+
+    def stop_after_three(c, line, eta):
+        print_step(c, line, eta)
+        if line["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(longred, "print_step", stop_after_three)
+    with pytest.raises(SystemExit) as stop:
+        train(tiny_run(ckpt, tmp_path / "parts", save_every=2))
+    assert stop.value.code == 143
+    monkeypatch.setattr(longred, "print_step", print_step)
+    main(["--resume", str(tmp_path / "parts")])
+    whole, parts = (
+        load_file(tmp_path / n / "hf" / "model.safetensors") for n in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    for a, b in zip(read_log(tmp_path / "whole"), read_log(tmp_path / "parts"), strict=True):
+        assert {k: a[k] for k in ("step", "loss", "grad_norm")} == {
+            k: b[k] for k in ("step", "loss", "grad_norm")
+        }
+
+
+def test_a_step_does_not_depend_on_how_it_is_cut_into_units(ckpt, tmp_path):
+    losses = []
+    for units in (64, 32768):
+        out = tmp_path / f"units{units}"
+        train(
+            tiny_run(
+                ckpt, out, steps=2, long_micro=1, long_batch=2, unit_tokens=units, eval_tokens=0
+            )
+        )
+        losses.append([(line["loss"], line["grad_norm"]) for line in read_log(out)])
+    assert np.allclose(*losses, rtol=1e-5)
+
+
+def test_default_theta_is_the_papers_where_it_has_one():
+    assert default_theta(5e5, 8192, 32768) == default_theta(5e5, 8192, 32000) == 2e7
+    assert default_theta(5e5, 8192, 131072) == default_theta(5e5, 8192, 128000) == 1e8
+    assert default_theta(1e6, 32768, 131072) == 2e7
+    new = default_theta(1e4, 512, 2048)  # the rule: as many frequencies complete a turn
+    turns = [
+        (w / (2 * math.pi) > base ** (torch.arange(64) / 64)).sum()
+        for w, base in ((512, 1e4), (2048, new))
+    ]
+    assert turns[0] == turns[1] and 1e5 < new < 1e6
+
+
+def test_the_papers_settings_are_the_defaults(ckpt):
+    model = ModelConfig(4096, 32, 32, 8, 128, 14336, 128256, rope_theta=5e5)
+    asked = Config(ckpt="llama3-8b", long_data=["x"], short_data=["y"], device="cpu")
+    at_32k = resolve(dataclasses.replace(asked, target_len=32768), model, ckpt[0])
+    assert (at_32k.rope_theta, at_32k.alpha_short, at_32k.alpha_s2l) == (2e7, 5, 10)
+    assert (at_32k.n_distill_layers, at_32k.position_scheme, at_32k.short_len) == (6, "cream", 1024)
+    assert step_tokens(at_32k) == {"long": 1048576, "short": 786432, "s2l": 262144}
+    assert (at_32k.steps, at_32k.lr, at_32k.weight_decay, at_32k.beta2) == (512, 2e-5, 0.1, 0.95)
+    assert at_32k.out_dir == "out/llama3-8b-32768"
+    far = resolve(dataclasses.replace(asked, target_len=131072), model, ckpt[0])
+    assert (far.rope_theta, far.alpha_short, far.alpha_s2l) == (1e8, 2, 15)
+    assert (far.n_distill_layers, far.position_scheme) == (3, "uniform")
+    cpt = resolve(dataclasses.replace(asked, target_len=32768, method="long_cpt"), model, ckpt[0])
+    assert step_tokens(cpt) == {"long": 2097152} and cpt.long_share == 1.0
+
+
+def bad_inputs(ckpt, tmp_path):
+    folder, long, short = ckpt
+    cut = shutil.copytree(folder, tmp_path / "cut")
+    raw = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(raw[:-100])
+    misfit = shutil.copytree(folder, tmp_path / "misfit")
+    content = json.loads((misfit / "tokenizer.json").read_text())
+    extra = {"id": 300, "content": "<x>", "special": True, "single_word": False, "lstrip": False}
+    content["added_tokens"] = [extra | {"rstrip": False, "normalized": False}]
+    (misfit / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tiny.txt").write_text("too short")
+    good = {"--ckpt": folder, "--target_len": 256, "--long_data": long, "--short_data": short}
+    return good, {
+        "unknown flag": ({"--target_length": 9}, "unrecognized arguments: --target_length"),
+        "unknown ckpt": ({"--ckpt": "lama3"}, "no checkpoint 'lama3'.*llama3-8b"),
+        "missing file": ({"--long_data": "nowhere.txt"}, "no file at 'nowhere.txt'"),
+        "truncated weights": ({"--ckpt": cut}, "cut/model.safetensors is missing, truncated"),
+        "tokenizer misfit": ({"--ckpt": misfit}, "ids go up to 256, the model has 256"),
+        "text too short": ({"--long_data": tmp_path / "tiny.txt"}, "long: text too short"),
+        "target not above": ({"--target_len": 64}, "64 is not above the original window of 64"),
+        "no text": ({"--long_data": None}, "--long_data is missing"),
+        "no such layer": ({"--distill_layers": 4}, "hidden states 1 to 3"),
+        "loss not finite": ({"--lr": "1e30"}, "step 2: .*not finite"),
+        "not a number": ({"--steps": "many"}, "--steps: invalid int value: 'many'"),
+        "nothing to resume": ({"--resume": tmp_path / "void"}, "no longred.json there"),
+    }
+
+
+CASES = ["unknown flag", "unknown ckpt", "missing file", "truncated weights", "tokenizer misfit"]
+CASES += ["text too short", "target not above", "no text", "no such layer", "loss not finite"]
+CASES += ["not a number", "nothing to resume"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_ends_in_one_line_with_nothing_half_written(ckpt, tmp_path, case):
+    good, cases = bad_inputs(ckpt, tmp_path)
+    assert sorted(cases) == sorted(CASES)
+    change, said = cases[case]
+    out = tmp_path / "out"
+    small = {
+        "--out_dir": out,
+        "--steps": 3,
+        "--long_micro": 1,
+        "--long_batch": 1,
+        "--short_batch": 1,
+    }
+    flags = good | small | {"--cache_dir": tmp_path / "tokens", "--s2l_batch": 1} | change
+    argv = [str(x) for flag, value in flags.items() if value is not None for x in (flag, value)]
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    message = str(end.value.code)
+    assert re.search(said, message) and "\n" not in message and len(message) < 500, message
+    assert not (out / "hf").exists() and not list(tmp_path.rglob("*.partial"))
+    assert case == "loss not finite" or not out.exists()
+
+
+def test_missing_weights_end_with_the_ways_to_provide_them(tmp_path):
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, HERE / "longred.py", "--ckpt", "llama3-8b", "--target_len", "32768"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "hf download meta-llama/Meta-Llama-3-8B" in done.stderr and "--ckpt /path" in done.stderr
+    assert done.stderr.count("\n") == 1 and not list(tmp_path.glob("out"))

@@ -1,0 +1,760 @@
+"""LongReD: stretch a Llama's context window without losing what it could do on short text.
+
+    python longred.py                                          the story in minutes, on any laptop
+    python longred.py --ckpt llama3-8b --target_len 32768      the job
+    python longred.py --ckpt DIR --target_len N --long_data PATH... --short_data PATH...
+    python longred.py --resume OUT_DIR
+
+Rescaling the rotary embedding and training a little on long text gives a model its long window, and
+makes it worse at everything short. LongReD (Dong et al., ACL 2025, arXiv 2502.07365) mixes into
+each optimizer step two distillations towards the frozen original model:
+
+    what the paper calls it            equation    here
+    ---------------------------------  ----------  --------------------------------------------
+    long-text training                 sec. 4.1    long_text_loss
+    short-text distillation            eq. 8       short_text_distillation
+    short-to-long distillation         eq. 17      short_to_long_distillation, data.*_positions
+    the sum of the three               eq. 18      the loop in train
+    similarity of hidden states        eq. 5       cosine_distance
+    layers to distil, by attention KL  eq. 6       select_distill_layers, model.attention_kl
+
+Differs: the two distillations are distances, 1 - cos, where the paper has -cos: the same gradient,
+and a loss that is 0 when nothing was forgotten.
+"""
+
+import argparse
+import json
+import math
+import platform
+import shutil
+import sys
+import sysconfig
+import time
+import typing
+from collections import deque
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import runs
+from model import (
+    Llama,
+    ModelConfig,
+    attention_kl,
+    load_checkpoint,
+    load_config,
+    next_token_loss,
+    resolve_checkpoint,
+    save_checkpoint,
+)
+from rope_kernels import rope_backend
+
+# ---------------------------------------------------------------------------------------- config
+
+
+def opt(default, help: str, **more):
+    """A field of Config and its command-line flag: default, help text, argparse's extras."""
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass
+class Config:
+    """Everything a run depends on; each field is a flag. None: worked out by `resolve`."""
+
+    # What to extend, and where to
+    ckpt: str | None = opt(None, "folder, OUT_DIR, known name or hub id; none: the demo")
+    target_len: int | None = opt(None, "the new window, in tokens")
+    original_len: int | None = opt(None, "the old window, in tokens (default: the checkpoint's)")
+    out_dir: str | None = opt(None, "default: out/<ckpt name>-<target_len>; demo: out/demo")
+    resume: str | None = opt(None, "continue the run in this OUT_DIR; needs no other flag")
+    rope_type: str | None = opt(
+        None,
+        "default: ABF, a larger theta, the checkpoint's own scaling kept; linear (PI), yarn, ntk: "
+        "by target / original; 'default' removes the checkpoint's scaling",
+        choices=["linear", "yarn", "ntk", "default"],
+    )
+    rope_theta: float | None = opt(None, "new theta (default for ABF: the paper's, else a rule)")
+    # Method
+    method: str = opt(
+        "longred",
+        "longred: three losses; long_cpt: cross-entropy on long text; mix_cpt: on all streams",
+        choices=["longred", "long_cpt", "mix_cpt"],
+    )
+    alpha_short: float | None = opt(None, "weight of short-text distillation (5; 2 from 128K on)")
+    alpha_s2l: float | None = opt(None, "weight of short-to-long distillation (10; 15 from 128K)")
+    distill_layers: list[int] | None = opt(None, "hidden states to distil; 1 = output of block 1")
+    n_distill_layers: int | None = opt(None, "how many to choose by drift (6; 3 from factor 16 on)")
+    position_scheme: str | None = opt(
+        None,
+        "skipped positions of short-to-long (default: cream, uniform from 128K on)",
+        choices=["uniform", "cream", "cream_truncated"],
+    )
+    # Text
+    long_data: list[str] | None = opt(None, "long text: files, .jsonl, folders, globs")
+    short_data: list[str] | None = opt(None, "short text, the like of which is to be kept")
+    s2l_data: list[str] | None = opt(None, "text for short-to-long (default: long_data)")
+    short_len: int | None = opt(None, "tokens in a short text (1024, at most original_len)")
+    cache_dir: str = opt("out/tokens", "where tokenised text is kept, for all runs")
+    # A step: shares 8 : 6 : 2 of the paper's 16 micro-batches, 131,072 tokens in each
+    steps: int = opt(512, "optimizer steps")
+    long_micro: int | None = opt(None, "long micro-batches a step (8; long_cpt: 16)")
+    long_batch: int | None = opt(None, "sequences in each (131072 / target_len)")
+    short_micro: int = opt(6, "short-text micro-batches a step; 0 drops the loss")
+    short_batch: int | None = opt(None, "sequences in each (131072 / short_len)")
+    s2l_micro: int = opt(2, "short-to-long micro-batches a step; 0 drops the loss")
+    s2l_batch: int | None = opt(None, "sequences in each (131072 / original_len)")
+    long_share: float = opt(8 / 16, "the long stream's part of the loss, whatever its batches")
+    short_share: float = opt(6 / 16, "the short stream's part")
+    s2l_share: float = opt(2 / 16, "the short-to-long stream's part")
+    # Optimizer: AdamW, constant learning rate, no warm-up (App. B)
+    lr: float = opt(2e-5, "learning rate")
+    weight_decay: float = opt(0.1, "decoupled weight decay")
+    beta1: float = opt(0.9, "AdamW's first decay")
+    beta2: float = opt(0.95, "AdamW's second decay")
+    grad_clip: float = opt(1.0, "largest global gradient norm")
+    # Machine
+    device: str | None = opt(None, "cuda or cpu (default: cuda where there is one)")
+    unit_tokens: int = opt(32768, "most tokens in one forward pass, at least one sequence")
+    recompute: bool | None = opt(None, "recompute blocks in backward (default: on a GPU)")
+    save_every: int = opt(64, "steps between states that --resume can continue from")
+    eval_tokens: int = opt(65536, "held-out tokens a stream in the closing report; 0: no report")
+    seed: int = opt(2024, "of every random choice, each a function of (seed, stream, step)")
+
+
+@dataclass
+class Stream:
+    """One source of a step's loss: `micro` batches of `batch` sequences of `seq_len` tokens."""
+
+    name: str  # "long", "short" or "s2l"
+    text: data.Stream
+    micro: int
+    batch: int
+    seq_len: int
+    weight: float  # share x alpha, on the stream's mean loss
+
+
+# The paper's base for (theta, window) -> target (App. B, tables 3 and 9); 32000 and 128000 there.
+PAPER_THETA = {
+    (500_000.0, 8192, 32768): 2e7,
+    (500_000.0, 8192, 131072): 1e8,
+    (1_000_000.0, 32768, 131072): 2e7,
+}
+FROM_128K = 128_000  # tokens; the paper's second set of settings applies from here on
+
+
+def default_theta(theta: float, original_len: int, target_len: int) -> float:
+    """ABF's new base: the paper's where it has one, else a rule.
+
+    The rule keeps how many frequencies complete a turn within the window: with wavelengths
+    2 pi theta^(2j/H), that is ln(new) / ln(theta) = ln(target / 2 pi) / ln(original / 2 pi).
+    Rounded to two digits.
+    """
+    for (base, window, target), new in PAPER_THETA.items():
+        if (theta, original_len) == (base, window) and 0.97 * target < target_len <= target:
+            return new
+    ratio = math.log(target_len / (2 * math.pi)) / math.log(original_len / (2 * math.pi))
+    return float(f"{theta**ratio:.1e}")
+
+
+def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
+    """Fill in what was left to us and refuse what cannot work, before anything is allocated."""
+    c = Config(**asdict(config))
+    c.ckpt = str(ckpt.resolve())
+    c.original_len = c.original_len or model.max_position_embeddings
+    if c.target_len is None:
+        raise ValueError("--target_len is missing: how many tokens the extended model should read")
+    if c.target_len <= c.original_len:
+        raise ValueError(
+            f"--target_len {c.target_len} is not above the original window of {c.original_len}; "
+            "pass a longer one (or the true --original_len)"
+        )
+    if c.original_len < 32:
+        raise ValueError(f"--original_len {c.original_len} is below 32 tokens, no window to extend")
+    if c.method == "long_cpt":
+        c.short_micro = c.s2l_micro = 0
+        c.long_share = 1.0
+    if not c.long_data or (c.short_micro and not c.short_data):
+        missing = "--long_data" if not c.long_data else "--short_data"
+        raise ValueError(f"{missing} is missing: pass files, .jsonl files, folders or globs")
+    name = Path(config.ckpt).name
+    c.out_dir = c.out_dir or f"out/{name}-{c.target_len}"
+    c.s2l_data = c.s2l_data or c.long_data
+    far, factor = c.target_len >= FROM_128K, c.target_len / c.original_len
+    if c.rope_type is None and c.rope_theta is None:
+        c.rope_theta = default_theta(model.rope_theta, c.original_len, c.target_len)
+    c.alpha_short = (2.0 if far else 5.0) if c.alpha_short is None else c.alpha_short
+    c.alpha_s2l = (15.0 if far else 10.0) if c.alpha_s2l is None else c.alpha_s2l
+    c.n_distill_layers = c.n_distill_layers or (3 if factor >= 16 else 6)
+    if c.position_scheme is None:  # the Gaussian's grid needs a whole factor (data.cream_positions)
+        c.position_scheme = "uniform" if far or c.target_len % c.original_len else "cream"
+    c.short_len = min(c.short_len or 1024, c.original_len)
+    c.long_micro = c.long_micro or (16 if c.method == "long_cpt" else 8)
+    c.long_batch = c.long_batch or max(1, 131072 // c.target_len)
+    c.short_batch = c.short_batch or max(1, 131072 // c.short_len)
+    c.s2l_batch = c.s2l_batch or max(1, 131072 // c.original_len)
+    c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    c.recompute = c.device.startswith("cuda") if c.recompute is None else c.recompute
+    for key in ("steps", "long_micro", "long_batch", "short_batch", "s2l_batch", "short_len"):
+        if getattr(c, key) < 1:
+            raise ValueError(f"--{key} {getattr(c, key)}: need at least 1")
+    for key in ("short_micro", "s2l_micro", "lr", "weight_decay", "alpha_short", "alpha_s2l"):
+        if not 0 <= getattr(c, key) < math.inf:
+            raise ValueError(f"--{key} {getattr(c, key)}: need 0 or more")
+    if c.distill_layers and not all(1 <= i <= model.n_layers for i in c.distill_layers):
+        raise ValueError(
+            f"--distill_layers {c.distill_layers}: this model has hidden states 1 to "
+            f"{model.n_layers} (the last is after the final norm)"
+        )
+    if c.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {c.device}: torch sees no GPU; pass --device cpu")
+    return c
+
+
+# ---------------------------------------------------------------------------------------- losses
+
+
+def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """1 - cos between hidden states, mean over tokens, in fp32 (eq. 5).
+
+    student, teacher: (B, T, D), any float dtype. Returns a scalar.
+    """
+    return (1.0 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()
+
+
+def long_text_loss(student: Llama, input_ids: Tensor) -> Tensor:
+    """Next-token cross-entropy, mean over tokens, under ordinary positions (sec. 4.1).
+
+    input_ids: (B, T + 1) int64.
+    """
+    hidden, _ = student(input_ids[:, :-1])
+    nll, count = next_token_loss(hidden, student.lm_head_weight, input_ids[:, 1:])
+    return nll / count
+
+
+def short_text_distillation(
+    student: Llama, teacher: Llama, input_ids: Tensor, layers: list[int]
+) -> Tensor:
+    """Cosine distance of the chosen hidden states, SUM over layers (eq. 8).
+
+    input_ids: (B, T) int64, read by both under positions 0..T-1. No LM head runs in either model.
+    """
+    with torch.no_grad():
+        _, target = teacher(input_ids, taps=layers)
+    _, hidden = student(input_ids, taps=layers)
+    return sum(cosine_distance(hidden[i], target[i]) for i in layers)
+
+
+def short_to_long_distillation(
+    student: Llama, teacher: Llama, input_ids: Tensor, position_ids: Tensor
+) -> Tensor:
+    """Cosine distance of the LAST hidden state; only the student sees skipped positions (eq. 17).
+
+    input_ids: (B, T) int64. position_ids: (B, T) int64, spanning the target window.
+    """
+    with torch.no_grad():
+        target, _ = teacher(input_ids)
+    hidden, _ = student(input_ids, position_ids)
+    return cosine_distance(hidden, target)
+
+
+def select_distill_layers(teacher: Llama, student: Llama, input_ids: Tensor, n: int) -> list[int]:
+    """The n hidden states to distil: the last, and those whose attention drifts most (sec. 4.2).
+
+    input_ids: (B, T) int64, short text. Returns sorted hidden-state indices.
+    Differs: the paper leaves open how heads are pooled (here: their mean), which way the KL points
+    (original || extended) and when it is taken (after rescaling, before any training).
+    """
+    kl = attention_kl(teacher, student, input_ids).mean(dim=1)  # (n_layers,)
+    last = teacher.config.n_layers
+    drifting = kl[: last - 1].argsort(descending=True)[: max(0, n - 1)] + 1
+    return sorted([*drifting.tolist(), last])
+
+
+# ----------------------------------------------------------------------------------------- train
+
+
+def open_streams(c: Config, tokenizer: data.Tokenizer) -> dict[str, Stream]:
+    """Tokenise (once) and open the streams this method reads, in the order a step takes them."""
+    wanted = {
+        "long": (c.long_data, c.long_micro, c.long_batch, c.target_len, c.long_share),
+        "short": (c.short_data, c.short_micro, c.short_batch, c.short_len, c.short_share),
+        "s2l": (c.s2l_data, c.s2l_micro, c.s2l_batch, c.original_len, c.s2l_share),
+    }
+    alpha = {"long": 1.0, "short": c.alpha_short, "s2l": c.alpha_s2l}
+    streams = {}
+    for name, (specs, micro, batch, seq_len, share) in wanted.items():
+        if micro:
+            corpus = data.tokenize(specs, tokenizer, c.cache_dir, name)
+            text = data.Stream(corpus, name, c.seed, batch, seq_len)
+            weight = share * (alpha[name] if c.method == "longred" else 1.0)
+            streams[name] = Stream(name, text, micro, batch, seq_len, weight)
+    return streams
+
+
+def skipped_positions(c: Config, index: int, batch: int) -> Tensor:
+    """(batch, original_len) int64 position ids of short-to-long micro-batch number `index`."""
+    rng = np.random.default_rng([c.seed, 0x52, index])
+    scheme = getattr(data, f"{c.position_scheme}_positions")
+    return torch.from_numpy(scheme(rng, batch, c.original_len, c.target_len))
+
+
+def rope_scaling(c: Config) -> dict | None:
+    """--rope_type in transformers' form; None keeps what the checkpoint has (ABF)."""
+    if c.rope_type in (None, "default"):
+        return c.rope_type and {"rope_type": "default"}
+    return {"rope_type": c.rope_type, "factor": c.target_len / c.original_len}
+
+
+def train(config: Config) -> Path:
+    """Extend a checkpoint. Returns the exported folder, OUT_DIR/hf.
+
+    Raises ValueError, one line, for whatever the user can mend.
+    """
+    run = runs.read_run(config.resume) if config.resume else None
+    if run:
+        resumed_from, config = config.resume, Config(**run["config"])
+        config.out_dir = resumed_from
+    if config.ckpt is None:
+        raise ValueError("--ckpt is missing: the checkpoint to extend")
+    source = resolve_checkpoint(config.ckpt)
+    original = load_config(source)
+    c = resolve(config, original, source)
+    out_dir = Path(c.out_dir)
+    if not run and (out_dir / "longred.json").exists():
+        raise ValueError(
+            f"{out_dir} already holds a run; continue it with --resume {out_dir}, or pass another "
+            "--out_dir"
+        )
+    tokenizer = data.load_tokenizer(source)
+    tokenizer.check_fits(original.vocab_size)
+    streams = open_streams(c, tokenizer)
+    dtype = torch.bfloat16 if c.device.startswith("cuda") else torch.float32
+    teacher = load_checkpoint(source, device=c.device, dtype=dtype).requires_grad_(False)
+    student = load_checkpoint(source, c.rope_theta, rope_scaling(c), c.device, dtype).train()
+    student.config.max_position_embeddings = c.target_len
+    student.checkpoint_blocks = c.recompute
+    if c.method == "longred" and "short" in streams and not c.distill_layers:
+        c.distill_layers = run["config"]["distill_layers"] if run else None
+        if not c.distill_layers:
+            c.distill_layers = choose_layers(c, teacher, student, streams["short"])
+    optimizer = torch.optim.AdamW(
+        student.parameters(), c.lr, (c.beta1, c.beta2), 1e-8, c.weight_decay
+    )
+    out_dir.mkdir(parents=True, exist_ok=True)
+    about = {"config": asdict(c), "versions": versions(), "data": fingerprints(streams)}
+    runs.write_json(out_dir / "longred.json", about)
+    first = restore(out_dir, student, optimizer) if run else 0
+    runs.trim_log(out_dir / "log.jsonl", first)
+    print_header(c, student, teacher, streams)
+
+    recent = deque(maxlen=16)  # seconds of the last steps
+    with open(out_dir / "log.jsonl", "a") as log, runs.StopSignal() as stop:
+        for step in range(first, c.steps):
+            step_began = time.monotonic()
+            losses = {name: 0.0 for name in streams}  # unweighted means over the step
+            for stream in streams.values():
+                for m in range(stream.micro):
+                    index = step * stream.micro + m
+                    batch = stream.text.batch(index).to(c.device)
+                    positions = None
+                    if stream.name == "s2l" and c.method == "longred":
+                        positions = skipped_positions(c, index, stream.batch).to(c.device)
+                    # A micro-batch goes through in units of whole sequences, to bound memory.
+                    rows = max(1, c.unit_tokens // stream.seq_len)
+                    for start in range(0, stream.batch, rows):
+                        if stop.number:
+                            stop_run(c, step, student, optimizer, stop.number)
+                        ids = batch[start : start + rows]
+                        if stream.name == "long" or c.method == "mix_cpt":
+                            loss = long_text_loss(student, ids)
+                        elif stream.name == "short":
+                            loss = short_text_distillation(
+                                student, teacher, ids[:, :-1], c.distill_layers
+                            )
+                        else:
+                            loss = short_to_long_distillation(
+                                student, teacher, ids[:, :-1], positions[start : start + rows]
+                            )
+                        # Sequences are equally long, so the step's mean is a mean over sequences.
+                        part = len(ids) / (stream.micro * stream.batch)
+                        (loss * (stream.weight * part)).backward()
+                        losses[stream.name] += loss.item() * part
+            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), c.grad_clip).item()
+            if not math.isfinite(norm + sum(losses.values())):
+                raise ValueError(
+                    f"step {step + 1}: loss {losses} and gradient norm {norm} are not finite; "
+                    f"try a smaller --lr than {c.lr:g}. {how_to_resume(out_dir)}"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            recent.append(time.monotonic() - step_began)
+            line = log_line(c, step + 1, streams, losses, norm, recent[-1])
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            print_step(c, line, sum(recent) / len(recent) * (c.steps - step - 1))
+            if (step + 1) % c.save_every == 0 and step + 1 < c.steps:
+                save(c, step + 1, student, optimizer)
+    student.eval()
+    stored = getattr(torch, str(original.hf.get("torch_dtype")), dtype)  # as the original is
+    exported = save_checkpoint(student.to(stored), out_dir / "hf", tokenizer_from=source)
+    print(f"extended checkpoint: {exported}")
+    if c.eval_tokens:
+        about["report"] = report(c, teacher, student.to(dtype))
+    runs.write_json(out_dir / "longred.json", about)
+    return exported
+
+
+def choose_layers(c: Config, teacher: Llama, student: Llama, short: Stream) -> list[int]:
+    """Select on a few sequences of the original length (sec. 3.1 used 1,000 of 8,192 tokens)."""
+    n = max(1, min(16, 32768 // c.original_len))
+    text = data.Stream(short.text.corpus, "layers", c.seed, n, c.original_len)
+    ids = text.batch(0)[:, :-1].to(c.device)
+    layers = select_distill_layers(teacher, student, ids, c.n_distill_layers)
+    print(f"layers to distil, by attention drift on {ids.numel():,} tokens: {layers}")
+    return layers
+
+
+def save(c: Config, step: int, student: Llama, optimizer) -> None:
+    state = {"model": student.state_dict(), "optimizer": optimizer.state_dict()}
+    runs.save_state(Path(c.out_dir), step, state)
+
+
+def restore(out_dir: Path, student: Llama, optimizer) -> int:
+    """Load the newest state in place; returns the number of steps it has behind it."""
+    state = runs.load_state(out_dir)
+    if state is None:
+        return 0
+    student.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"resuming after step {state['step']}")
+    return state["step"]
+
+
+def stop_run(c: Config, step: int, student: Llama, optimizer, number: int) -> None:
+    """Save the last completed step (partial gradients are dropped) and exit as the signal says."""
+    if step:
+        save(c, step, student, optimizer)
+    print(f"\nstopped by signal {number} after step {step}. {how_to_resume(Path(c.out_dir))}")
+    sys.exit(128 + number)
+
+
+def how_to_resume(out_dir: Path) -> str:
+    return f"Continue with: python longred.py --resume {out_dir}"
+
+
+# -------------------------------------------------------------------------------- what is printed
+
+
+def step_tokens(c: Config) -> dict[str, int]:
+    """Tokens of one step, by stream."""
+    every = {
+        "long": c.long_micro * c.long_batch * c.target_len,
+        "short": c.short_micro * c.short_batch * c.short_len,
+        "s2l": c.s2l_micro * c.s2l_batch * c.original_len,
+    }
+    return {name: n for name, n in every.items() if n}
+
+
+def versions() -> dict:
+    return {"python": platform.python_version(), "torch": torch.__version__}
+
+
+def fingerprints(streams: dict[str, Stream]) -> dict:
+    return {name: s.text.corpus.fingerprint for name, s in streams.items()}
+
+
+def print_header(c: Config, student: Llama, teacher: Llama, streams: dict[str, Stream]) -> None:
+    parameters = sum(p.numel() for p in student.parameters())
+    old, new = teacher.config, student.config
+    print(
+        f"{c.method}: {c.ckpt} ({parameters:,} parameters), {c.original_len:,} -> "
+        f"{c.target_len:,} tokens on {c.device}, {student.embed_tokens.weight.dtype}\n"
+        f"rotary: theta {old.rope_theta:g} -> {new.rope_theta:g}, scaling {old.rope_scaling} -> "
+        f"{new.rope_scaling}; {rope_backend(torch.device(c.device))}"
+    )
+    for s in streams.values():
+        tokens = step_tokens(c)[s.name]
+        print(
+            f"{s.name:>5}: {s.micro} x {s.batch} x {s.seq_len:,} = {tokens:,} tokens a step, "
+            f"weight {s.weight:g}, {c.steps * tokens / s.text.tokens_per_epoch:.2f} epochs"
+        )
+    print(f"{c.steps} steps, lr {c.lr:g}, seed {c.seed}, into {c.out_dir}", flush=True)
+
+
+def log_line(
+    c: Config, step: int, streams: dict, losses: dict, norm: float, seconds: float
+) -> dict:
+    """One object of log.jsonl. Losses are unweighted means over the step, `loss` their sum."""
+    return {
+        "step": step,
+        "loss": sum(streams[name].weight * loss for name, loss in losses.items()),
+        **{f"loss_{name}": losses.get(name) for name in ("long", "short", "s2l")},
+        "lr": c.lr,
+        "grad_norm": norm,
+        "tokens": sum(step_tokens(c).values()),
+        "seconds": round(seconds, 3),
+        "peak_gib": round(peak_gib(c.device), 2),
+    }
+
+
+def peak_gib(device: str) -> float:
+    """Most memory held so far: the GPU allocator's, else this process's (0 where unknown)."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def print_step(c: Config, line: dict, eta: float) -> None:
+    losses = "  ".join(
+        f"{name} {line[f'loss_{name}']:.4f}"
+        for name in ("long", "short", "s2l")
+        if line[f"loss_{name}"] is not None
+    )
+    print(
+        f"step {line['step']:>{len(str(c.steps))}}/{c.steps}  {losses}  lr {line['lr']:g}  grad "
+        f"{line['grad_norm']:.2f}  {line['tokens'] / line['seconds']:,.0f} tok/s  peak "
+        f"{line['peak_gib']:.1f} GiB  ETA {eta // 60:.0f}:{eta % 60:02.0f}",
+        flush=True,
+    )
+
+
+def report(c: Config, teacher: Llama, student: Llama) -> dict:
+    """Compare original and extended model on held-out text; print it and write report.md."""
+    from evaluate import hidden_similarity, position_losses
+
+    tokenizer = data.load_tokenizer(Path(c.ckpt))
+    texts = {}
+    for name, specs, seq_len in (
+        ("short", c.short_data, c.original_len),
+        ("long", c.long_data, c.target_len),
+    ):
+        if specs:
+            corpus = data.tokenize(specs, tokenizer, c.cache_dir, name, log=lambda line: None)
+            try:
+                ids = data.held_out(corpus, max(1, c.eval_tokens // seq_len), seq_len)
+                texts[name] = ids.to(c.device)
+            except ValueError as e:
+                print(f"not measured: {e}")
+    rows, curves = {}, {}
+    for name, model in (("original", teacher), (c.method, student)):
+        rows[name] = row = {}
+        if "short" in texts:
+            row[f"short loss at {c.original_len}"] = position_losses(model, texts["short"]).mean()
+            cos = hidden_similarity(teacher, model, texts["short"][:, :-1])
+            row["drift (1 - cos)"] = 1 - cos[-1]
+        if "long" in texts:
+            by_position = position_losses(model, texts["long"])
+            row[f"long loss at {c.target_len}"] = by_position.mean()
+            row |= {f"quarter {i + 1}": q.mean() for i, q in enumerate(by_position.chunk(4))}
+            curves[name] = [part.mean().item() for part in by_position.chunk(32)]
+        rows[name] = {column: float(value) for column, value in row.items()}
+    tokens = {name: c.steps * per_step for name, per_step in step_tokens(c).items()}
+    lines = [
+        f"# {c.method}: {c.original_len:,} -> {c.target_len:,}\n",
+        f"{c.ckpt}, {c.steps} steps: "
+        + ", ".join(f"{n:,} {name} tokens" for name, n in tokens.items())
+        + ". Losses in nats a token on held-out text, drift of the last hidden state on the short: "
+        + ", ".join(f"{len(ids)} {name} sequences" for name, ids in texts.items())
+        + ".\n",
+        table(rows),
+    ]
+    (Path(c.out_dir) / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines), flush=True)
+    return {"rows": rows, "long loss in 32 parts": curves, "tokens": tokens}
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """{row: {column: number}} as a Markdown table."""
+    columns = list(next(iter(rows.values())))
+    head = ["| model | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    body = [
+        f"| {name} | " + " | ".join(f"{row[col]:.3f}" for col in columns) + " |"
+        for name, row in rows.items()
+    ]
+    return "\n".join(head + body)
+
+
+# ------------------------------------------------------------------------------------------ demo
+
+
+def demo(config: Config) -> Path:
+    """The paper's story at a size any laptop trains; no network. Returns the demo's folder.
+
+    A byte-level Llama of 0.8M parameters learns the English prose that ships inside Python
+    (window 256), then its window is stretched to 1,024 over Python's own sources: once by long-text
+    training alone, once by LongReD.
+    """
+    out_dir = Path(config.out_dir or "out/demo")
+    prose, code = out_dir / "prose.jsonl", out_dir / "code.jsonl"
+    original = out_dir / "original"
+    if not (original / "config.json").is_file():
+        write_demo_text(prose, code)
+        train_demo_model(config, original, prose)
+    common = {
+        "ckpt": str(original),
+        "target_len": 1024,
+        "rope_theta": 1e5,
+        "long_data": [str(code)],
+        "short_data": [str(prose)],
+        "s2l_data": [str(prose)],
+        "cache_dir": str(out_dir / "tokens"),
+        "steps": 60,
+        "lr": 5e-4,
+        "long_micro": 2,
+        "long_batch": 2,
+        "short_micro": 2,
+        "short_batch": 4,
+        "s2l_micro": 1,
+        "s2l_batch": 4,
+        "seed": config.seed,
+        "device": config.device,
+    }
+    reports = {}
+    for method in ("long_cpt", "longred"):
+        folder = out_dir / method
+        if (folder / "longred.json").exists():
+            shutil.rmtree(folder)  # an earlier demo's
+        train(Config(method=method, out_dir=str(folder), **common))
+        reports[method] = runs.read_run(folder)["report"]
+    titles = {"original": "original", "long_cpt": "Long CPT", "longred": "LongReD"}
+    rows, curves = {}, {}
+    for method, title in titles.items():
+        one = reports[method if method in reports else "longred"]
+        row = one["rows"][method]
+        rows[title] = {
+            "prose loss at 256": row["short loss at 256"],
+            "code loss at 1,024": row["long loss at 1024"],
+            "drift of the last hidden state": row["drift (1 - cos)"],
+        }
+        curves[title] = one["long loss in 32 parts"][method]
+    print(f"\nWhat the longer window gained, and what it cost:\n\n{table(rows)}\n")
+    try:
+        import evaluate
+
+        print(f"plot: {evaluate.plot_demo(rows, curves, 256, 1024, out_dir / 'demo.png')}")
+    except ImportError:
+        print("for a plot: pip install matplotlib, then run this again")
+    return out_dir
+
+
+def write_demo_text(prose: Path, code: Path) -> None:
+    """Two .jsonl files: Python's help topics, and the sources of its standard library."""
+    from pydoc_data.topics import topics
+
+    prose.parent.mkdir(parents=True, exist_ok=True)
+    with open(prose, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics))
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    with open(code, "w", encoding="utf-8") as f:
+        for path in sorted(stdlib.rglob("*.py")):
+            parts = path.relative_to(stdlib).parts
+            if not {"site-packages", "test", "tests", "idlelib", "pydoc_data"} & set(parts):
+                f.write(json.dumps({"text": path.read_text("utf-8", "replace")}) + "\n")
+
+
+def train_demo_model(config: Config, out_dir: Path, prose: Path, steps: int = 700) -> None:
+    """Train the demo's original model, byte-level and 0.8M parameters, from scratch to a HF folder.
+
+    Plain next-token training: 700 steps of 12 x 256 tokens, a linear warm-up and a cosine to 0.
+    """
+    tokenizer_dir = write_byte_tokenizer(out_dir.with_name("tokenizer"))
+    tokenizer = data.load_tokenizer(tokenizer_dir)
+    corpus = data.tokenize([str(prose)], tokenizer, out_dir.with_name("tokens"), "prose")
+    text = data.Stream(corpus, "original", config.seed, 12, 256)
+    model = Llama(
+        ModelConfig(
+            d_model=128,
+            n_layers=4,
+            n_heads=4,
+            n_kv_heads=2,
+            head_dim=32,
+            d_ff=352,
+            vocab_size=256,
+            rope_theta=1e4,
+            max_position_embeddings=256,
+        )
+    ).init_weights(generator=torch.Generator().manual_seed(config.seed))
+    peak_lr, warm_up = 4e-3, 40
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    bar = tqdm(range(steps), desc="training the demo's original model", unit="step")
+    for step in bar:
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = peak_lr * min(1.0, (step + 1) / warm_up) * cosine
+        loss = long_text_loss(model, text.batch(step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    save_checkpoint(model, out_dir, tokenizer_from=tokenizer_dir)
+
+
+def write_byte_tokenizer(folder: Path) -> Path:
+    """A tokenizer.json of 256 tokens, one a byte: no merges, no special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 printable stand-ins for the bytes
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+# ------------------------------------------------------------------------------------------ main
+
+
+def parse_args(argv: list[str] | None) -> Config:
+    """Config from the command line; its field names are the flags."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "longred.py", description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
+
+    def error(message: str):
+        raise SystemExit(f"longred: {message}; all flags: python longred.py --help")
+
+    parser.error = error
+    hints = typing.get_type_hints(Config)
+    for f in fields(Config):
+        more = {k: v for k, v in f.metadata.items() if k != "help"}
+        kind = next(t for t in typing.get_args(hints[f.name]) or [hints[f.name]] if t is not None)
+        if typing.get_origin(kind) is list:
+            more |= {"nargs": "+", "type": typing.get_args(kind)[0]}
+        elif kind is bool:
+            more["action"] = argparse.BooleanOptionalAction
+        else:
+            more["type"] = kind
+        shown = "" if f.default is None else f" (default: {f.default})"
+        parser.add_argument(
+            f"--{f.name}", default=f.default, help=f.metadata["help"] + shown, **more
+        )
+    return Config(**vars(parser.parse_args(argv)))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line. A user's error ends as SystemExit with one line."""
+    config = parse_args(argv)
+    try:
+        if config.resume or config.ckpt:
+            train(config)
+        else:
+            demo(config)
+    except (ValueError, OSError) as e:
+        raise SystemExit(f"longred: {e}") from None
+
+
+if __name__ == "__main__":
+    main()
