@@ -53,7 +53,7 @@ def hidden_similarity(a: Llama, b: Llama, input_ids: Tensor) -> Tensor:
 
 
 def plot_demo(rows: dict, curves: dict, original_len: int, target_len: int, path: Path) -> Path:
-    """Two panels: short loss as bars, long loss by position as lines. Needs matplotlib."""
+    """Two panels: short loss as points, long loss by position as lines. Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -62,11 +62,13 @@ def plot_demo(rows: dict, curves: dict, original_len: int, target_len: int, path
     styles = dict(zip(rows, [("#777777", ":"), ("#d55e00", "--"), ("#0072b2", "-")], strict=True))
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=[1, 2])
     short = {name: next(iter(row.values())) for name, row in rows.items()}
-    bars = left.bar(list(short), list(short.values()), color=[styles[n][0] for n in short])
-    left.bar_label(bars, fmt="%.2f")
+    for x, (name, loss) in enumerate(short.items()):
+        left.plot(x, loss, "o", markersize=9, color=styles[name][0])
+        left.annotate(f"{loss:.2f}", (x, loss), (0, 8), textcoords="offset points", ha="center")
+    left.set_xticks(range(len(short)), list(short))
     left.set_title(f"kept: English prose at {original_len}")
     left.set_ylabel("loss, nats a token (lower is better)")
-    left.set_ylim(min(short.values()) - 0.3, max(short.values()) + 0.1)
+    left.margins(0.25)
     for name, curve in curves.items():
         x = [(i + 0.5) * target_len / len(curve) for i in range(len(curve))]
         right.plot(x, curve, styles[name][1], color=styles[name][0], label=name)

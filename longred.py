@@ -11,7 +11,7 @@ each optimizer step two distillations towards the frozen original model:
 
     what the paper calls it            equation    here
     ---------------------------------  ----------  --------------------------------------------
-    long-text training                 sec. 4.1    long_text_loss
+    long-text training                 eq. 18, L1  long_text_loss
     short-text distillation            eq. 8       short_text_distillation
     short-to-long distillation         eq. 17      short_to_long_distillation, data.*_positions
     the sum of the three               eq. 18      the loop in train
@@ -100,6 +100,9 @@ class Config:
     short_data: list[str] | None = opt(None, "short text, the like of which is to be kept")
     s2l_data: list[str] | None = opt(None, "text for short-to-long (default: long_data)")
     short_len: int | None = opt(None, "tokens in a short text (1024, at most original_len)")
+    add_eos: bool | None = opt(
+        None, "end documents with EOS (default: where the tokenizer has one)"
+    )
     cache_dir: str = opt("out/tokens", "where tokenised text is kept, for all runs")
     # A step: shares 8 : 6 : 2 of the paper's 16 micro-batches, 131,072 tokens in each
     steps: int = opt(512, "optimizer steps")
@@ -228,7 +231,7 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def long_text_loss(student: Llama, input_ids: Tensor) -> Tensor:
-    """Next-token cross-entropy, mean over tokens, under ordinary positions (sec. 4.1).
+    """Next-token cross-entropy, mean over tokens, under ordinary positions (eq. 18).
 
     input_ids: (B, T + 1) int64.
     """
@@ -264,7 +267,7 @@ def short_to_long_distillation(
 
 
 def select_distill_layers(teacher: Llama, student: Llama, input_ids: Tensor, n: int) -> list[int]:
-    """The n hidden states to distil: the last, and those whose attention drifts most (sec. 4.2).
+    """The n hidden states to distil: the last, and those whose attention drifts most (eq. 6).
 
     input_ids: (B, T) int64, short text. Returns sorted hidden-state indices.
     Differs: the paper leaves open how heads are pooled (here: their mean), which way the KL points
@@ -277,6 +280,13 @@ def select_distill_layers(teacher: Llama, student: Llama, input_ids: Tensor, n: 
 
 
 # ----------------------------------------------------------------------------------------- train
+
+
+def open_tokenizer(c: Config) -> data.Tokenizer:
+    tokenizer = data.load_tokenizer(Path(c.ckpt))
+    if c.add_eos is not None:
+        tokenizer.add_eos = c.add_eos
+    return tokenizer
 
 
 def open_streams(c: Config, tokenizer: data.Tokenizer) -> dict[str, Stream]:
@@ -331,7 +341,7 @@ def train(config: Config) -> Path:
             f"{out_dir} already holds a run; continue it with --resume {out_dir}, or pass another "
             "--out_dir"
         )
-    tokenizer = data.load_tokenizer(source)
+    tokenizer = open_tokenizer(c)
     tokenizer.check_fits(original.vocab_size)
     streams = open_streams(c, tokenizer)
     dtype = torch.bfloat16 if c.device.startswith("cuda") else torch.float32
@@ -533,7 +543,7 @@ def report(c: Config, teacher: Llama, student: Llama) -> dict:
     """Compare original and extended model on held-out text; print it and write report.md."""
     from evaluate import hidden_similarity, position_losses
 
-    tokenizer = data.load_tokenizer(Path(c.ckpt))
+    tokenizer = open_tokenizer(c)
     texts = {}
     for name, specs, seq_len in (
         ("short", c.short_data, c.original_len),
@@ -663,10 +673,10 @@ def write_demo_text(prose: Path, code: Path) -> None:
                 f.write(json.dumps({"text": path.read_text("utf-8", "replace")}) + "\n")
 
 
-def train_demo_model(config: Config, out_dir: Path, prose: Path, steps: int = 700) -> None:
+def train_demo_model(config: Config, out_dir: Path, prose: Path, steps: int = 600) -> None:
     """Train the demo's original model, byte-level and 0.8M parameters, from scratch to a HF folder.
 
-    Plain next-token training: 700 steps of 12 x 256 tokens, a linear warm-up and a cosine to 0.
+    Plain next-token training: 600 steps of 12 x 256 tokens, a linear warm-up and a cosine to 0.
     """
     tokenizer_dir = write_byte_tokenizer(out_dir.with_name("tokenizer"))
     tokenizer = data.load_tokenizer(tokenizer_dir)
@@ -720,7 +730,10 @@ def parse_args(argv: list[str] | None) -> Config:
     """Config from the command line; its field names are the flags."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "longred.py", description=__doc__, formatter_class=formatter, allow_abbrev=False
+        usage="python longred.py [flags]",
+        description=__doc__,
+        formatter_class=formatter,
+        allow_abbrev=False,
     )
 
     def error(message: str):
@@ -732,11 +745,14 @@ def parse_args(argv: list[str] | None) -> Config:
         more = {k: v for k, v in f.metadata.items() if k != "help"}
         kind = next(t for t in typing.get_args(hints[f.name]) or [hints[f.name]] if t is not None)
         if typing.get_origin(kind) is list:
-            more |= {"nargs": "+", "type": typing.get_args(kind)[0]}
-        elif kind is bool:
+            kind = typing.get_args(kind)[0]
+            more["nargs"] = "+"
+        if kind is bool:
             more["action"] = argparse.BooleanOptionalAction
         else:
             more["type"] = kind
+            if "choices" not in more:
+                more["metavar"] = {str: "X", int: "N", float: "F"}[kind]
         shown = "" if f.default is None else f" (default: {f.default})"
         parser.add_argument(
             f"--{f.name}", default=f.default, help=f.metadata["help"] + shown, **more
@@ -747,11 +763,21 @@ def parse_args(argv: list[str] | None) -> Config:
 def main(argv: list[str] | None = None) -> None:
     """The command line. A user's error ends as SystemExit with one line."""
     config = parse_args(argv)
+    given = {f.name for f in fields(Config) if getattr(config, f.name) != f.default}
     try:
-        if config.resume or config.ckpt:
+        if config.resume:
+            if given != {"resume"}:
+                raise ValueError(
+                    f"--resume takes its run's own settings: drop --{min(given - {'resume'})}"
+                )
             train(config)
-        else:
+        elif config.ckpt:
+            train(config)
+        elif given <= {"out_dir", "seed", "device"}:
             demo(config)
+        else:
+            extra = min(given - {"out_dir", "seed", "device"})
+            raise ValueError(f"--{extra} needs --ckpt: the checkpoint to extend (none: the demo)")
     except (ValueError, OSError) as e:
         raise SystemExit(f"longred: {e}") from None
 

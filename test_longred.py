@@ -1053,13 +1053,14 @@ def bad_inputs(ckpt, tmp_path):
         "no such layer": ({"--distill_layers": 4}, "hidden states 1 to 3"),
         "loss not finite": ({"--lr": "1e30"}, "step 2: .*not finite"),
         "not a number": ({"--steps": "many"}, "--steps: invalid int value: 'many'"),
-        "nothing to resume": ({"--resume": tmp_path / "void"}, "no longred.json there"),
+        "resume and more": ({"--resume": tmp_path / "void"}, "--resume takes its run's own"),
+        "no checkpoint": ({"--ckpt": None}, "--[a-z_0-9]+ needs --ckpt"),
     }
 
 
 CASES = ["unknown flag", "unknown ckpt", "missing file", "truncated weights", "tokenizer misfit"]
 CASES += ["text too short", "target not above", "no text", "no such layer", "loss not finite"]
-CASES += ["not a number", "nothing to resume"]
+CASES += ["not a number", "resume and more", "no checkpoint"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -1083,6 +1084,11 @@ def test_bad_input_ends_in_one_line_with_nothing_half_written(ckpt, tmp_path, ca
     assert re.search(said, message) and "\n" not in message and len(message) < 500, message
     assert not (out / "hf").exists() and not list(tmp_path.rglob("*.partial"))
     assert case == "loss not finite" or not out.exists()
+
+
+def test_resume_where_no_run_is_says_so(tmp_path):
+    with pytest.raises(SystemExit, match="no longred.json there, so no run to resume"):
+        main(["--resume", str(tmp_path)])
 
 
 def test_missing_weights_end_with_the_ways_to_provide_them(tmp_path):
