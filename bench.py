@@ -1,6 +1,8 @@
 """Benchmarks against peers and against the machine's own limits, all in one run.
 
     python bench.py rope                  one GPU: the rotary kernel against its peers and a copy
+    python bench.py step                  one GPU: a LongReD step of Llama-3-8B, part by part
+    python bench.py memory                one GPU: planned against measured peaks, PCIe
     python bench.py rope --device cpu     a smoke test of this file; its numbers mean nothing
 
 Every run prints a table and writes it to results/ as JSON, with device, versions, date and command.
@@ -8,17 +10,30 @@ Every run prints a table and writes it to results/ as JSON, with device, version
 
 import argparse
 import functools
+import gc
 import json
 import platform
+import re
 import shlex
 import statistics
 import sys
 import time
+import warnings
+import weakref
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import memory
+import model as model_module
+from longred import cosine_distance
+from model import Llama, ModelConfig, next_token_loss
 from rope_kernels import apply_rope, rope_backend, rope_frequencies
 
 # ------------------------------------------------------------------------------------------------
@@ -265,6 +280,461 @@ def print_rope(rows, n_tokens):
 
 
 # ------------------------------------------------------------------------------------------------
+# step and memory
+# ------------------------------------------------------------------------------------------------
+
+GIB = 2**30
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # --moments
+PEAK = 989e12  # dense bf16 FLOP/s of one H100 or H200, the denominator of MFU
+LLAMA3_8B = ModelConfig(
+    d_model=4096,
+    n_layers=32,
+    n_heads=32,
+    n_kv_heads=8,
+    head_dim=128,
+    d_ff=14336,
+    vocab_size=128256,
+    rope_theta=2e7,
+)
+# One optimizer step of the paper, 8 long, 6 short and 2 short-to-long micro-batches of 131,072
+# tokens, in passes of 32,768.
+UNITS = [
+    memory.Unit("long", 1, 32768, count=32),
+    memory.Unit("short", 32, 1024, count=24, taps=6),
+    memory.Unit("s2l", 4, 8192, count=8, taps=1),
+]
+# Sizes of the CPU smoke test: they show that everything runs, and nothing else.
+TINY = replace(
+    LLAMA3_8B,
+    d_model=64,
+    n_layers=4,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=16,
+    d_ff=160,
+    vocab_size=512,
+)
+TINY_UNITS = [
+    memory.Unit("long", 1, 256, count=32),
+    memory.Unit("short", 8, 32, count=24, taps=3),
+    memory.Unit("s2l", 2, 64, count=8, taps=1),
+]
+
+
+class Trainer:
+    """A student and its teacher under a plan, with random weights made on the device."""
+
+    def __init__(self, config, plan, device):
+        self.config = config
+        self.student, self.teacher = (random_llama(config, device, seed) for seed in (0, 1))
+        self.teacher.requires_grad_(False)
+        adamw = 2e-5, (0.9, 0.95), 1e-8, 0.1
+        self.machine = memory.Machine(plan, self.student, self.teacher, *adamw)
+        generator = torch.Generator(device).manual_seed(2)
+        self.ids = {
+            u.name: torch.randint(
+                config.vocab_size, (u.batch, u.seq_len + 1), generator=generator, device=device
+            )
+            for u in plan.units.values()
+        }
+
+    def unit(self, unit):
+        """Forward and backward of one unit, as longred.train does it."""
+        ids = self.ids[unit.name]
+        if not unit.taps:
+            hidden, _ = self.student(ids[:, :-1])
+            nll, count = next_token_loss(hidden, self.student.lm_head_weight, ids[:, 1:])
+            del hidden
+            (nll / count).backward()
+            return
+        n = self.config.n_layers
+        taps = tuple(range(n - unit.taps + 1, n + 1))
+        with torch.no_grad():
+            _, target = self.teacher(ids[:, :-1], taps=taps)
+        _, hidden = self.student(ids[:, :-1], taps=taps)
+        loss = sum(memory.in_chunks(cosine_distance, hidden[i], target[i]) for i in taps)
+        del hidden, target
+        loss.backward()
+
+
+def random_llama(config, device, seed):
+    """bf16, made on the device; never zeros, on which matmuls run a tenth faster."""
+    with torch.device("meta"):
+        model = Llama(config)
+    model.to(torch.bfloat16).to_empty(device=device)
+    return model.init_weights(generator=torch.Generator(device).manual_seed(seed))
+
+
+def timed(run, rounds, device):
+    """Seconds of run(): one warm-up, then the median of `rounds`."""
+    times = []
+    for _ in range(rounds + 1):
+        torch.get_device_module(device).synchronize()
+        began = time.perf_counter()
+        run()
+        torch.get_device_module(device).synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:] or times), times[0]
+
+
+def rooms(args, device):
+    """(GPU, host) bytes to plan for: --gpu_gib, or what is free."""
+    if device.type == "cpu":
+        return int((args.gpu_gib or 139) * GIB), int((args.host_gib or 120) * GIB)
+    gpu = int(args.gpu_gib * GIB) if args.gpu_gib else memory.gpu_room()
+    if args.gpu_gib:  # a smaller GPU is a real limit, not a promise
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gpu / total), device)
+    return gpu, int(args.host_gib * GIB) if args.host_gib else memory.host_room()
+
+
+def release_host():
+    """Unlock what memory.host_buffer locked, so that the next plan finds it free."""
+    gc.collect()
+    torch.cuda.synchronize()
+    while memory._PINNED:
+        torch.cuda.cudart().cudaHostUnregister(memory._PINNED.pop().data_ptr())
+
+
+def reset_peak(device):
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device):
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def bench_step(args):
+    """Seconds, MFU, percent of the roofline and peak memory of a LongReD step, unit by unit."""
+    device = torch.device(args.device)
+    tiny = device.type == "cpu"
+    config, units = (TINY, TINY_UNITS) if tiny else (LLAMA3_8B, UNITS)
+    result = describe(device)
+    print(f"{result['device']}, {result['date']}, {result['versions']}")
+    gpu, host = rooms(args, device)
+    plan = memory.make_plan(config, units, gpu, host, MOMENTS[args.moments], args.compile)
+    if tiny:  # everything would fit, so make it use everything
+        torch.set_num_threads(1)
+        hard = memory.Policy(1, 2, offload=True, mlp_rows=100, compile=args.compile)
+        plan.host_state, plan.teacher_resident, plan.slot_bytes = True, False, 2 * 256 * 64
+        plan.policies = dict.fromkeys(plan.units, hard)
+    print(plan.table(), flush=True)
+    result |= our_step(config, plan, args.rounds, device)
+    ours, static = result["units"]["long"], 6 * memory.parameter_count(config) / GIB
+    result["peers"] = {}
+    for name in ("transformers", "liger") if args.peers else ():
+        reset_peak(device)
+        theirs = result["peers"][name] = peer_step(name, config, units[0], args.rounds, device)
+        print(f"{name}: {theirs}", flush=True)
+        if "seconds" in theirs and not tiny:
+            print(
+                f"  ours is {theirs['seconds'] / ours['seconds']:.2f}x as fast; beyond weights and "
+                f"gradients it holds {ours['peak_gib'] - static:.1f} GiB to their "
+                f"{theirs['peak_gib'] - theirs['static_gib']:.1f}"
+            )
+    if tiny:
+        print("CPU smoke test: it shows that this file runs. Not a result.")
+    write_result(result, args.out_dir, "step" + (f"-{args.gpu_gib:g}gib" if args.gpu_gib else ""))
+
+
+def our_step(config, plan, rounds, device):
+    """Time every unit of the plan and the optimizer; add them up to one step."""
+    began = time.perf_counter()
+    units = list(plan.units.values())
+    trainer = Trainer(config, plan, device)
+    print(f"weights, optimizer and locked host memory: {time.perf_counter() - began:.1f} s")
+    row = "{:8}" + "{:>11}" * 8
+    heads = "seconds,tok/s,TFLOP/s,MFU %,roofline %,peak GiB,planned,first s"
+    print(row.format("", *heads.split(",")), flush=True)
+    result, parts = {"units": {}}, {}
+    for unit in units:
+        trainer.machine.ready(unit.name)
+        reset_peak(device)
+        run = functools.partial(trainer.unit, unit)
+        seconds, first = timed(run, rounds, device)
+        peak = peak_bytes(device)
+        shares = kernel_shares(run) if device.type == "cuda" else {}
+        policy, work = plan.policies[unit.name], memory.model_flops(config, unit)
+        numbers = {
+            "seconds": seconds,
+            "tokens_per_s": unit.tokens / seconds,
+            "model_tflops": work / seconds / 1e12,
+            "mfu_percent": 100 * work / seconds / PEAK,
+            "roofline_percent": 100 * memory.unit_seconds(config, unit, policy) / seconds,
+            "peak_gib": peak / GIB,
+            "planned_gib": sum(plan.gpu[unit.name].values()) / GIB,
+            "first_s": first,
+        }
+        more = {"unit": asdict(unit), "policy": asdict(policy), "gpu_time_percent": shares}
+        result["units"][unit.name] = numbers | more
+        parts[unit.name] = unit.count * seconds
+        print(row.format(unit.name, *(f"{x:.4g}" for x in numbers.values())), shares, flush=True)
+    reset_peak(device)
+    parts["optimizer"], _ = timed(trainer.machine.optimizer.step, rounds, device)
+
+    def visit():
+        trainer.machine.ready("long")
+        trainer.machine.ready("short")
+
+    parts["teacher"], _ = timed(visit, rounds, device)
+    total, tokens = sum(parts.values()), sum(u.count * u.tokens for u in units)
+    work = sum(u.count * memory.model_flops(config, u) for u in units)
+    result["step"] = {
+        "seconds": total,
+        "parts": parts,
+        "tokens_per_s": tokens / total,
+        "mfu_percent": 100 * work / total / PEAK,
+        "state_bytes": sum(map(len, trainer.machine.optimizer.state)),
+    }
+    shown = ", ".join(f"{k} {v:.1f} s ({100 * v / total:.0f}%)" for k, v in parts.items())
+    print(f"one optimizer step, {tokens:,} tokens: {total:.1f} s, from {shown}", flush=True)
+    return result
+
+
+def kernel_shares(run):
+    """Percent of the GPU's time by kind of kernel, over one run()."""
+    kinds = {
+        "attention": r"sdpa|fmha|flash|attention",
+        "matmul": r"gemm|nvjet|cutlass|xmma|matmul",
+        "rotary": r"rope",
+        "norm": r"norm",
+        "copies": r"memcpy|memset",
+        "elementwise and rest": r"",
+    }
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    times = dict.fromkeys(kinds, 0.0)
+    for event in profile.key_averages():
+        kind = next(k for k, pattern in kinds.items() if re.search(pattern, event.key.lower()))
+        times[kind] += event.self_device_time_total
+    total = sum(times.values()) or 1.0
+    return {kind: round(100 * t / total, 1) for kind, t in times.items()}
+
+
+def peer_step(name, config, unit, rounds, device):
+    """transformers' Llama in bf16 with gradient checkpointing, plain or under Liger-Kernel."""
+    try:
+        import transformers
+
+        if name == "liger":
+            from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+            apply_liger_kernel_to_llama()
+    except ImportError as e:
+        return {"left out": f"{e.name} is not installed"}
+    hf = transformers.LlamaConfig(**config.to_hf(), use_cache=False, attention_dropout=0.0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            peer = transformers.LlamaForCausalLM(hf).train()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with warnings.catch_warnings():  # transformers 5.23 has a new name for it, which 4 lacks
+        warnings.simplefilter("ignore", FutureWarning)
+        peer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ids = torch.randint(config.vocab_size, (unit.batch, unit.seq_len), device=device)
+    static = 4 * sum(p.numel() for p in peer.parameters()) / GIB
+    reset_peak(device)
+    try:
+        seconds, _ = timed(lambda: peer(input_ids=ids, labels=ids).loss.backward(), rounds, device)
+    except torch.cuda.OutOfMemoryError:
+        return {"out of memory": f"at {unit.batch} x {unit.seq_len}"}
+    return {
+        "seconds": seconds,
+        "tokens_per_s": unit.tokens / seconds,
+        "mfu_percent": 100 * memory.model_flops(config, unit) / seconds / PEAK,
+        "peak_gib": peak_bytes(device) / GIB,
+        "static_gib": static,
+        "version": transformers.__version__,
+    }
+
+
+def bench_memory(args):
+    """Planned against measured peak of one long unit at each length; on a CPU against a trace."""
+    device = torch.device(args.device)
+    result = describe(device) | {"rows": []}
+    gpu, host = rooms(args, device)
+    print(f"{result['device']}: plans for {gpu / GIB:.1f} GiB of GPU, {host / GIB:.1f} of host")
+    if device.type == "cuda":
+        result["pcie"] = pcie_rates(device)
+    for length in args.lengths:
+        unit = replace(UNITS[0], seq_len=length, count=2**20 // length)
+        units = [unit, *UNITS[1:]]
+        try:
+            plan = memory.make_plan(LLAMA3_8B, units, gpu, host, MOMENTS[args.moments])
+        except ValueError as e:
+            print(f"{length}: {e}", flush=True)
+            continue
+        print(plan.table(), flush=True)
+        row = {"length": length, "planned_gib": sum(plan.gpu["long"].values()) / GIB}
+        if device.type == "cuda":
+            unit = plan.units["long"]
+            trainer = Trainer(LLAMA3_8B, plan, device)
+            trainer.machine.ready("long")
+            reset_peak(device)
+            seconds, _ = timed(functools.partial(trainer.unit, unit), args.rounds, device)
+            row |= {"peak_gib": peak_bytes(device) / GIB, "seconds": seconds}
+            row["tokens_per_s"] = unit.tokens / seconds
+            del trainer
+            release_host()
+        else:
+            work = traced_peak(LLAMA3_8B, unit, plan.policies["long"])
+            fixed = ("weights, bf16", "gradients, fp32", "AdamW's state", "teacher, bf16")
+            static = sum(plan.gpu["long"][term] for term in fixed)
+            row["traced_gib"] = (work + static) / GIB
+        result["rows"].append(row)
+        print({k: round(v, 2) for k, v in row.items()}, flush=True)
+    if device.type == "cpu":
+        print("traced: allocations of the same code on fake tensors, counted. Not a measurement.")
+    write_result(result, args.out_dir, "-".join(["memory", *map(str, args.lengths)]))
+
+
+def pcie_rates(device, nbytes=2**30):
+    """GB/s between locked host memory and the GPU: up, down, and each way with both at once."""
+    host = memory.host_buffer(2 * nbytes, pin=True).view(2, nbytes)
+    gpu = torch.empty(2, nbytes, dtype=torch.uint8, device=device)
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+
+    def up():
+        with torch.cuda.stream(streams[0]):
+            gpu[0].copy_(host[0], non_blocking=True)
+
+    def down():
+        with torch.cuda.stream(streams[1]):
+            host[1].copy_(gpu[1], non_blocking=True)
+
+    def both():
+        up()
+        down()
+
+    rates = {f.__name__: nbytes / timed(f, 5, device)[0] / 1e9 for f in (up, down, both)}
+    print("PCIe, GB/s:", {k: round(v, 1) for k, v in rates.items()}, flush=True)
+    return rates
+
+
+class CountBytes(TorchDispatchMode):
+    """Follows the bytes of all living tensors made inside; kernels' own scratch is not seen."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.now = self.peak = 0
+        self.living = {t.untyped_storage()._cdata for t in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.living:
+                storage = t.untyped_storage()
+                self.living.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _free(self, key, nbytes):
+        self.living.discard(key)
+        self.now -= nbytes
+
+
+class _FakeKernel(torch.autograd.Function):
+    """Allocates what a GPU kernel would, and saves what it would: inputs in `saved`."""
+
+    @staticmethod
+    def forward(ctx, saved, *inputs):
+        ctx.save_for_backward(*saved)
+        out = tuple(torch.empty(x.shape, dtype=x.dtype) for x in inputs)
+        return out if len(out) > 1 else out[0]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None, *(torch.empty(g.shape, dtype=g.dtype) for g in grads)
+
+
+def traced_peak(config, unit, policy):
+    """Bytes that one unit adds at its worst to weights and gradients, counted on fake tensors.
+
+    The code that trains runs here at full size in seconds, without memory or GPU. Rotary, RMSNorm
+    and fp32 products have stand-ins that allocate what the GPU kernels do; CPU paths take more.
+    """
+    stand_ins = {
+        (model_module, "apply_rope"): lambda q, k, *_: _FakeKernel.apply((), q, k),
+        (F, "rms_norm"): lambda x, *_: _FakeKernel.apply((x, x.new_empty(*x.shape[:-1], 2)), x),
+        (model_module, "fp32_product"): lambda a, b: torch.empty(a.shape[0], b.shape[1]),
+        (memory, "host_buffer"): lambda n, pin: torch.empty(n, dtype=torch.uint8),
+    }
+    real = {key: getattr(*key) for key in stand_ins}
+    for (module, name), stand_in in stand_ins.items():
+        setattr(module, name, stand_in)
+    torch.set_default_dtype(torch.bfloat16)  # fake parameters cannot be cast in place
+    try:
+        with FakeTensorMode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # Offload compares addresses, here all 0
+            student = Llama(config)
+            torch.set_default_dtype(torch.float32)
+            x_bytes = 2 * unit.tokens * config.d_model
+            offload = memory.Offload(config.n_layers, x_bytes, torch.device("cpu"))
+            memory.use(student, policy, offload)
+            ids = torch.zeros(unit.batch, unit.seq_len + 1, dtype=torch.int64)
+            known = [offload.host, *student.parameters()]
+            for p in student.parameters():
+                p.grad_dtype = torch.float32
+                p.grad = torch.zeros(p.shape)
+                known.append(p.grad)
+            taps = tuple(range(config.n_layers - unit.taps + 1, config.n_layers + 1))
+            with CountBytes(known) as count:
+                if unit.taps:
+                    shape = (unit.batch, unit.seq_len, config.d_model)
+                    target = {i: torch.zeros(shape, dtype=torch.bfloat16) for i in taps}
+                    _, hidden = student(ids[:, :-1], taps=taps)
+                    compare = functools.partial(memory.in_chunks, cosine_distance)
+                    loss = sum(compare(hidden[i], target[i]) for i in taps)
+                    del target
+                else:
+                    hidden, _ = student(ids[:, :-1])
+                    rows = memory.CE_ROWS
+                    nll, n = next_token_loss(hidden, student.lm_head_weight, ids[:, 1:], rows)
+                    loss = nll / n
+                del hidden
+                loss.backward()
+        return count.peak
+    finally:
+        torch.set_default_dtype(torch.float32)
+        for (module, name), function in real.items():
+            setattr(module, name, function)
+
+
+def add_commands(commands):
+    """For bench.main, between add_subparsers and the loop that adds --device and --out_dir."""
+    for name, run, text in (
+        ("step", bench_step, "one LongReD step of Llama-3-8B, by adding its units, and peers"),
+        ("memory", bench_memory, "planned and measured peak of a long unit at several lengths"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.set_defaults(run=run)
+        command.add_argument("--gpu_gib", type=float, help="use no more than this (default: all)")
+        command.add_argument("--host_gib", type=float, help="plan for this (default: all free)")
+        command.add_argument(
+            "--moments", default="fp32", choices=MOMENTS, help="of AdamW's m and v"
+        )
+        command.add_argument(
+            "--rounds", type=int, default=2, help="medians over so many; 0: no warm-up"
+        )
+    step, memory_ = (commands.choices[name] for name in ("step", "memory"))
+    step.add_argument("--compile", action="store_true", help="torch.compile the blocks")
+    step.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
+    memory_.add_argument(
+        "--lengths",
+        type=lambda text: [int(word) for word in text.split(",")],
+        default=[32768, 131072],
+        help="tokens, comma-separated",
+    )
+
+
+# ------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
@@ -282,6 +752,7 @@ def main(argv=None):
     command.add_argument(
         "--rounds", type=int, default=25, help="medians over so many (default: 25)"
     )
+    add_commands(commands)
     for command in commands.choices.values():
         device = "cuda" if torch.cuda.is_available() else "cpu"
         command.add_argument("--device", default=device, help=f"cuda or cpu (default: {device})")

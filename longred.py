@@ -42,6 +42,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
+import memory
 import runs
 from model import (
     Llama,
@@ -124,7 +125,9 @@ class Config:
     # Machine
     device: str | None = opt(None, "cuda or cpu (default: cuda where there is one)")
     unit_tokens: int = opt(32768, "most tokens in one forward pass, at least one sequence")
-    recompute: bool | None = opt(None, "recompute blocks in backward (default: on a GPU)")
+    gpu_gib: float | None = opt(None, "GPU memory to plan for (default: all that is free)")
+    moments: str = opt("fp32", "AdamW's m and v on a GPU", choices=["fp32", "bf16"])
+    compile: bool = opt(False, "torch.compile the blocks on a GPU")
     save_every: int = opt(64, "steps between states that --resume can continue from")
     eval_tokens: int = opt(65536, "held-out tokens a stream in the closing report; 0: no report")
     seed: int = opt(2024, "of every random choice, each a function of (seed, stream, step)")
@@ -202,7 +205,6 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
     c.short_batch = c.short_batch or max(1, 131072 // c.short_len)
     c.s2l_batch = c.s2l_batch or max(1, 131072 // c.original_len)
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    c.recompute = c.device.startswith("cuda") if c.recompute is None else c.recompute
     for key in ("steps", "long_micro", "long_batch", "short_batch", "s2l_batch", "short_len"):
         if getattr(c, key) < 1:
             raise ValueError(f"--{key} {getattr(c, key)}: need at least 1")
@@ -250,7 +252,7 @@ def short_text_distillation(
     with torch.no_grad():
         _, target = teacher(input_ids, taps=layers)
     _, hidden = student(input_ids, taps=layers)
-    return sum(cosine_distance(hidden[i], target[i]) for i in layers)
+    return sum(memory.in_chunks(cosine_distance, hidden[i], target[i]) for i in layers)
 
 
 def short_to_long_distillation(
@@ -263,7 +265,7 @@ def short_to_long_distillation(
     with torch.no_grad():
         target, _ = teacher(input_ids)
     hidden, _ = student(input_ids, position_ids)
-    return cosine_distance(hidden, target)
+    return memory.in_chunks(cosine_distance, hidden, target)
 
 
 def select_distill_layers(teacher: Llama, student: Llama, input_ids: Tensor, n: int) -> list[int]:
@@ -344,18 +346,18 @@ def train(config: Config) -> Path:
     tokenizer = open_tokenizer(c)
     tokenizer.check_fits(original.vocab_size)
     streams = open_streams(c, tokenizer)
-    dtype = torch.bfloat16 if c.device.startswith("cuda") else torch.float32
+    plan = plan_memory(c, original, streams)  # None on a CPU
+    dtype = torch.bfloat16 if plan else torch.float32
     teacher = load_checkpoint(source, device=c.device, dtype=dtype).requires_grad_(False)
     student = load_checkpoint(source, c.rope_theta, rope_scaling(c), c.device, dtype).train()
     student.config.max_position_embeddings = c.target_len
-    student.checkpoint_blocks = c.recompute
     if c.method == "longred" and "short" in streams and not c.distill_layers:
         c.distill_layers = run["config"]["distill_layers"] if run else None
         if not c.distill_layers:
             c.distill_layers = choose_layers(c, teacher, student, streams["short"])
-    optimizer = torch.optim.AdamW(
-        student.parameters(), c.lr, (c.beta1, c.beta2), 1e-8, c.weight_decay
-    )
+    adamw = c.lr, (c.beta1, c.beta2), 1e-8, c.weight_decay
+    machine = memory.Machine(plan, student, teacher, *adamw) if plan else None
+    optimizer = machine.optimizer if machine else torch.optim.AdamW(student.parameters(), *adamw)
     out_dir.mkdir(parents=True, exist_ok=True)
     about = {"config": asdict(c), "versions": versions(), "data": fingerprints(streams)}
     runs.write_json(out_dir / "longred.json", about)
@@ -369,6 +371,10 @@ def train(config: Config) -> Path:
             step_began = time.monotonic()
             losses = {name: 0.0 for name in streams}  # unweighted means over the step
             for stream in streams.values():
+                rows = max(1, c.unit_tokens // stream.seq_len)
+                if machine:
+                    machine.ready(stream.name)
+                    rows = plan.units[stream.name].batch
                 for m in range(stream.micro):
                     index = step * stream.micro + m
                     batch = stream.text.batch(index).to(c.device)
@@ -376,7 +382,6 @@ def train(config: Config) -> Path:
                     if stream.name == "s2l" and c.method == "longred":
                         positions = skipped_positions(c, index, stream.batch).to(c.device)
                     # A micro-batch goes through in units of whole sequences, to bound memory.
-                    rows = max(1, c.unit_tokens // stream.seq_len)
                     for start in range(0, stream.batch, rows):
                         if stop.number:
                             stop_run(c, step, student, optimizer, stop.number)
@@ -402,7 +407,7 @@ def train(config: Config) -> Path:
                     f"try a smaller --lr than {c.lr:g}. {how_to_resume(out_dir)}"
                 )
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             recent.append(time.monotonic() - step_began)
             line = log_line(c, step + 1, streams, losses, norm, recent[-1])
             log.write(json.dumps(line) + "\n")
@@ -411,6 +416,8 @@ def train(config: Config) -> Path:
             if (step + 1) % c.save_every == 0 and step + 1 < c.steps:
                 save(c, step + 1, student, optimizer)
     student.eval()
+    if machine:
+        machine.finish()
     stored = getattr(torch, str(original.hf.get("torch_dtype")), dtype)  # as the original is
     exported = save_checkpoint(student.to(stored), out_dir / "hf", tokenizer_from=source)
     print(f"extended checkpoint: {exported}")
@@ -418,6 +425,24 @@ def train(config: Config) -> Path:
         about["report"] = report(c, teacher, student.to(dtype))
     runs.write_json(out_dir / "longred.json", about)
     return exported
+
+
+def plan_memory(c: Config, model: ModelConfig, streams: dict[str, Stream]) -> memory.Plan | None:
+    """On a GPU: the memory table and what follows from it, before anything is allocated."""
+    if not c.device.startswith("cuda"):
+        return None
+    taps = {"long": 0, "short": len(c.distill_layers or ()) or c.n_distill_layers, "s2l": 1}
+    units = []
+    for s in streams.values():
+        batch = min(s.batch, max(1, c.unit_tokens // s.seq_len))
+        passes = s.micro * -(-s.batch // batch)
+        compared = taps[s.name] if c.method == "longred" else 0
+        units.append(memory.Unit(s.name, batch, s.seq_len, passes, compared))
+    room = int(c.gpu_gib * memory.GIB) if c.gpu_gib else memory.gpu_room()
+    moments = torch.bfloat16 if c.moments == "bf16" else torch.float32
+    plan = memory.make_plan(model, units, room, memory.host_room(), moments, c.compile)
+    print(plan.table(), flush=True)
+    return plan
 
 
 def choose_layers(c: Config, teacher: Llama, student: Llama, short: Stream) -> list[int]:

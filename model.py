@@ -26,7 +26,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
-from torch.utils.checkpoint import checkpoint
 
 from rope_kernels import apply_rope, ntk_theta, rope_frequencies
 
@@ -268,9 +267,91 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+        # Set by memory.use. rows: tokens in a tile of _TiledMLP, 0: all at once by plain autograd.
+        self.rows, self.keep = 0, False
+
+    recomputing = False  # set by memory.use while a block runs again only for what it saves
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.rows:
+            weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+            return _TiledMLP.apply(x, *weights, self.rows, self.keep, self.recomputing)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class _TiledMLP(torch.autograd.Function):
+    """down(silu(gate(x)) * up(x)) in tiles of tokens, keeping x alone, or x, gate and up.
+
+    forward     a = silu(x Wg') * (x Wu'),  y = a Wd'
+    backward    da = dy Wd;  dup = da * silu(gate);  dgate = silu'(gate) (da * up)
+                dx = dgate Wg + dup Wu;  dWd = dy' a;  dWg = dgate' x;  dWu = dup' x
+    Gradients of the weights are summed over tiles in fp32. Without `keep`, backward makes gate and
+    up again. A recomputed block makes those two products again anyway; here its second run leaves
+    them to us (`recomputing`), so tiling costs no matmul, only the traffic of the fp32 sums.
+    """
+
+    @staticmethod
+    def forward(ctx, x, gate_weight, up_weight, down_weight, rows, keep, recomputing):
+        ctx.rows = rows
+        if recomputing:
+            ctx.save_for_backward(x, gate_weight, up_weight, down_weight)
+            return x.detach()  # of the right shape; the checkpoint stops here and drops it
+        flat = x.flatten(0, -2)  # (B T, D)
+        out = torch.empty_like(flat)
+        weights = gate_weight, up_weight
+        kept = [flat.new_empty(len(flat), len(w)) for w in weights] if keep else []
+        for i in range(0, len(flat), rows):
+            tile = slice(i, i + rows)
+            if keep:
+                gate, up = (whole[tile] for whole in kept)
+                torch.mm(flat[tile], gate_weight.T, out=gate)
+                torch.mm(flat[tile], up_weight.T, out=up)
+            else:
+                gate, up = (F.linear(flat[tile], w) for w in weights)  # (rows, d_ff)
+            torch.mm(F.silu(gate).mul_(up), down_weight.T, out=out[tile])
+        ctx.save_for_backward(x, *weights, down_weight, *kept)
+        return out.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        x, gate_weight, up_weight, down_weight, *kept = ctx.saved_tensors
+        flat, grad_out = x.flatten(0, -2), grad_out.flatten(0, -2)
+        grad_x = torch.empty_like(flat)
+        sums = [None, None, None]  # gradients of gate, up and down
+        for i in range(0, len(flat), ctx.rows):
+            tile = slice(i, i + ctx.rows)
+            if kept:
+                gate, up = (whole[tile] for whole in kept)
+            else:
+                gate, up = (F.linear(flat[tile], w) for w in (gate_weight, up_weight))
+            grad_gate, grad_up = _swiglu_backward(grad_out[tile], gate, up, down_weight, sums)
+            _add_product(sums, 0, grad_gate, flat[tile])
+            _add_product(sums, 1, grad_up, flat[tile])
+            torch.mm(grad_gate, gate_weight, out=grad_x[tile])
+            grad_x[tile].addmm_(grad_up, up_weight)
+            del gate, up, grad_gate, grad_up  # or they would outlive the next tile's first half
+        return grad_x.view_as(x), *sums, None, None, None
+
+
+def _swiglu_backward(grad_out: Tensor, gate: Tensor, up: Tensor, down_weight: Tensor, sums: list):
+    """From (rows, D) to the gradients of gate and up, (rows, d_ff); adds that of down to sums."""
+    act = F.silu(gate)
+    _add_product(sums, 2, grad_out, act * up)
+    grad_act = grad_out @ down_weight
+    grad_up = act.mul_(grad_act)
+    return torch.ops.aten.silu_backward(grad_act.mul_(up), gate), grad_up
+
+
+def _add_product(sums: list, i: int, a: Tensor, b: Tensor) -> None:
+    product = fp32_product(a.T, b)
+    sums[i] = product if sums[i] is None else sums[i].add_(product)
+
+
+def fp32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32; from bf16 the GPU's matmul writes its fp32 sums without rounding them."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
 
 
 class Block(nn.Module):
@@ -297,7 +378,7 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.checkpoint_blocks = False  # recompute each block in backward: memory for time
+        self.run_block = None  # set by memory.use: how a block runs while gradients are on
         # Not a buffer: .to(bfloat16) casts buffers, and bf16 frequencies are off by whole turns.
         with torch.device("cpu"):
             self.inv_freq, self.attention_factor = rope_frequencies(
@@ -342,10 +423,10 @@ class Llama(nn.Module):
             self.inv_freq = self.inv_freq.to(input_ids.device)
         rope = (position_ids, self.inv_freq, self.attention_factor)
         x = self.embed_tokens(input_ids)  # (B, T, D)
-        hidden = {0: x}
+        hidden = {0: x} if 0 in taps else {}
         for i, block in enumerate(self.layers):
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, use_reentrant=False)
+            if self.run_block is not None and torch.is_grad_enabled():
+                x = self.run_block(i, block, x, rope)
             else:
                 x = block(x, rope, (cache.keys[i], cache.values[i], start) if cache else None)
             if i + 1 in taps:
@@ -413,20 +494,14 @@ class _NextTokenLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if with_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
-        for chunk in range(0, hidden.shape[0], rows):
-            h, y = hidden[chunk : chunk + rows], labels[chunk : chunk + rows]
-            logits = F.linear(h, weight).float()  # (rows, V)
-            counted = y != -100
-            target = y.clamp(min=0)[:, None]
-            lse = logits.logsumexp(-1)
-            nll = lse - logits.gather(-1, target)[:, 0]
-            total += torch.where(counted, nll, 0.0).sum()
+        for i in range(0, hidden.shape[0], rows):
+            h = hidden[i : i + rows]
+            nll, grad = _chunk_loss(h, weight, labels[i : i + rows], with_grad)
+            total += nll
             if with_grad:
-                grad = logits.sub_(lse[:, None]).exp_()
-                grad.scatter_add_(-1, target, grad.new_full(target.shape, -1.0))
-                grad = grad.mul_(counted[:, None]).to(h.dtype)
-                torch.mm(grad, weight, out=grad_hidden[chunk : chunk + rows])
-                grad_weight += grad.T @ h
+                torch.mm(grad, weight, out=grad_hidden[i : i + rows])
+                grad_weight += fp32_product(grad.T, h)
+            del grad  # (rows, V), or it would be alive while the next chunk's logits are made
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -434,7 +509,22 @@ class _NextTokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_total, grad_weight * grad_total, None, None, None
+        # In place: at V = 128256 a copy would be 2 GiB. A second backward is refused by torch.
+        return grad_hidden.mul_(grad_total), grad_weight.mul_(grad_total), None, None, None
+
+
+def _chunk_loss(h: Tensor, weight: Tensor, labels: Tensor, with_grad: bool):
+    """(sum of nll, d(logits) in h's dtype or None). A function, so that its logits die with it."""
+    logits = F.linear(h, weight).float()  # (rows, V)
+    counted = labels != -100
+    target = labels.clamp(min=0)[:, None]
+    lse = logits.logsumexp(-1)
+    nll = torch.where(counted, lse - logits.gather(-1, target)[:, 0], 0.0).sum()
+    if not with_grad:
+        return nll, None
+    grad = logits.sub_(lse[:, None]).exp_()
+    grad.scatter_add_(-1, target, grad.new_full(target.shape, -1.0))
+    return nll, grad.mul_(counted[:, None]).to(h.dtype)
 
 
 def next_token_loss(
