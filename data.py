@@ -1,13 +1,14 @@
 """Text -> token files -> batches for the three streams, and the position-id schemes.
 
-    text files --tokenize()--> Corpus (memory-mapped) --Stream.batch(index)--> (B, T + 1) token ids
-                                                     `--held_out()-----------> text never trained on
-    uniform_positions(), cream_positions(), ...      --> (B, T) position ids: T tokens spread over a
-                                                         window of target_len positions
+    text of any usual kind --tokenize()--> Corpus, memory-mapped
+    Corpus --Stream(...).batch(index)----> (B, T + 1) token ids, a function of (seed, name, index)
+    Corpus --held_out()------------------> (n, T + 1) token ids that no Stream ever shows
+    uniform_positions(), cream_positions() ... -> (B, T) position ids: T tokens spread over a window
+                                                  of target_len positions
 
 Tokenised once. The cache folder is named after a fingerprint of the files' contents, the tokenizer
 and the options, and appears under that name only when it is complete; what is being built lies
-beside it in a `.part` folder with a journal of finished shards, from which a killed run goes on.
+beside it in a `.part` folder, and a killed run goes on from its last finished shard.
 
 A document is stored as [BOS] + tokens + [EOS]:
     BOS where the model's tokenizer puts one in front by itself (add_bos_token in
@@ -19,14 +20,18 @@ The held-out part is never trained on:
     with 100 documents or more, a document is held out when the checksum of its text is a multiple
         of 20: about 1 in 20, the same document in every stream, copies of it included;
     with fewer, the last twentieth of the tokens of every document.
-
-Everything random is a pure function of (seed, stream name, index): no generator is kept.
 """
 
+import base64
 import codecs
+import contextlib
+import fnmatch
+import functools
 import glob
 import gzip
 import hashlib
+import importlib
+import io
 import itertools
 import json
 import math
@@ -42,22 +47,37 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from tqdm import tqdm
 
 FORMAT = 1  # part of the cache key: raise it when the files' layout or the cutting rule changes
-PIECE = 1 << 16  # characters: longer documents go to the tokenizer in pieces, for speed and memory
-LONGEST_PIECE = 1 << 20  # characters without a safe cut before an unsafe one is made
+PIECE = 1 << 14  # characters: longer documents go to the tokenizer in pieces, for speed and memory
+LONGEST_PIECE = 1 << 16  # without a safe cut an unsafe one is made: a million blanks kill tiktoken
 BATCH = 1 << 22  # characters handed to the tokenizer at once; two batches are in flight
-SHARD = 1 << 26  # characters between two entries of the journal: what a killed run loses at most
+SHARD = 1 << 25  # characters between two notes of how far a build has come: what a kill costs
+FILES = ("tokens.bin", "documents.bin")  # of a cache folder, beside meta.json
 RECORD = 3  # int64 per document on disk: end offset in tokens, checksum of the text, source
+SPLIT_BY_DOCUMENT = 100  # documents: with fewer, each gives its end to the held-out part
+
+# Text for a real checkpoint when none is named: files of the Hugging Face hub, readable with the
+# packages of requirements.txt. Long: books (public domain, 1.1 GB) and papers (CC BY, CC BY-SA,
+# CC0; 0.2 GB), about 0.9G tokens. Short and short-to-long: RedPajama's sample without its books,
+# 2.9 GB, about 0.7G tokens, mixed nearly as the paper mixes SlimPajama (its Table 8), whose files
+# need zstandard; its parts keep their own terms: Common Crawl's (1.5 GB), ODC-BY (c4, 0.9 GB), MIT,
+# BSD or Apache 2.0 (github, 0.2 GB), the papers' own (arxiv, 0.1 GB), CC BY-SA (the rest, 0.2 GB).
+DEFAULT_LONG = [
+    "hf:common-pile/project_gutenberg_filtered/project_gutenberg-dolma-000[01].json.gz",
+    "hf:common-pile/arxiv_papers_filtered/arxiv-papers-0007.json.gz",
+]
+PARTS = ("cc_2019-30", "cc_2023-06", "c4", "github", "arxiv", "stackexchange", "wikipedia")
+DEFAULT_SHORT = [f"hf:togethercomputer/RedPajama-Data-1T-Sample/{p}_sample.jsonl" for p in PARTS]
 
 # ---------------------------------------------------------------------------- tokenizers
 
 
 @dataclass
 class Tokenizer:
-    encode_batch: Callable[[list[str]], list[list[int]]]  # no special tokens, markup is plain text
+    encode: Callable[[list[str]], list]  # lists or arrays of ids, whichever is faster; no BOS, EOS
     decode: Callable[[Iterable[int]], str]
     vocab_size: int  # largest id + 1
     bos_id: int | None
@@ -66,6 +86,10 @@ class Tokenizer:
     add_eos: bool  # documents end with eos_id
     fingerprint: str  # of the tokenizer's file
     cut: re.Pattern | None = None  # where a text may be cut without changing its tokens
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, without special tokens; markup such as <s> is plain text."""
+        return [[int(i) for i in ids] for ids in self.encode(texts)]
 
     def check_fits(self, vocab_size: int) -> None:
         """ValueError if the tokenizer can produce ids that a model's vocabulary does not hold."""
@@ -81,17 +105,15 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
     Raises: ValueError if there is neither, or it cannot be read.
     """
-    folder = Path(folder)
-    for path in (folder / "tokenizer.json", folder / "tokenizer.model"):
+    for name, load in (("tokenizer.json", _load_json), ("tokenizer.model", _load_model)):
+        path = Path(folder) / name
         if path.is_file():
-            load = _load_json if path.suffix == ".json" else _load_model
             try:
-                tokenizer = load(path, _read_json(folder / "tokenizer_config.json"))
-            except (ImportError, ValueError):
-                raise
+                tokenizer = load(path, _read_json(path.with_name("tokenizer_config.json")))
             except Exception as error:  # the tokenizers library raises bare Exception
-                raise ValueError(f"{path} is not a readable tokenizer: {error}") from error
-            tokenizer.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+                if type(error) is ValueError:  # ours
+                    raise
+                raise ValueError(f"cannot use {path}: {error}; fetch it again") from error
             tokenizer.cut = _find_cut(tokenizer)
             return tokenizer
     raise ValueError(
@@ -104,6 +126,10 @@ def _read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def _load_json(path: Path, config: dict) -> Tokenizer:
     """Hugging Face's tokenizer.json."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns after a fork
@@ -113,40 +139,33 @@ def _load_json(path: Path, config: dict) -> Tokenizer:
     tk.no_truncation()
     tk.no_padding()
     tk.encode_special_tokens = True  # "<s>" inside a text is three characters, not the token
-    # What the post-processor adds to a text: the model's own habit.
+    # What the post-processor puts around a text is the model's own habit.
     bare, full = tk.encode("a", add_special_tokens=False).ids, tk.encode("a").ids
     at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
-    before, after = full[:at], full[at + len(bare) :]
+    added = {"bos": full[:at], "eos": full[at + len(bare) :]}
 
     def special(kind: str) -> int | None:
         token = config.get(f"{kind}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if token is not None and tk.token_to_id(token) is not None:
-            return tk.token_to_id(token)
+        token = tk.token_to_id(token["content"] if isinstance(token, dict) else token or "")
         for name in ("config.json", "generation_config.json"):
-            found = _read_json(path.parent / name).get(f"{kind}_token_id")
-            if found is not None:  # Llama 3.1 lists several ends; the first ends a text
-                return found[0] if isinstance(found, list) else found
-        added = before if kind == "bos" else after
-        return added[0] if added else None
+            found = _read_json(path.with_name(name)).get(f"{kind}_token_id")
+            token = found if token is None else token
+        token = token[0] if isinstance(token, list) else token  # Llama 3.1: the first ends a text
+        return added[kind][0] if token is None and added[kind] else token
 
     bos_id, eos_id = special("bos"), special("eos")
-    adds_bos = config.get("add_bos_token")
+    adds = config.get("add_bos_token")
+    add_bos = bos_id is not None and (bos_id in added["bos"] if adds is None else adds)
     encode = getattr(tk, "encode_batch_fast", tk.encode_batch)  # fast: no character offsets
-
     return Tokenizer(
-        encode_batch=lambda texts: [e.ids for e in encode(texts, add_special_tokens=False)],
-        decode=lambda ids: tk.decode([int(i) for i in ids], skip_special_tokens=False),
-        vocab_size=max(tk.get_vocab(with_added_tokens=True).values()) + 1,
-        bos_id=bos_id,
-        eos_id=eos_id,
-        add_bos=bos_id is not None and (bos_id in before if adds_bos is None else bool(adds_bos)),
-        add_eos=eos_id is not None,
-        fingerprint="",
+        lambda texts: [e.ids for e in encode(texts, add_special_tokens=False)],
+        lambda ids: tk.decode([int(i) for i in ids], skip_special_tokens=False),
+        max(tk.get_vocab(with_added_tokens=True).values()) + 1,
+        *(bos_id, eos_id, bool(add_bos), eos_id is not None, _sha256(path.read_bytes())),
     )
 
 
-# Llama 3's way of cutting text into words, as its tokenizer.model needs it and does not hold it.
+# Llama 3's way of cutting text into words, which its tokenizer.model leaves to the reader.
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -155,83 +174,67 @@ LLAMA3_PATTERN = (
 
 def llama3_special_tokens(n_ranks: int) -> dict[str, int]:
     """Llama 3's 256 special tokens, which follow the n_ranks ordinary ones."""
-    names = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id"}
-    names[9] = "eot_id"
-    reserved = itertools.count()
-    return {
-        f"<|{names.get(i) or f'reserved_special_token_{next(reserved)}'}|>": n_ranks + i
-        for i in range(256)
-    }
+    names = [f"reserved_special_token_{i}" for i in range(251)]
+    names[:0] = ["begin_of_text", "end_of_text"]
+    names[6:6] = ["start_header_id", "end_header_id"]
+    names.insert(9, "eot_id")
+    return {f"<|{name}|>": n_ranks + i for i, name in enumerate(names)}
 
 
 def read_ranks(path: Path) -> dict[bytes, int] | None:
     """Tokens of a tiktoken file (base64, space, rank on each line); None if it is not one."""
-    import base64
-    import binascii
-
     try:
-        lines = path.read_bytes().splitlines()
-        pairs = (line.split() for line in lines if line)
+        pairs = (line.split() for line in path.read_bytes().splitlines() if line)
         return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-    except (ValueError, binascii.Error):
+    except ValueError:
         return None
 
 
 def _load_model(path: Path, config: dict) -> Tokenizer:
     """Meta's tokenizer.model: tiktoken ranks (Llama 3) or sentencepiece (Llama 1 and 2)."""
-    ranks = read_ranks(path)
-    if ranks:
+    if ranks := read_ranks(path):
         import tiktoken
 
         special = llama3_special_tokens(len(ranks))
-        encoding = tiktoken.Encoding(
+        coder = tiktoken.Encoding(
             "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
-        n_threads = os.cpu_count() or 1
-        encode = lambda texts: encoding.encode_ordinary_batch(texts, num_threads=n_threads)  # noqa: E731
-        decode, vocab_size = encoding.decode, len(ranks) + 256
-        bos_id, eos_id = special["<|begin_of_text|>"], special["<|end_of_text|>"]
+        pool = ThreadPoolExecutor(os.cpu_count())
+        one = functools.partial(coder.encode_to_numpy, disallowed_special=())
+        encode = lambda texts: list(pool.map(one, texts))  # noqa: E731
+        ids = len(ranks) + 256, special["<|begin_of_text|>"], special["<|end_of_text|>"]
     else:
-        try:
-            import sentencepiece
-        except ImportError as error:
-            raise ValueError(
-                f"{path} is a sentencepiece model: pip install sentencepiece, or put the model's "
-                "tokenizer.json beside it"
-            ) from error
-        sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        encode, decode, vocab_size = sp.encode, sp.decode, sp.vocab_size()
-        bos_id, eos_id = sp.bos_id(), sp.eos_id()
-    return Tokenizer(
-        encode_batch=encode,
-        decode=lambda ids: decode([int(i) for i in ids]),
-        vocab_size=vocab_size,
-        bos_id=bos_id,
-        eos_id=eos_id,
-        add_bos=config.get("add_bos_token", True),
-        add_eos=True,
-        fingerprint="",
-    )
+        coder = _optional("sentencepiece", path).SentencePieceProcessor(model_file=str(path))
+        encode, ids = coder.encode, (coder.vocab_size(), coder.bos_id(), coder.eos_id())
+    add_bos, fingerprint = config.get("add_bos_token", True), _sha256(path.read_bytes())
+    decode = lambda ids: coder.decode([int(i) for i in ids])  # noqa: E731
+    return Tokenizer(encode, decode, *ids, add_bos, True, fingerprint)
+
+
+def _optional(package: str, what: object):
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        package = package.split(".")[0]
+        raise ValueError(f"reading {what} takes one more package: pip install {package}") from error
 
 
 def _find_cut(tokenizer: Tokenizer) -> re.Pattern | None:
     """Where a long text may be cut so that its pieces' tokens are the tokens of the whole.
 
-    Byte-level tokenizers first cut at word borders themselves: after a newline or before a space
+    Byte-level tokenizers cut at word borders first: after a lone newline, or before a lone space,
     is safe. Sentencepiece's put a space in front of every text: cut at a space and drop it. Which
-    holds is tried on this tokenizer. Neither: pieces of LONGEST_PIECE, one token off at each cut.
+    holds is tried on this tokenizer. Neither: pieces of LONGEST_PIECE, a token off at each cut.
     """
-    left, right = "He said: it's 12 o'clock,\n\nbut 'No one", "knew' the 7th\r\nthing of 1999. Yes"
-    keep = r"(?<=\n)(?=[^\s])|(?<=[^\W\d_])(?= [^\W\d_])"
+    a, b = "He said: it's 12 o'clock,\n\nbut 'No one", "knew' the 7th\r\nthing of 1999. Yes"
+    keep = r"(?<=\S\n)(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])"
     drop = r"(?<=[^\W\d_]) (?=[^\W\d_])"
-    for pattern, pairs in (
-        (keep, [(left + "\n", right), (left, " " + right)]),
-        (drop, [(left, right)]),
+    for pattern, *groups in (
+        (keep, [a + "\n" + b, a + "\n", b], [a + " " + b, a, " " + b]),
+        (drop, [a + " " + b, a, b]),
     ):
-        between = " " if pattern is drop else ""
-        texts = [[a + between + b, a, b] for a, b in pairs]
-        ids = [tokenizer.encode_batch(group) for group in texts]
-        if all(whole == [*a, *b] for whole, a, b in ids):
+        ids = [tokenizer.encode_batch(group) for group in groups]
+        if all(whole == first + second for whole, first, second in ids):
             return re.compile(pattern)
     return None
 
@@ -241,12 +244,13 @@ def _find_cut(tokenizer: Tokenizer) -> re.Pattern | None:
 
 @dataclass
 class File:
-    path: str
+    path: str  # on disk, or inside its hub dataset
     source: int  # index of the spec that named it
     column: str  # field of a record that holds the text
-    kind: str  # text | jsonl
+    kind: str  # text | jsonl | parquet | rows (of a hub dataset, streamed)
     fingerprint: str = ""
-    stat: tuple = ()  # size, mtime and ctime when the fingerprint was taken
+    stat: tuple = (0, 0, 0)  # size, mtime and ctime when the fingerprint was taken
+    hub: tuple = ()  # (dataset, commit): fetched when it is read; rows: also config and split
 
 
 @dataclass
@@ -255,81 +259,107 @@ class Piece:
     last: bool  # of its document
     checksum: int  # of its document's first piece
     source: int
-    file: int
-    number: int  # pieces of this file up to and including this one
-    position: int  # bytes of all input read so far
-    bad: int  # records left out so far
+    progress: dict  # where the reader stands after it
 
 
-def find_files(specs: list[str]) -> list[File]:
-    """Files, folders (all files below, hidden ones left out) and globs -> files, each once, sorted.
+def _kind(path: str) -> str:
+    found = re.search(r"\.(jsonl|ndjson|parquet|json(?=\.))(\.gz|\.zst)?$", path.lower())
+    return "text" if not found else "parquet" if found[1] == "parquet" else "jsonl"
 
-    A spec may end in #column: the field of .jsonl records to read, "text" unless told.
+
+def find_files(specs: list[str], remembered: dict) -> list[File]:
+    """Specs -> the files they name, sorted, each file once.
+
+    specs: a file, a folder (all files below it, hidden ones left out), a glob, or
+        hf:owner/name[/config][:split]: a dataset of the Hugging Face hub, where config is a folder,
+        file or glob in it and split a word of the file names ("train" unless told, where there is
+        such); each may end in #column, the field of records to read ("text" unless told).
+    remembered: what hub specs named before, used first and added to: data stay as they were.
     """
     found = {}
-    for source, spec in enumerate(specs):
-        path, column = str(spec), "text"
-        if not os.path.exists(path) and "#" in path:
-            path, column = path.rsplit("#", 1)
+    for source, spec in enumerate(map(str, specs)):
+        path, column = spec, "text"
+        if "#" in spec and not os.path.exists(spec):
+            path, column = spec.rsplit("#", 1)
+        if path.startswith("hf:"):
+            remembered[path] = remembered.get(path) or _hub_files(path)
+            for name, size, *hub in remembered[path]:
+                kind, key = _kind(name) if name else "rows", "/".join([*hub, name])
+                file = File(name, source, column, kind, key, (size, 0, 0), tuple(hub))
+                found.setdefault(key, file)
+            continue
         path = os.path.expanduser(path)
-        if os.path.isfile(path):
-            paths = [path]
-        elif os.path.isdir(path):
-            paths = [p for p in glob.glob(f"{glob.escape(path)}/**", recursive=True)]
-        else:
-            paths = glob.glob(path, recursive=True)
-        paths = sorted(p for p in paths if os.path.isfile(p))
-        if not paths:
-            raise ValueError(
-                f"no file at {spec!r}: need a text file, a folder, or a glob such as 'books/*.txt'"
-            )
+        path = f"{glob.escape(path)}/**" if os.path.isdir(path) else path
+        paths = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+        paths = [p for p in paths if os.path.isfile(p)]
         full = [p for p in paths if os.path.getsize(p)]  # an empty file among others is no fault
         if not full:
-            raise ValueError(f"{spec} is empty: need text; fill it or leave it out")
+            what = "only empty files" if paths else "no file"
+            raise ValueError(f"{what} at {spec}: need a text file, folder, glob or hf:owner/name")
         for p in full:
             found.setdefault(os.path.realpath(p), File(p, source, column, _kind(p)))
     return list(found.values())
 
 
-def _kind(path: str) -> str:
-    name, packed = path.lower(), False
-    for suffix in (".gz", ".zst"):
-        if name.endswith(suffix):
-            name, packed = name[: -len(suffix)], True
-    if name.endswith((".jsonl", ".ndjson")) or (packed and name.endswith(".json")):
-        return "jsonl"
-    return "text"
+def _hub_files(spec: str) -> list[list]:
+    """hf:owner/name[/config][:split] -> [file name, size, dataset, commit] of each; all of it as
+    rows, [no name, 0, dataset, commit, config, split], where no file can be told to be meant."""
+    import huggingface_hub
+
+    name, _, split = spec[3:].partition(":")
+    owner, name, config = [*name.split("/", 2), "", ""][:3]
+    repo, api, sizes = f"{owner}/{name}", huggingface_hub.HfApi(), {}
+    try:
+        info = api.dataset_info(repo)
+        names = [sibling.rfilename for sibling in info.siblings or ()]
+        chosen = _choose(names, config, split)
+        if chosen:
+            paths = api.get_paths_info(repo, chosen, revision=info.sha, repo_type="dataset")
+            sizes = {path.path: path.size for path in paths}
+    except Exception as error:  # its error classes differ from version to version
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"cannot list {spec} ({reason}); check name and network, or name a downloaded folder"
+        ) from error
+    if not chosen and any(c in config for c in "*?[."):
+        raise ValueError(f"no file {config!r} in {repo}; it has {', '.join(names[:5])} ...")
+    rows = [["", 0, repo, info.sha, config, split]]
+    return [[name, sizes[name], repo, info.sha] for name in chosen] or rows
 
 
-def _decoded(blocks: Iterable[bytes], path: str) -> Iterator[str]:
-    """UTF-8 text of a file's blocks; ValueError at what is not text."""
-    decoder, offset = codecs.getincrementaldecoder("utf-8-sig")(), 0
-    for block in itertools.chain(blocks, [b""]):
-        if b"\0" in block:
-            raise ValueError(
-                f"{path} is binary (a zero byte at {offset + block.index(0)}), need UTF-8 text; "
-                "leave it out, e.g. by naming files with a glob, or pass --skip_bad_lines"
-            )
+def _choose(names: list[str], config: str, split: str) -> list[str]:
+    """Files of a hub dataset that config (a file, glob or folder) and split speak of."""
+    if exact := fnmatch.filter(names, config):
+        return sorted(exact)
+    names = [n for n in names if _kind(n) != "text" and (not config or f"/{config}/" in f"/{n}")]
+    in_split = re.compile(rf"(^|[/_.-]){split or 'train'}([/_.-]|$)")
+    return sorted(filter(in_split.search, names)) or ([] if split else sorted(names))
+
+
+def _decoded(stream, path: str, digest=None) -> Iterator[str]:
+    """UTF-8 text of a stream, whose bytes also go into digest; ValueError at what is not text."""
+    decoder, offset, block = codecs.getincrementaldecoder("utf-8-sig")(), 0, b" "
+    while block:
+        block = stream.read(1 << 20)
+        if digest:
+            digest.update(block)
         try:
+            if b"\0" in block:
+                raise ValueError(f"binary, with a zero byte at {offset + block.index(0)}")
             yield decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
+        except ValueError as error:
             raise ValueError(
-                f"{path} is not UTF-8 (near byte {offset + error.start}: {error.reason}); convert "
-                "it, e.g. iconv -f latin1 -t utf-8, or leave it out with --skip_bad_lines"
+                f"{path} is not UTF-8 text ({error}, block at byte {offset}); convert it (iconv -f "
+                "latin1 -t utf-8), name files by a glob without it, or pass --skip_bad_lines"
             ) from error
         offset += len(block)
-
-
-def _blocks(stream) -> Iterator[bytes]:
-    return iter(lambda: stream.read(1 << 20), b"")
 
 
 def _split(blocks: Iterable[str], cut: re.Pattern | None) -> Iterator[tuple[str, bool]]:
     """One document -> (piece, is it the last), cut where the tokens do not notice."""
     rest = ""
     for block in itertools.chain(blocks, [None]):
-        rest += block or ""
-        start = 0
+        rest, start = rest + (block or ""), 0
         # All of `rest` is cut at the end of the text; before it, only what has room for a cut.
         while len(rest) - start > (PIECE if block is None else LONGEST_PIECE):
             end = start + LONGEST_PIECE
@@ -343,79 +373,101 @@ def _split(blocks: Iterable[str], cut: re.Pattern | None) -> Iterator[tuple[str,
         yield rest, True
 
 
-def _lines(stream, file: File, skip_bad: bool) -> Iterator[list[str] | None]:
-    """Texts of JSON records, one on a line; a bad one is None, or an error."""
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
+@contextlib.contextmanager
+def _open(file: File):
+    """(stream of decompressed bytes, raw stream whose position tells the progress)"""
+    path, name = file.path, file.path.lower()
+    if file.kind == "rows":
+        yield None, None
+        return
+    if file.hub:
+        import huggingface_hub
+
+        path = huggingface_hub.hf_hub_download(
+            file.hub[0], path, repo_type="dataset", revision=file.hub[1]
+        )
+    with open(path, "rb") as raw:
+        if name.endswith(".gz"):
+            yield gzip.GzipFile(fileobj=raw), raw
+        elif name.endswith(".zst"):
+            unpacker = _optional("zstandard", path).ZstdDecompressor()
+            yield io.BufferedReader(unpacker.stream_reader(raw, read_across_frames=True)), raw
+        else:
+            yield raw, raw
+
+
+def _records(file: File, stream) -> Iterator[bytes | dict]:
+    """Records of a file: lines of JSON, still to be parsed, or dicts."""
+    if file.kind == "jsonl":
+        yield from stream
+    elif file.kind == "parquet":
+        table = _optional("pyarrow.parquet", file.path).ParquetFile(stream)
+        columns = [file.column] if file.column in table.schema_arrow.names else None
+        for batch in table.iter_batches(batch_size=256, columns=columns):
+            yield from batch.to_pylist()
+    else:
+        repo, commit, config, split = file.hub
+        yield from _optional("datasets", repo).load_dataset(
+            repo, config or None, split=split or "train", revision=commit, streaming=True
+        )
+
+
+def _documents(file: File, stream, skip_bad: bool) -> Iterator[Iterable[str] | None]:
+    """Texts of a file, in blocks; None for a record left out because it is none."""
+    if file.kind == "text":
+        yield _decoded(stream, file.path)
+        return
+    for number, record in enumerate(_records(file, stream), 1):
         try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or not isinstance(record.get(file.column), str):
-                fields = sorted(record) if isinstance(record, dict) else type(record).__name__
-                raise ValueError(f"no text in field {file.column!r} of {fields}; try PATH#FIELD")
-            record[file.column].encode()  # half a surrogate pair is legal JSON and not text
-            yield [record[file.column]]
-        except ValueError as error:
+            if isinstance(record, bytes):
+                record = json.loads(record) if record.strip() else {file.column: ""}
+            text = record.get(file.column) if isinstance(record, dict) else None
+            if text is None:
+                raise ValueError(f"no {file.column!r} in {str(record)[:60]}...; try PATH#FIELD")
+            text.encode()  # half a surrogate pair is legal JSON and not text
+            yield [text]
+        except (ValueError, AttributeError) as error:
             if not skip_bad:
                 raise ValueError(
-                    f"{file.path}:{number}: not a JSON record with text ({error}); mend the line, "
-                    "or leave out such lines with --skip_bad_lines"
+                    f"{file.path or file.hub[0]}:{number}: not a record with text ({error}); mend "
+                    "it, or leave out such records with --skip_bad_lines"
                 ) from error
             yield None
 
 
-def _open(file: File):
-    """(stream of decompressed bytes, raw file whose position tells the progress)"""
-    raw = open(file.path, "rb")
-    if file.path.lower().endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw), raw
-    return raw, raw
+def _pieces(files, cut, progress, skip_bad) -> Iterator[Piece]:
+    """Documents in order, as pieces, from where `progress` stands; brings it up to date.
 
-
-def _pieces(files, cut, state, skip_bad, tally) -> Iterator[Piece]:
-    """Documents in order, as pieces, from where `state` left off; tally["bad"] counts bad records.
-
-    What lies before is read again and thrown away: seconds, where tokenising it took minutes.
+    What lies before in the first file is read again and thrown away: seconds, where tokenising it
+    took minutes.
     """
-    before = sum(file.stat[0] for file in files[: state["file"]])
-    for index in range(state["file"], len(files)):
-        file, number = files[index], 0
-        n_skip = state["pieces"] if index == state["file"] else 0
+    n_done, before = progress["pieces"], sum(f.stat[0] for f in files[: progress["file"]])
+    for index, file in enumerate(files[progress["file"] :], progress["file"]):
+        number = 0
         try:
-            stream, raw = _open(file)
-            with raw:
-                if file.kind == "jsonl":
-                    documents = _lines(stream, file, skip_bad)
-                else:
-                    documents = [_decoded(_blocks(stream), file.path)]
-                for document in documents:
+            with _open(file) as (stream, raw):
+                for document in _documents(file, stream, skip_bad):
                     if document is None:
-                        tally["bad"] += number >= n_skip
+                        progress["bad"] += number >= n_done
                         continue
                     checksum = None
                     for text, last in _split(document, cut):
                         checksum = zlib.crc32(text.encode()) if checksum is None else checksum
                         number += 1
-                        if number > n_skip:
-                            position = before + raw.tell()
-                            yield Piece(
-                                text,
-                                last,
-                                checksum,
-                                file.source,
-                                index,
-                                number,
-                                position,
-                                tally["bad"],
-                            )
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(
-                f"cannot read {file.path}: {error}; fetch it again or leave it out"
-            ) from error
-        before += file.stat[0]
+                        if number > n_done:
+                            position = before + (raw.tell() if raw else 0)
+                            progress.update(file=index, pieces=number, position=position)
+                            yield Piece(text, last, checksum, file.source, dict(progress))
+        except Exception as error:  # every reader has its own
+            if type(error) is ValueError:  # ours, with file and remedy
+                raise
+            where = file.path or file.hub[0]
+            raise ValueError(f"cannot read {where}: {error}; fetch or leave it out") from error
+        n_done, before = 0, before + file.stat[0]
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces in batches of BATCH characters, then an empty batch."""
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)
@@ -423,68 +475,49 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         if size >= BATCH:
             yield batch
             batch, size = [], 0
-    if batch:
-        yield batch
+    yield from [batch, []] if batch else [[]]
 
 
-def _fingerprint(files: list[File], cache_dir: Path, skip_bad: bool, log: Callable) -> list[File]:
+def _fingerprint(files: list[File], seen: dict, skip_bad: bool, log: Callable) -> list[File]:
     """Fill in each file's content fingerprint; read only files not seen before or changed since.
 
     Plain text is also checked here, before hours of work: what is not UTF-8 is an error, or with
-    skip_bad left out. Sizes and times of files seen are remembered in cache_dir/seen_files.json.
+    skip_bad left out. seen: path -> size, times and fingerprint, remembered from run to run.
     """
-    memory = cache_dir / "seen_files.json"
-    try:
-        seen = json.loads(memory.read_text())
-    except (OSError, ValueError):
-        seen = {}
-    good, news = [], {}
-    total = sum(os.path.getsize(file.path) for file in files)
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="checking files", disable=None, delay=1)
-    for file in files:
-        stat = os.stat(file.path)
-        file.stat = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-        key = os.path.realpath(file.path)
-        known = seen.get(key)
-        if known and tuple(known[:3]) == file.stat:
-            file.fingerprint = known[3]
-            good.append(file)
-            continue
-        digest = hashlib.blake2b(digest_size=16)
-        with open(file.path, "rb") as stream:
-
-            def hashed(blocks, digest=digest):
-                for block in blocks:
-                    digest.update(block)
-                    bar.update(len(block))
-                    yield block
-
-            plain = file.kind == "text" and not file.path.lower().endswith((".gz", ".zst"))
+    good = []
+    for file in tqdm(files, "checking files", disable=None, leave=False):
+        if not file.hub:
+            file.stat, path = _stat(file.path), os.path.realpath(file.path)
             try:
-                for _ in (_decoded if plain else lambda b, _: b)(
-                    hashed(_blocks(stream)), file.path
-                ):
-                    pass
+                if seen.get(path, [])[:3] != list(file.stat):
+                    seen[path] = [*file.stat, _hash(file)]
             except ValueError as error:
                 if not skip_bad:
                     raise
                 log(f"left out: {error}")
                 continue
-        file.fingerprint = digest.hexdigest()
+            file.fingerprint = seen[path][3]
+            # Written a moment ago, it can change within one tick of its clock: not remembered.
+            if time.time_ns() - max(file.stat[1:]) < 2e9:
+                del seen[path]
         good.append(file)
-        # A file written a moment ago can change again within one tick of its clock: not remembered.
-        if time.time_ns() - max(file.stat[1:]) > 2e9:
-            news[key] = [*file.stat, file.fingerprint]
-    bar.close()
-    if news:
-        _write_atomic(memory, json.dumps({**seen, **news}))
     return good
 
 
-def _write_atomic(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def _stat(path: str) -> tuple:
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _hash(file: File) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(file.path, "rb") as stream:
+        if file.kind == "text" and not file.path.lower().endswith((".gz", ".zst")):
+            for _ in _decoded(stream, file.path, digest):
+                pass
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------- tokenising
@@ -501,29 +534,29 @@ class Corpus:
     doc_sources: np.ndarray  # (n_docs,) int64, index into sources
     sources: list[str]  # the specs
     fingerprint: str
-    folder: str
+    folder: Path
 
     @property
     def n_docs(self) -> int:
-        return len(self.doc_starts) - 1
+        return len(self.doc_checksums)
 
-    @property
-    def n_tokens(self) -> int:
-        return len(self.tokens)
-
-    def segments(self, held_out: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def segments(self, held_out=False, min_doc_len=0) -> tuple[np.ndarray, np.ndarray]:
         """Where the training part lies, or the held-out part: (starts, lengths), one per document.
 
-        The rule stands at the top of this file. Lengths may be 0.
+        The rule stands at the top of this file; lengths are 0 where there is nothing. Documents
+        under min_doc_len tokens count as nothing.
         """
         starts, lengths = self.doc_starts[:-1], np.diff(self.doc_starts)
-        if self.n_docs >= 100:
+        if self.n_docs >= SPLIT_BY_DOCUMENT:
             out = self.doc_checksums % 20 == 0
             if not out.any():  # 1 chance in 170 at 100 documents
                 out = self.doc_checksums == self.doc_checksums.min()
-            return starts, np.where(out == held_out, lengths, 0)
-        tail = lengths // 20
-        return (starts + lengths - tail, tail) if held_out else (starts, lengths - tail)
+            size = np.where(out == held_out, lengths, 0)
+        else:
+            tail = lengths // 20
+            starts = starts + lengths - tail if held_out else starts
+            size = tail if held_out else lengths - tail
+        return starts, np.where(lengths >= min_doc_len, size, 0)
 
 
 def tokenize(
@@ -534,193 +567,144 @@ def tokenize(
     skip_bad_lines: bool = False,
     log: Callable[[str], None] = print,
 ) -> Corpus:
-    """Tokenise files once; later calls map what lies on disk.
+    """Tokenise text once; later calls map what lies on disk.
 
-    specs: paths, folders, globs, each optionally with #column for .jsonl (see find_files).
+    specs: files, folders, globs, hub datasets (find_files says how they are written).
     name: of the stream, for the log.
     skip_bad_lines: leave out and count malformed records and files that are not text.
     Raises: ValueError at a missing, empty or unreadable file, a malformed record, a full disk.
     """
-    cache_dir = Path(cache_dir)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    files = _fingerprint(find_files(specs), cache_dir, skip_bad_lines, log)
-    key = [FORMAT, tokenizer.fingerprint, tokenizer.add_bos, tokenizer.add_eos, skip_bad_lines]
-    key += [tokenizer.bos_id, tokenizer.eos_id, PIECE]
-    key += [(file.fingerprint, file.source, file.column, file.kind) for file in files]
-    fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    folder = cache_dir / f"tokens-{fingerprint}"
-    meta = _complete(folder)
-    if meta is None:
-        # One run builds, others wait here for its result; a killed run's lock frees itself.
-        lock = FileLock(f"{folder}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log(f"{name}: another run is tokenising the same text; waiting for it")
-            lock.acquire()
-        with lock:
-            lock.release()  # the `with` holds it a second time
-            meta = _complete(folder, log)
-            if meta is None:
-                meta = _build(folder, files, tokenizer, name, skip_bad_lines, log)
-    log(
-        f"{name}: {meta['documents']:,} documents, {meta['tokens']:,} tokens in {folder}"
-        + (f"; {meta['bad']:,} bad records left out" if meta["bad"] else "")
-    )
-    tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
-    records = np.fromfile(folder / "documents.bin", dtype=np.int64).reshape(-1, RECORD)
-    starts = np.concatenate([[0], records[:, 0]])
-    specs = [str(spec) for spec in specs]
-    return Corpus(
-        name, tokens, starts, records[:, 1], records[:, 2], specs, fingerprint, str(folder)
-    )
+    cache_dir, memory = Path(cache_dir), Path(cache_dir) / "seen_files.json"
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        seen = _read_json(memory)
+        known = str(seen)
+        files = _fingerprint(find_files(specs, seen), seen, skip_bad_lines, log)
+        if str(seen) != known:
+            _write_atomic(memory, seen)
+        key = [FORMAT, PIECE, skip_bad_lines, tokenizer.fingerprint]
+        key += [tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos, tokenizer.add_eos]
+        key += [(file.fingerprint, file.source, file.column, file.kind) for file in files]
+        fingerprint = _sha256(json.dumps(key).encode())
+        folder = cache_dir / f"tokens-{fingerprint}"
+        meta = _complete(folder)
+        if meta is None:
+            log(f"{name}: tokenising {len(files):,} files, or waiting for a run that is at it")
+            with FileLock(f"{folder}.lock"):  # a killed run's lock frees itself
+                meta = _complete(folder, log)
+                meta = meta or _build(folder, files, tokenizer, name, skip_bad_lines, log)
+        tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
+        records = np.fromfile(folder / "documents.bin", dtype=np.int64).reshape(-1, RECORD)
+    except OSError as error:
+        raise ValueError(
+            f"{name}: {error}; if the disk is full, free about half the text's size in {cache_dir} "
+            "and run again: it goes on where it stopped"
+        ) from error
+    bad = meta["reader"]["bad"]
+    left_out = f"; {bad:,} bad records left out" if bad else ""
+    log(f"{name}: {len(records):,} documents, {len(tokens):,} tokens in {folder}{left_out}")
+    starts, specs = np.append(0, records[:, 0]), [str(spec) for spec in specs]
+    return Corpus(name, tokens, starts, records[:, 1], records[:, 2], specs, fingerprint, folder)
+
+
+def _write_atomic(path: Path, content: dict) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as stream:
+        json.dump(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
 
 
 def _complete(folder: Path, log: Callable = lambda _: None) -> dict | None:
     """The cache's description if it is whole, None if it is to be built."""
-    if not folder.is_dir():
-        return None
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        records = (folder / "documents.bin").read_bytes()
-        size = (folder / "tokens.bin").stat().st_size
-        if size == meta["tokens"] * np.dtype(meta["dtype"]).itemsize:
-            if zlib.crc32(records) == meta["records_checksum"]:
-                return meta
-        reason = f"tokens.bin holds {size:,} bytes, meta.json says otherwise"
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error)
-    log(f"{folder} is damaged ({reason}): built anew")
+        if all(os.path.getsize(folder / name) == meta[name] for name in FILES):
+            return meta
+    except (OSError, ValueError, KeyError):
+        pass
+    if folder.is_dir():
+        log(f"{folder} is damaged: building it anew")
     return None
 
 
 def _build(folder, files, tokenizer, name, skip_bad, log) -> dict:
     """Tokenise into folder.part, shard by shard; rename when done. Returns the description."""
-    part = Path(f"{folder}.part")
+    part, began = Path(f"{folder}.part"), time.perf_counter()
     part.mkdir(exist_ok=True)
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    state = _journal_end(part, dtype)
-    if state["tokens"]:
-        log(f"{name}: going on after {state['tokens']:,} tokens of an interrupted run")
-    began, first_token = time.perf_counter(), state["tokens"]
-    tally = {"bad": state["bad"]}
-    pieces = _pieces(files, tokenizer.cut, dict(state), skip_bad, tally)
-    total = sum(file.stat[0] for file in files)
-    bar = tqdm(total=total, initial=state["position"], unit="B", unit_scale=True, disable=None)
-    bar.set_description(f"tokenising {name}")
-    try:
-        with (
-            ThreadPoolExecutor(1) as pool,
-            open(part / "tokens.bin", "ab") as tokens,
-            open(part / "documents.bin", "ab") as records,
-            open(part / "journal.jsonl", "a") as journal,
-            bar,
-        ):
-            pending, uncommitted = None, 0
-            # While the tokenizer works on one batch, the one before is written, the next read.
-            for batch in itertools.chain(_batches(pieces), [None]):
-                texts = [piece.text for piece in batch or ()]
-                job = pool.submit(tokenizer.encode_batch, texts) if batch else None
-                if pending:
-                    done, result = pending
-                    _append(done, result.result(), tokenizer, dtype, state, tokens, records)
-                    bar.update(done[-1].position - bar.n)
-                    bar.set_postfix_str(f"{state['tokens']:,} tokens", refresh=False)
-                    uncommitted += sum(len(piece.text) for piece in done)
-                if batch is None:
-                    state["bad"] = tally["bad"]
-                if uncommitted >= SHARD or batch is None:
-                    _commit(state, tokens, records, journal)
-                    uncommitted = 0
-                pending = (batch, job)
-    except OSError as error:
-        raise ValueError(
-            f"cannot write the tokens of {name} to {part}: {error}; free some space (about "
-            f"{dtype.itemsize / 4:.1f} x the text's size) and run again: it goes on from there"
-        ) from error
+    fresh = {file: 0 for file in FILES}  # bytes
+    fresh["reader"] = dict.fromkeys(("file", "pieces", "position", "bad"), 0)
+    fresh.update(open=False, dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
+    total, item = sum(file.stat[0] for file in files), np.dtype(fresh["dtype"]).itemsize
+    with contextlib.ExitStack() as stack:
+        bar = tqdm(None, f"tokenising {name}", total, unit="B", unit_scale=True, disable=None)
+        stack.enter_context(bar)
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        streams = {file: stack.enter_context(open(part / file, "ab")) for file in FILES}
+        # A shard is finished when state.json is on disk, after what it speaks of.
+        state = _read_json(part / "state.json") or fresh
+        if any(stream.tell() < state[file] for file, stream in streams.items()):
+            state = fresh
+        for file, stream in streams.items():
+            stream.truncate(state[file])  # what a killed run wrote after its last shard
+        if state[FILES[0]]:
+            log(f"{name}: going on after {state[FILES[0]] // item:,} tokens of an interrupted run")
+        reader, size, finished = dict(state["reader"]), 0, 0  # characters done, and in shards
+        done, job = [], None
+        # While the tokenizer works on one batch, the one before is written and the next one read.
+        for batch in _batches(_pieces(files, tokenizer.cut, reader, skip_bad)):
+            next_job = pool.submit(tokenizer.encode, [piece.text for piece in batch])
+            if done:
+                _append(done, job.result(), tokenizer, state, *streams.values())
+                bar.set_postfix_str(f"{state[FILES[0]] // item:,} tokens", refresh=False)
+                bar.update(state["reader"]["position"] - bar.n)
+                size += sum(len(piece.text) for piece in done)
+            if size - finished >= SHARD or not batch:
+                for stream in streams.values():
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                _write_atomic(part / "state.json", state)
+                finished = size
+            done, job = batch, next_job
     for file in files:
-        stat = os.stat(file.path)
-        if (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) != file.stat:
+        if not file.hub and _stat(file.path) != file.stat:
             shutil.rmtree(part)
             raise ValueError(f"{file.path} changed while it was read: run again")
-    if not state["tokens"]:
+    if not state[FILES[0]]:
         raise ValueError(f"{name}: no text in {len(files)} files; name files that hold some")
-    meta = {
-        "tokens": state["tokens"],
-        "documents": state["documents"],
-        "dtype": dtype.name,
-        "bad": state["bad"],
-        "records_checksum": zlib.crc32((part / "documents.bin").read_bytes()),
-        "files": [file.path for file in files[:1000]],
-    }
-    _write_atomic(part / "meta.json", json.dumps(meta))
+    state["reader"] = reader  # with the bad records after the last good one
+    _write_atomic(part / "meta.json", state)
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one
     os.replace(part, folder)
-    seconds = time.perf_counter() - began
-    log(
-        f"{name}: tokenised {total / 1e6:,.1f} MB in {seconds:,.1f} s ({total / 1e6 / seconds:,.1f}"
-        f" MB/s, {(state['tokens'] - first_token) / seconds:,.0f} tokens/s)"
-    )
-    return meta
+    size, seconds = size / 1e6, time.perf_counter() - began
+    log(f"{name}: tokenised {size:,.1f}M characters in {seconds:,.1f} s, {size / seconds:,.2f}M/s")
+    return state
 
 
-def _append(batch, ids, tokenizer, dtype, state, tokens, records) -> None:
+def _append(batch, ids, tokenizer, state, tokens, records) -> None:
     """Write one tokenised batch: documents' tokens and, where one ends, its record."""
-    flat, ends = [], []
+    parts, ends, n_tokens = [], [], state[FILES[0]] // np.dtype(state["dtype"]).itemsize
     for piece, piece_ids in zip(batch, ids, strict=True):
-        if not state["open"] and tokenizer.add_bos:
-            flat.append(tokenizer.bos_id)
-        flat += piece_ids
+        first = [tokenizer.bos_id] if tokenizer.add_bos and not state["open"] else []
+        last = [tokenizer.eos_id] if tokenizer.add_eos and piece.last else []
+        parts += [first, piece_ids, last]
+        n_tokens += len(first) + len(piece_ids) + len(last)
         state["open"] = not piece.last
         if piece.last:
-            if tokenizer.add_eos:
-                flat.append(tokenizer.eos_id)
-            ends.append((state["tokens"] + len(flat), piece.checksum, piece.source))
-    tokens.write(np.array(flat, dtype=dtype).data)
-    records.write(np.array(ends, dtype=np.int64).data)
-    state["tokens"] += len(flat)
-    state["documents"] += len(ends)
-    last = batch[-1]
-    state.update(file=last.file, pieces=last.number, position=last.position, bad=last.bad)
-
-
-def _commit(state, tokens, records, journal) -> None:
-    """A shard is finished when its journal line is on disk, after what the line speaks of."""
-    for stream in (tokens, records):
-        stream.flush()
-        os.fsync(stream.fileno())
-    journal.write(json.dumps(state) + "\n")
-    journal.flush()
-    os.fsync(journal.fileno())
-
-
-def _journal_end(part: Path, dtype: np.dtype) -> dict:
-    """State after the last finished shard; cuts off what a killed run wrote after it."""
-    start = dict.fromkeys(("tokens", "documents", "file", "pieces", "position", "bad"), 0)
-    states = [{**start, "open": False}]
-    sizes = {"tokens.bin": ("tokens", dtype.itemsize), "documents.bin": ("documents", 8 * RECORD)}
-    for name in (*sizes, "journal.jsonl"):
-        (part / name).touch()
-    for line in (part / "journal.jsonl").read_text().splitlines():
-        try:
-            state = json.loads(line)
-        except ValueError:  # torn by the kill
-            break
-        if all((part / n).stat().st_size >= state[key] * size for n, (key, size) in sizes.items()):
-            states.append(state)
-    for name, (key, size) in sizes.items():
-        os.truncate(part / name, states[-1][key] * size)
-    _write_atomic(part / "journal.jsonl", "".join(json.dumps(s) + "\n" for s in states[1:]))
-    return states[-1]
+            ends.append((n_tokens, piece.checksum, piece.source))
+    flat = np.concatenate(parts, dtype=state["dtype"], casting="unsafe")
+    state[FILES[0]] += tokens.write(flat.data)
+    state[FILES[1]] += records.write(np.array(ends, dtype=np.int64).data)
+    state["reader"] = batch[-1].progress
 
 
 # ---------------------------------------------------------------------------- streams
 
 
-def _packed(segments) -> tuple[np.ndarray, np.ndarray]:
+def _packed(starts, lengths) -> tuple[np.ndarray, np.ndarray]:
     """(starts, ends in the packed sequence) of the segments that hold anything."""
-    starts, lengths = segments
-    return starts[lengths > 0], np.cumsum(lengths[lengths > 0])
+    return starts[lengths > 0], np.append(0, np.cumsum(lengths[lengths > 0]))[1:]
 
 
 def _read(tokens, starts, ends, offset, length) -> np.ndarray:
@@ -735,24 +719,42 @@ def _read(tokens, starts, ends, offset, length) -> np.ndarray:
     return out
 
 
+@dataclass
 class Stream:
     """Batches of a corpus' training part; batch(index) is a pure function of (seed, name, index).
 
     Documents are packed back to back and cut into sequences of seq_len inputs, each with the next
     token as its last label, so that every token is predicted once an epoch. Each epoch visits the
-    sequences in its own order; batches run on from one epoch into the next.
+    sequences in its own order; batches run on from one epoch into the next. With many processes,
+    rank r of n takes the batches r, r + n, r + 2 n, ...: the same tokens whatever n is.
+
+    min_doc_len: tokens; shorter documents are left out.
+    length_upsample: documents of seq_len tokens or more weigh this many times as much as shorter
+        ones, and yet every source (spec) keeps its share of the tokens: each document is repeated
+        or left out accordingly, a fraction of a copy being a chance. Copies lie far apart.
     """
 
-    def __init__(self, corpus: Corpus, name: str, seed: int, batch_size: int, seq_len: int):
-        self.corpus, self.name, self.seed = corpus, name, seed
-        self.batch_size, self.seq_len = batch_size, seq_len
-        self.starts, self.ends = _packed(corpus.segments())
-        n_tokens = int(self.ends[-1]) if len(self.ends) else 0
-        self.n_sequences = (n_tokens - 1) // seq_len
+    corpus: Corpus
+    name: str
+    seed: int
+    batch_size: int
+    seq_len: int
+    min_doc_len: int = 0
+    length_upsample: float = 1.0
+
+    def __post_init__(self):
+        starts, lengths = self.corpus.segments(min_doc_len=self.min_doc_len)
+        if self.length_upsample != 1:
+            chosen = _upsample(self.corpus, lengths, self.seq_len, self.length_upsample)
+            starts, lengths = starts[chosen], lengths[chosen]
+        self.starts, self.ends = _packed(starts, lengths)
+        n_tokens = int(self.ends.max(initial=0))
+        self.n_sequences = (n_tokens - 1) // self.seq_len
         if self.n_sequences < 1:
+            only = f" in documents of at least {self.min_doc_len:,}" if self.min_doc_len else ""
             raise ValueError(
-                f"{name}: text too short: {n_tokens:,} tokens to train on, one sequence needs "
-                f"{seq_len + 1:,}; add text or train on shorter sequences"
+                f"{self.name}: text too short: {n_tokens:,} tokens to train on{only}, one sequence "
+                f"needs {self.seq_len + 1:,}; add text or train on shorter sequences"
             )
         self._order = (-1, np.empty(0, np.int64))  # the order of one epoch, a pure function of it
 
@@ -772,14 +774,44 @@ class Stream:
             rows[row] = _read(self.corpus.tokens, self.starts, self.ends, offset, self.seq_len + 1)
         return torch.from_numpy(rows)
 
+    def describe(self, n_batches: int) -> str:
+        """What a run of n_batches reads: documents, tokens, their lengths, epochs; for the log."""
+        lengths = np.diff(self.ends, prepend=0)
+        _, held = self.corpus.segments(held_out=True)
+        edges = {"<1K": 1 << 10, "<4K": 1 << 12, "<16K": 1 << 14, "<32K": 1 << 15, "<128K": 1 << 17}
+        edges["longer"] = 1 << 62
+        share = np.histogram(lengths, [0, *edges.values()], weights=lengths)[0] / lengths.sum()
+        spread = ", ".join(f"{n} {s:.0%}" for n, s in zip(edges, share, strict=True) if s)
+        how = "by document" if self.corpus.n_docs >= SPLIT_BY_DOCUMENT else "at documents' ends"
+        n, epochs = n_batches * self.batch_size, n_batches * self.batch_size / self.n_sequences
+        many = f"\nWARNING {self.name}: the same text {epochs:.1f} times over; add more text"
+        return (
+            f"{self.name}: {len(lengths):,} documents, {lengths.sum():,} tokens to train on, "
+            f"{held.sum():,} held out {how}; tokens by length of document: {spread}; "
+            f"{n:,} sequences of {self.seq_len:,} are {epochs:.2f} epochs{many * (epochs > 4)}"
+        )
 
-def held_out(corpus: Corpus, n_sequences: int, seq_len: int) -> torch.Tensor:
+
+def _upsample(corpus: Corpus, lengths: np.ndarray, long: int, factor: float) -> np.ndarray:
+    """Indices of documents, repeated: see Stream's length_upsample."""
+    weights = np.where(np.diff(corpus.doc_starts) >= long, float(factor), 1.0)
+    for source in range(len(corpus.sources)):
+        here = corpus.doc_sources == source
+        if lengths[here].any():
+            weights[here] *= lengths[here].sum() / (weights * lengths)[here].sum()
+    # The chance is the document's own, so that no other document changes it.
+    chance = corpus.doc_checksums * 2654435761 % (1 << 32) / (1 << 32)
+    copies = np.floor(weights + chance + 1e-9)
+    return np.concatenate([np.flatnonzero(copies > i) for i in range(int(copies.max(initial=1)))])
+
+
+def held_out(corpus: Corpus, n_sequences: int, seq_len: int, min_doc_len: int = 0) -> torch.Tensor:
     """Up to n_sequences of the held-out part, evenly spaced, none overlapping: (n, seq_len + 1).
 
     Raises: ValueError when there is not even one.
     """
-    starts, ends = _packed(corpus.segments(held_out=True))
-    n_tokens = int(ends[-1]) if len(ends) else 0
+    starts, ends = _packed(*corpus.segments(held_out=True, min_doc_len=min_doc_len))
+    n_tokens = int(ends.max(initial=0))
     n = min(n_sequences, n_tokens // (seq_len + 1))
     if n < 1:
         raise ValueError(
@@ -787,11 +819,13 @@ def held_out(corpus: Corpus, n_sequences: int, seq_len: int) -> torch.Tensor:
             "add text (a twentieth is held out) or evaluate at a shorter length"
         )
     offsets = np.linspace(0, n_tokens - seq_len - 1, n).astype(np.int64)
-    rows = [_read(corpus.tokens, starts, ends, int(o), seq_len + 1) for o in offsets]
+    rows = [_read(corpus.tokens, starts, ends, int(offset), seq_len + 1) for offset in offsets]
     return torch.from_numpy(np.stack(rows))
 
 
 # ---------------------------------------------------------------------------- position schemes
+
+Array, Rng = np.ndarray, np.random.Generator
 
 
 def _check_lengths(seq_len: int, target_len: int) -> None:
@@ -825,9 +859,7 @@ def _three_chunks(rng, batch, seq_len, target_len, draw_ends) -> np.ndarray:
     return positions
 
 
-def uniform_positions(
-    rng: np.random.Generator, batch: int, seq_len: int, target_len: int
-) -> np.ndarray:
+def uniform_positions(rng: Rng, batch: int, seq_len: int, target_len: int) -> Array:
     """LongReD-U: the middle chunk ends anywhere between head and tail, equally likely.
 
     Any factor will do. As in the released code the middle never touches the head: at least one
@@ -862,9 +894,7 @@ def _cream(rng, batch, seq_len, target_len, truncated) -> np.ndarray:
     return _three_chunks(rng, batch, seq_len, target_len, draw_ends)
 
 
-def cream_positions(
-    rng: np.random.Generator, batch: int, seq_len: int, target_len: int
-) -> np.ndarray:
+def cream_positions(rng: Rng, batch: int, seq_len: int, target_len: int) -> Array:
     """LongReD-C: the middle chunk's place follows CREAM's Gaussian, as the released code draws it.
 
     With f = target_len / T, k in 2 .. 2 f says about which half-window the middle ends at:
@@ -881,9 +911,7 @@ def cream_positions(
     return _cream(rng, batch, seq_len, target_len, truncated=False)
 
 
-def cream_truncated_positions(
-    rng: np.random.Generator, batch: int, seq_len: int, target_len: int
-) -> np.ndarray:
+def cream_truncated_positions(rng: Rng, batch: int, seq_len: int, target_len: int) -> Array:
     """cream_positions with the Gaussian truncated to [2, 2 f] and normalised: no clamp.
 
     At f = 4: P(k = 2 .. 7) = 0.156, 0.169, 0.176, 0.176, 0.169, 0.156 and P(k = 8) = 0, since k is
@@ -893,9 +921,7 @@ def cream_truncated_positions(
     return _cream(rng, batch, seq_len, target_len, truncated=True)
 
 
-def pose_positions(
-    rng: np.random.Generator, batch: int, seq_len: int, target_len: int
-) -> np.ndarray:
+def pose_positions(rng: Rng, batch: int, seq_len: int, target_len: int) -> Array:
     """PoSE (arXiv 2309.10400) with two chunks: the second is moved on by a random distance.
 
     First chunk 1 .. (T + 1) // 2 tokens, distance 0 .. target_len - T, both uniform, per sample.
@@ -909,9 +935,7 @@ def pose_positions(
     return index + np.where(index < first, 0, distance)
 
 
-def longrecipe_positions(
-    rng: np.random.Generator, boundaries: np.ndarray, seq_len: int, target_len: int
-) -> np.ndarray:
+def longrecipe_positions(rng: Rng, boundaries: Array, seq_len: int, target_len: int) -> Array:
     """LongRecipe (arXiv 2409.00509, Algorithm 1): random gaps between sentences, none inside.
 
     The N sentences take N of target_len - T + N slots, in order, the first one slot 0; every slot

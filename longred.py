@@ -97,9 +97,25 @@ class Config:
         choices=["uniform", "cream", "cream_truncated"],
     )
     # Text
-    long_data: list[str] | None = opt(None, "long text: files, .jsonl, folders, globs")
-    short_data: list[str] | None = opt(None, "short text, the like of which is to be kept")
-    s2l_data: list[str] | None = opt(None, "text for short-to-long (default: long_data)")
+    long_data: list[str] | None = opt(
+        None,
+        "long text: files (plain, .jsonl, .json.gz, .jsonl.zst, .parquet), folders, globs, hub "
+        "datasets hf:owner/name[/config][:split][#column]; default: 1.3 GB of public-domain books "
+        "and open-licence papers from the hub (common-pile), about 0.9G tokens",
+    )
+    short_data: list[str] | None = opt(
+        None,
+        "short text, the like of which is to be kept; default: 2.9 GB of RedPajama's sample from "
+        "the hub (its parts' own licences), about 0.7G tokens",
+    )
+    s2l_data: list[str] | None = opt(
+        None, "text for short-to-long (default: long_data; where that is the default, short_data)"
+    )
+    min_doc_len: int = opt(0, "leave shorter documents out of the long stream, in tokens")
+    length_upsample: float = opt(
+        1.0, "weight of documents of target_len tokens or more in the long stream, within a source"
+    )
+    skip_bad_lines: bool = opt(False, "leave out and count malformed records, do not stop at them")
     short_len: int | None = opt(None, "tokens in a short text (1024, at most original_len)")
     add_eos: bool | None = opt(
         None, "end documents with EOS (default: where the tokenizer has one)"
@@ -185,12 +201,12 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
     if c.method == "long_cpt":
         c.short_micro = c.s2l_micro = 0
         c.long_share = 1.0
-    if not c.long_data or (c.short_micro and not c.short_data):
-        missing = "--long_data" if not c.long_data else "--short_data"
-        raise ValueError(f"{missing} is missing: pass files, .jsonl files, folders or globs")
+    # Short-to-long wants text like the short stream's; a user's own long text is near at hand.
+    c.s2l_data = c.s2l_data or c.long_data or c.short_data or data.DEFAULT_SHORT
+    c.long_data = c.long_data or data.DEFAULT_LONG
+    c.short_data = c.short_data or data.DEFAULT_SHORT
     name = Path(config.ckpt).name
     c.out_dir = c.out_dir or f"out/{name}-{c.target_len}"
-    c.s2l_data = c.s2l_data or c.long_data
     far, factor = c.target_len >= FROM_128K, c.target_len / c.original_len
     if c.rope_type is None and c.rope_theta is None:
         c.rope_theta = default_theta(model.rope_theta, c.original_len, c.target_len)
@@ -302,8 +318,10 @@ def open_streams(c: Config, tokenizer: data.Tokenizer) -> dict[str, Stream]:
     streams = {}
     for name, (specs, micro, batch, seq_len, share) in wanted.items():
         if micro:
-            corpus = data.tokenize(specs, tokenizer, c.cache_dir, name)
-            text = data.Stream(corpus, name, c.seed, batch, seq_len)
+            corpus = data.tokenize(specs, tokenizer, c.cache_dir, name, c.skip_bad_lines)
+            only_long = (c.min_doc_len, c.length_upsample) if name == "long" else ()
+            text = data.Stream(corpus, name, c.seed, batch, seq_len, *only_long)
+            print(text.describe(c.steps * micro))
             weight = share * (alpha[name] if c.method == "longred" else 1.0)
             streams[name] = Stream(name, text, micro, batch, seq_len, weight)
     return streams
@@ -370,6 +388,7 @@ def train(config: Config) -> Path:
         for step in range(first, c.steps):
             step_began = time.monotonic()
             losses = {name: 0.0 for name in streams}  # unweighted means over the step
+            waited = 0.0  # seconds for data
             for stream in streams.values():
                 rows = max(1, c.unit_tokens // stream.seq_len)
                 if machine:
@@ -377,7 +396,9 @@ def train(config: Config) -> Path:
                     rows = plan.units[stream.name].batch
                 for m in range(stream.micro):
                     index = step * stream.micro + m
+                    asked = time.monotonic()
                     batch = stream.text.batch(index).to(c.device)
+                    waited += time.monotonic() - asked
                     positions = None
                     if stream.name == "s2l" and c.method == "longred":
                         positions = skipped_positions(c, index, stream.batch).to(c.device)
@@ -409,7 +430,7 @@ def train(config: Config) -> Path:
             optimizer.step()
             optimizer.zero_grad()
             recent.append(time.monotonic() - step_began)
-            line = log_line(c, step + 1, streams, losses, norm, recent[-1])
+            line = log_line(c, step + 1, streams, losses, norm, recent[-1], waited)
             log.write(json.dumps(line) + "\n")
             log.flush()
             print_step(c, line, sum(recent) / len(recent) * (c.steps - step - 1))
@@ -517,13 +538,19 @@ def print_header(c: Config, student: Llama, teacher: Llama, streams: dict[str, S
         tokens = step_tokens(c)[s.name]
         print(
             f"{s.name:>5}: {s.micro} x {s.batch} x {s.seq_len:,} = {tokens:,} tokens a step, "
-            f"weight {s.weight:g}, {c.steps * tokens / s.text.tokens_per_epoch:.2f} epochs"
+            f"weight {s.weight:g}"
         )
     print(f"{c.steps} steps, lr {c.lr:g}, seed {c.seed}, into {c.out_dir}", flush=True)
 
 
 def log_line(
-    c: Config, step: int, streams: dict, losses: dict, norm: float, seconds: float
+    c: Config,
+    step: int,
+    streams: dict,
+    losses: dict,
+    norm: float,
+    seconds: float,
+    waited: float,
 ) -> dict:
     """One object of log.jsonl. Losses are unweighted means over the step, `loss` their sum."""
     return {
@@ -534,6 +561,7 @@ def log_line(
         "grad_norm": norm,
         "tokens": sum(step_tokens(c).values()),
         "seconds": round(seconds, 3),
+        "data_share": round(waited / seconds, 4),
         "peak_gib": round(peak_gib(c.device), 2),
     }
 
@@ -559,7 +587,8 @@ def print_step(c: Config, line: dict, eta: float) -> None:
     print(
         f"step {line['step']:>{len(str(c.steps))}}/{c.steps}  {losses}  lr {line['lr']:g}  grad "
         f"{line['grad_norm']:.2f}  {line['tokens'] / line['seconds']:,.0f} tok/s  peak "
-        f"{line['peak_gib']:.1f} GiB  ETA {eta // 60:.0f}:{eta % 60:02.0f}",
+        f"{line['peak_gib']:.1f} GiB  data {line['data_share']:.1%}  "
+        f"ETA {eta // 60:.0f}:{eta % 60:02.0f}",
         flush=True,
     )
 
@@ -575,7 +604,8 @@ def report(c: Config, teacher: Llama, student: Llama) -> dict:
         ("long", c.long_data, c.target_len),
     ):
         if specs:
-            corpus = data.tokenize(specs, tokenizer, c.cache_dir, name, log=lambda line: None)
+            quiet = dict(skip_bad_lines=c.skip_bad_lines, log=lambda line: None)
+            corpus = data.tokenize(specs, tokenizer, c.cache_dir, name, **quiet)
             try:
                 ids = data.held_out(corpus, max(1, c.eval_tokens // seq_len), seq_len)
                 texts[name] = ids.to(c.device)

@@ -8,10 +8,13 @@ kernel. Comparisons with the real weights use ../shared and skip where it is abs
 float64, transformers, or the paper's formula written out by hand.
 """
 
+import base64
 import collections
 import contextlib
 import dataclasses
 import functools
+import gzip
+import http.server
 import json
 import math
 import os
@@ -21,6 +24,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -780,6 +785,748 @@ def test_stories260k_continues_a_story_as_transformers_does():
         assert rel(ours.logits(ours(ids, skipped)[0]), want) < 1e-4
 
 
+# ---------------------------------------------------------------------------------------- data.py
+
+TEXTS = SHARED / "texts"
+
+
+def byte_tokenizer(folder):
+    """A folder with a tokenizer.json of 256 bytes and an end-of-text token, 256."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tk = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tk.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tk.decoder = decoders.ByteLevel()
+    tk.add_special_tokens(["<|end|>"])
+    folder.mkdir(parents=True, exist_ok=True)
+    tk.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    return data.load_tokenizer(folder)
+
+
+def bpe(pattern=None):
+    """A byte-level BPE of 600 tokens, trained on English and Python."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tk = Tokenizer(models.BPE(ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(pattern or data.LLAMA3_PATTERN), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tk.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    tk.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    tk.train_from_iterator([prose(), Path(__file__).read_text()], trainer)
+    return tk
+
+
+def meta_folder(folder, tk):
+    """The same BPE as Meta writes it: base64 of each token's bytes, and its rank."""
+    bs = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    byte_of = {chr(b): b for b in bs}
+    rest = (b for b in range(256) if b not in bs)
+    byte_of.update({chr(256 + i): b for i, b in enumerate(rest)})
+    ranks = sorted((i, bytes(byte_of[c] for c in t)) for t, i in tk.get_vocab().items())
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (base64.b64encode(token) + f" {i}\n".encode() for i, token in ranks)
+    (folder / "tokenizer.model").write_bytes(b"".join(lines))
+    return data.load_tokenizer(folder)
+
+
+def prose():
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[k] for k in sorted(topics))
+
+
+def documents(corpus):
+    return [list(map(int, corpus.tokens[a:b])) for a, b in zip(*_edges(corpus), strict=True)]
+
+
+def _edges(corpus):
+    return corpus.doc_starts[:-1], corpus.doc_starts[1:]
+
+
+def made_corpus(lengths, checksums=None, sources=None):
+    """A corpus in memory whose every token is different."""
+    starts = np.append(0, np.cumsum(lengths))
+    n = len(lengths)
+    checksums = np.arange(n) if checksums is None else np.asarray(checksums)
+    sources = np.zeros(n, np.int64) if sources is None else np.asarray(sources)
+    names = [str(i) for i in range(sources.max() + 1)]
+    return data.Corpus("made", np.arange(starts[-1]), starts, checksums, sources, names, "", Path())
+
+
+def run_python(code, *args, **env):
+    command = [sys.executable, "-c", code, *map(str, args)]
+    env = {**os.environ, "PYTHONPATH": str(HERE), **env}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+# ---------------------------------------------------------------------------- data: tokenizers
+
+
+@needs_stories
+def test_real_tokenizer_is_read_with_its_habits():
+    tk = data.load_tokenizer(STORIES)
+    assert (tk.vocab_size, tk.bos_id, tk.eos_id, tk.add_bos) == (512, 1, 2, True)
+    assert tk.encode_batch(["Once upon a time"]) == [[403, 407, 261, 378]]
+    assert tk.decode(np.array([403, 407, 261, 378])) == "Once upon a time"
+    tk.check_fits(512)
+    with pytest.raises(ValueError, match="ids go up to 511, the model has 300"):
+        tk.check_fits(300)
+
+
+@needs_stories
+def test_markup_in_a_text_is_not_a_special_token():
+    tk = data.load_tokenizer(STORIES)
+    assert not {0, 1, 2} & set(tk.encode_batch(["<s> a </s><unk>"])[0])
+
+
+def test_add_bos_token_of_the_config_overrules_the_post_processor(tmp_path):
+    byte_tokenizer(tmp_path)
+    config = {"bos_token": {"content": "<|end|>"}, "eos_token": "<|end|>"}
+    for adds in (True, False):
+        path = tmp_path / "tokenizer_config.json"
+        path.write_text(json.dumps({**config, "add_bos_token": adds}))
+        assert data.load_tokenizer(tmp_path).add_bos is adds
+    path.unlink()
+    assert data.load_tokenizer(tmp_path).eos_id is None
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [256, 7]}')
+    assert data.load_tokenizer(tmp_path).eos_id == 256
+
+
+def test_meta_tokenizer_gives_the_ids_of_the_same_bpe(tmp_path):
+    tk = bpe()
+    meta = meta_folder(tmp_path, tk)
+    texts = [prose()[:50_000], "it's 1999\r\n\r\n  \tx <|end_of_text|> naive cafe", "\n\n a\n"]
+    assert meta.encode_batch(texts) == [e.ids for e in tk.encode_batch(texts)]
+    assert meta.decode(meta.encode_batch(texts)[1]) == texts[1]
+    assert (meta.vocab_size, meta.bos_id, meta.eos_id) == (856, 600, 601)
+    names = data.llama3_special_tokens(128_000)
+    assert names["<|eot_id|>"] == 128_009 and names["<|reserved_special_token_4|>"] == 128_008
+    assert names["<|reserved_special_token_250|>"] == 128_255 and len(names) == 256
+
+
+def test_a_missing_or_broken_tokenizer_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"no tokenizer in .*tokenizer\.json and tokenizer\.model"):
+        data.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": 1}')
+    with pytest.raises(ValueError, match="cannot use .*tokenizer.json"):
+        data.load_tokenizer(tmp_path)
+
+
+def test_a_million_blanks_do_not_kill_the_tokenizer(tmp_path):
+    tk = meta_folder(tmp_path / "tk", bpe())
+    text = "a" + " " * 1_000_000 + "b\n"
+    (tmp_path / "a.txt").write_text(text)
+    corpus = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
+    assert tk.decode(documents(corpus)[0][1:-1]) == text
+
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+@pytest.mark.parametrize("which", ["llama3", "gpt2", "tiktoken", "sentencepiece"])
+@given(st.lists(st.sampled_from([" ", "\n", "a", "Be", "\r\n", "'s", "1", ",", "\t", "e\u0301"])))
+@settings(max_examples=60, deadline=None)
+def test_a_document_in_pieces_has_the_tokens_of_the_whole(which, parts):
+    tk = cutters(which)
+    text = "".join(parts) * 3
+    sizes, data.PIECE = data.PIECE, 2
+    try:
+        assert tk.cut is not None
+        pieces = [piece for piece, _ in data._split([text], tk.cut)]
+    finally:
+        data.PIECE = sizes
+    assert [i for ids in tk.encode_batch(pieces) for i in ids] == tk.encode_batch([text])[0]
+
+
+def cutters(which, made={}):  # noqa: B006  (a memory from example to example)
+    import tempfile
+
+    if which == "sentencepiece" and not STORIES.is_dir():
+        pytest.skip(f"no {STORIES}")
+    if which not in made:
+        folder = Path(tempfile.mkdtemp())
+        if which == "tiktoken":
+            made[which] = meta_folder(folder, bpe())
+        elif which != "sentencepiece":
+            bpe(GPT2 if which == "gpt2" else None).save(str(folder / "tokenizer.json"))
+        made[which] = made.get(which) or data.load_tokenizer(
+            folder if os.listdir(folder) else STORIES
+        )
+    return made[which]
+
+
+# ---------------------------------------------------------------------------- data: tokenising
+
+DOCS = ["first \u00e9 text", "second,\r\nlonger \ud55c text\n\n", "third"]
+
+
+def write_all_kinds(folder):
+    """The same three documents in every kind of file."""
+    lines = "".join(json.dumps({"body": d, "id": i}) + "\n" for i, d in enumerate(DOCS)).encode()
+    (folder / "a.jsonl").write_bytes(lines)
+    for name in ("b.jsonl.gz", "c.json.gz"):
+        (folder / name).write_bytes(gzip.compress(lines))
+    for i, text in enumerate(DOCS):
+        (folder / f"d{i}.weird").write_bytes(text.encode())
+    return {"a.jsonl#body", "b.jsonl.gz#body", "c.json.gz#body", "d?.weird"}
+
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path):
+    tk = byte_tokenizer(tmp_path / "tk")
+    expected = [[*tk.encode_batch([d])[0], 256] for d in DOCS]
+    specs = write_all_kinds(tmp_path)
+    for spec in sorted(specs):
+        assert documents(data.tokenize([str(tmp_path / spec)], tk, tmp_path / "cache")) == expected
+    assert len(expected[0]) == len(DOCS[0].encode()) + 1
+
+
+def test_zstd_and_parquet_are_read_where_installed(tmp_path):
+    zstandard, pq = pytest.importorskip("zstandard"), pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    tk = byte_tokenizer(tmp_path / "tk")
+    lines = "".join(json.dumps({"text": d}) + "\n" for d in DOCS).encode()
+    pack = zstandard.compress
+    (tmp_path / "a.jsonl.zst").write_bytes(pack(lines[:30]) + pack(lines[30:]))  # two frames
+    pq.write_table(pyarrow.table({"text": DOCS, "x": [1, 2, 3]}), tmp_path / "b.parquet")
+    for name in ("a.jsonl.zst", "b.parquet"):
+        corpus = data.tokenize([tmp_path / name], tk, tmp_path / "cache")
+        assert [tk.decode(d[:-1]) for d in documents(corpus)] == DOCS
+    with pytest.raises(ValueError, match="b.parquet:1: .*no 'nope' in"):
+        data.tokenize([f"{tmp_path}/b.parquet#nope"], tk, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name, package", [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")])
+def test_a_missing_optional_package_is_named(tmp_path, monkeypatch, name, package):
+    for module in (package, "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=f"{name} takes one more package: pip install {package}"):
+        data.tokenize([tmp_path / name], byte_tokenizer(tmp_path / "tk"), tmp_path / "cache")
+
+
+@needs_stories
+def test_real_books_are_stored_whole_with_bos_and_eos(tmp_path):
+    if not TEXTS.is_dir():
+        pytest.skip(f"no {TEXTS}")
+    tk = data.load_tokenizer(STORIES)
+    corpus = data.tokenize([TEXTS], tk, tmp_path)
+    for path, ids in zip(sorted(TEXTS.iterdir()), documents(corpus), strict=True):
+        text = path.read_bytes().decode("utf-8-sig")
+        assert ids == [1, *tk.encode_batch([text])[0], 2]
+    assert corpus.tokens.dtype == np.uint16 and isinstance(corpus.tokens, np.memmap)
+
+
+def test_a_second_run_reads_no_text_and_tokenises_nothing(tmp_path, monkeypatch):
+    tk = byte_tokenizer(tmp_path / "tk")
+    path = tmp_path / "a.txt"
+    path.write_text("some text")
+    os.utime(path, (1, 1))
+    monkeypatch.setattr(data, "_stat", lambda p: (os.stat(p).st_size, 1, 1))
+    first = data.tokenize([path], tk, tmp_path / "cache")
+    tk.encode = None
+    monkeypatch.setattr(data, "_hash", None)
+    again = data.tokenize([path], tk, tmp_path / "cache")
+    assert again.fingerprint == first.fingerprint and documents(again) == documents(first)
+
+
+@pytest.mark.parametrize("clock", ["long ago", "within a tick"])
+def test_a_changed_file_is_tokenised_anew_even_with_its_old_time_and_size(
+    tmp_path, monkeypatch, clock
+):
+    tk, now = byte_tokenizer(tmp_path / "tk"), time.time_ns()
+    if clock == "long ago":  # files are remembered, the second one by its ctime told apart
+        monkeypatch.setattr(data.time, "time_ns", lambda: now + 10**11)
+    else:
+        monkeypatch.setattr(data, "_stat", lambda path: (3, now, now))
+    for text in ("one", "two"):
+        (tmp_path / "a.txt").write_text(text)
+        os.utime(tmp_path / "a.txt", (1, 1))
+        corpus = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
+        assert tk.decode(documents(corpus)[0][:-1]) == text
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
+    tk = byte_tokenizer(tmp_path / "tk")
+    path, encode = tmp_path / "a.txt", tk.encode
+    path.write_text("some text")
+
+    def meanwhile(texts):
+        path.write_text("other text")
+        return encode(texts)
+
+    tk.encode = meanwhile
+    with pytest.raises(ValueError, match="a.txt changed while it was read: run again"):
+        data.tokenize([path], tk, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("tokens-*[!k]"))
+
+
+@pytest.mark.parametrize("harm", ["tokens.bin", "documents.bin", "meta.json"])
+def test_a_damaged_cache_is_built_anew_and_never_read(tmp_path, harm):
+    tk, lines = byte_tokenizer(tmp_path / "tk"), []
+    (tmp_path / "a.txt").write_text("some text")
+    corpus = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
+    expected = documents(corpus)
+    os.truncate(corpus.folder / harm, (corpus.folder / harm).stat().st_size - 1)
+    again = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache", log=lines.append)
+    assert documents(again) == expected and any("is damaged" in line for line in lines)
+
+
+def test_options_and_tokenizer_have_their_own_caches(tmp_path):
+    tk = byte_tokenizer(tmp_path / "tk")
+    (tmp_path / "a.txt").write_text("some text")
+    with_end = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
+    tk.add_eos = False
+    without = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
+    assert len(with_end.tokens) == len(without.tokens) + 1
+
+
+SLOW_BUILD = """
+import sys, time, data
+data.PIECE, data.BATCH, data.SHARD = 64, 256, 1024
+tk, n = data.load_tokenizer(sys.argv[1]), 0
+def slow(texts, encode=tk.encode):
+    time.sleep(float(sys.argv[4]))
+    return encode(texts)
+tk.encode = slow
+data.tokenize([sys.argv[2]], tk, sys.argv[3], log=lambda line: print(line, flush=True))
+"""
+
+
+def test_a_killed_run_goes_on_after_its_last_shard_and_loses_nothing(tmp_path):
+    tk = byte_tokenizer(tmp_path / "tk")
+    texts = [f"document {i} " * (i % 40 + 1) for i in range(200)]
+    text = "".join(json.dumps({"text": t} if i % 9 else {}) + "\n" for i, t in enumerate(texts))
+    good = [t for i, t in enumerate(texts) if i % 9]
+    (tmp_path / "a.jsonl").write_text(text)
+    code = SLOW_BUILD.replace("log=", "skip_bad_lines=True, log=")
+    args = [code, tmp_path / "tk", tmp_path / "a.jsonl", tmp_path / "cache"]
+    for _ in range(2):
+        run, began = run_python(*args, 0.05), time.time_ns()
+        while not [p for p in tmp_path.glob("c*/*/state.json") if p.stat().st_mtime_ns > began]:
+            time.sleep(0.01)
+        time.sleep(0.2)  # into the next shard
+        os.kill(run.pid, signal.SIGKILL)
+        assert b"tokens in" not in run.communicate()[0]
+        for name in ("tokens.bin", "documents.bin"):  # half a shard more
+            with open(next(tmp_path.glob(f"c*/*.part/{name}")), "ab") as stream:
+                stream.write(b"torn")
+        assert not list((tmp_path / "cache").glob("tokens-*/meta.json"))
+    out = run_python(*args, 0).communicate()[0].decode()
+    assert "going on after" in out and "23 bad records left out" in out
+    folder = next(p for p in (tmp_path / "cache").glob("tokens-*") if p.is_dir())
+    stored = np.fromfile(folder / "tokens.bin", np.uint16)
+    assert stored.tolist() == [i for t in good for i in [*tk.encode_batch([t])[0], 256]]
+
+
+def test_two_runs_at_once_build_one_whole_cache(tmp_path):
+    byte_tokenizer(tmp_path / "tk")
+    (tmp_path / "a.txt").write_text(prose()[:9_000])
+    args = [SLOW_BUILD, tmp_path / "tk", tmp_path / "a.txt", tmp_path / "cache", 0.05]
+    runs = [run_python(*args) for _ in range(2)]
+    outs = [run.communicate()[0].decode() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outs
+    assert sum("M/s" in out for out in outs) == 1
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+FULL_DISK = """
+import sys, data, subprocess, resource, signal
+if subprocess.call(["mount", "-t", "tmpfs", "-o", "size=256k", "t", sys.argv[3]]):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (262144, -1))  # the next best thing
+data.SHARD = data.BATCH = 1 << 15
+tk = data.load_tokenizer(sys.argv[1])
+try:
+    data.tokenize([sys.argv[2]], tk, sys.argv[3])
+except ValueError as error:
+    print("ERROR", error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+if not subprocess.call(["mount", "-o", "remount,size=8m", sys.argv[3]]) or True:
+    print("THEN", data.tokenize([sys.argv[2]], tk, sys.argv[3]).tokens.sum())
+"""
+
+
+def test_a_full_disk_is_one_line_and_costs_no_finished_shard(tmp_path):
+    tk = byte_tokenizer(tmp_path / "tk")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "a.txt").write_text(prose())
+    alone = ["unshare", "--user", "--map-root-user", "--mount"]
+    code = [
+        sys.executable,
+        "-c",
+        FULL_DISK,
+        tmp_path / "tk",
+        tmp_path / "a.txt",
+        tmp_path / "cache",
+    ]
+    env = {**os.environ, "PYTHONPATH": str(HERE)}
+    can = subprocess.run([*alone, "true"], capture_output=True).returncode == 0
+    run = subprocess.run([*(alone if can else []), *code], env=env, capture_output=True, text=True)
+    error = next(line for line in run.stdout.splitlines() if line.startswith("ERROR"))
+    assert "disk is full, free" in error and "run again" in error
+    assert "going on after" in run.stdout
+    total = int(run.stdout.split("THEN ")[1])
+    assert total == sum(tk.encode_batch([prose()])[0]) + 256
+
+
+BAD = {
+    "empty.txt": (b"", "only empty files at .*empty.txt: need a text file"),
+    "binary.txt": (b"text\0text", "binary.txt is not UTF-8 text .binary, with a zero byte at 4"),
+    "latin.txt": ("caf\u00e9 au lait".encode("latin1"), "latin.txt is not UTF-8 text .*iconv"),
+    "line.jsonl": (b'{"text": "a"}\n{"text": \n', r"line.jsonl:2: not a record with text"),
+    "field.jsonl": (b'{"body": "a"}\n', r"field.jsonl:1: .*no 'text' in {'body': 'a'}.*PATH#FIELD"),
+    "half.jsonl": (b'{"text": "\\ud83d"}\n', "half.jsonl:1: .*surrogates"),
+    "number.jsonl": (b'{"text": 3}\n', "number.jsonl:1: not a record with text"),
+    "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "cannot read .*cut.jsonl.gz"),
+    "no.gz": (b"this is not gzip", "cannot read .*no.gz.*[Nn]ot a gzipped file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_one_line_that_names_it(tmp_path, name):
+    content, message = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        data.tokenize([tmp_path / name], byte_tokenizer(tmp_path / "tk"), tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache").glob("tokens-*/meta.json"))
+
+
+def test_a_missing_file_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="no file at .*nope/.*: need a text file, folder, glob"):
+        data.tokenize([tmp_path / "nope/*.txt"], byte_tokenizer(tmp_path / "tk"), tmp_path)
+
+
+def test_skip_bad_lines_leaves_out_and_counts(tmp_path):
+    tk, lines = byte_tokenizer(tmp_path / "tk"), []
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\nnonsense\n\n{"text": "b"}\n{"text": 3}\n')
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
+    corpus = data.tokenize(
+        [tmp_path / "?.*"], tk, tmp_path / "c", skip_bad_lines=True, log=lines.append
+    )
+    assert [tk.decode(d[:-1]) for d in documents(corpus)] == ["a", "b"]
+    assert "2 bad records left out" in lines[-1] and any("left out: " in line for line in lines)
+
+
+def test_20000_small_files_are_each_read_once(tmp_path):
+    tk = byte_tokenizer(tmp_path / "tk")
+    for i in range(20_000):
+        folder = tmp_path / "many" / str(i % 20)
+        if i < 20:
+            folder.mkdir(parents=True)
+        (folder / f"{i}.txt").write_text(str(i) if i % 100 else "")  # 200 are empty
+    specs = [tmp_path / "many", tmp_path / "many/*/*.txt"]
+    corpus = data.tokenize(specs, tk, tmp_path / "cache")
+    texts = sorted(int(tk.decode(d[:-1])) for d in documents(corpus))
+    assert texts == [i for i in range(20_000) if i % 100]
+    assert set(corpus.doc_sources) == {0}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hugging Face hub as listing and fetching a dataset needs."""
+
+    files = {
+        "README.md": b"# a data set",
+        "en/train-0.jsonl.gz": gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'),
+        "en/validation-0.jsonl.gz": gzip.compress(b'{"text": "three"}\n'),
+        "raw/books.txt": b"four",
+    }
+
+    def answer(self, body, **headers):
+        self.send_response(200)
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body if self.command != "HEAD" else b"")
+
+    def do_GET(self):
+        name = self.path.split("/resolve/c0ffee/")[-1]
+        if self.path.startswith("/api/datasets/me/texts"):
+            siblings = [{"rfilename": n} for n in self.files]
+            info = {"id": "me/texts", "sha": "c0ffee", "siblings": siblings}
+            self.answer(json.dumps(info).encode(), Content_Type="application/json")
+        elif name in self.files:
+            self.answer(self.files[name], ETag=f'"{name}"', X_Repo_Commit="c0ffee")
+        else:
+            self.send_error(404)
+
+    def do_POST(self):
+        from urllib.parse import parse_qs
+
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        asked = json.loads(body)["paths"] if body[0] == "{" else parse_qs(body)["paths"]
+        infos = [{"type": "file", "path": n, "size": len(self.files[n]), "oid": "0"} for n in asked]
+        self.answer(json.dumps(infos).encode(), Content_Type="application/json")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+def test_hub_datasets_are_fetched_once_and_stay_as_they_were(tmp_path):
+    byte_tokenizer(tmp_path / "tk")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = """if True:
+        import sys, data
+        tk = data.load_tokenizer(sys.argv[1])
+        for spec in ("hf:me/texts", "hf:me/texts/en:validation#text", "hf:me/texts/raw/*.txt"):
+            c = data.tokenize([spec], tk, sys.argv[2], log=lambda line: None)
+            print(*[tk.decode(c.tokens[a:b - 1]) for a, b in zip(c.doc_starts, c.doc_starts[1:])])
+        try:
+            data.tokenize(["hf:me/texts/fr/*.gz"], tk, sys.argv[2])
+        except ValueError as error:
+            print(error)
+    """
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf")}
+    env["HF_HUB_DISABLE_PROGRESS_BARS"] = env["HF_HUB_DISABLE_XET"] = "1"
+    for network in (True, False):
+        out = run_python(code, tmp_path / "tk", tmp_path / "cache", **env).communicate()[0].decode()
+        assert out.split("\n")[:3] == ["one two", "three", "four"], out
+        assert ("no file 'fr/*.gz' in me/texts" if network else "cannot list hf:me") in out
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_default_data_names_files_that_need_no_optional_package():
+    specs = data.DEFAULT_LONG + data.DEFAULT_SHORT
+    assert all(data._kind(spec) == "jsonl" and not spec.endswith(".zst") for spec in specs)
+
+
+# ---------------------------------------------------------------------------- data: streams
+
+
+def test_batch_is_a_pure_function_of_seed_name_and_index():
+    corpus = made_corpus([1000] * 5)
+    stream = data.Stream(corpus, "long", 1, 3, 10)
+    backwards = [stream.batch(i) for i in reversed(range(400))][::-1]
+    fresh = [data.Stream(corpus, "long", 1, 3, 10).batch(i) for i in range(400)]
+    assert all((a == b).all() for a, b in zip(backwards, fresh, strict=True))
+    for other in (data.Stream(corpus, "short", 1, 3, 10), data.Stream(corpus, "long", 2, 3, 10)):
+        assert (other.batch(0) != fresh[0]).any()
+    sizes = data.Stream(corpus, "long", 1, 1, 10)
+    rows = np.concatenate([sizes.batch(i) for i in range(12)])
+    assert (np.concatenate(fresh[:4]) == rows).all()  # the batch size does not matter either
+
+
+def test_an_epoch_predicts_every_training_token_once_and_epochs_differ():
+    corpus = made_corpus([100, 3, 57, 1, 250])
+    stream = data.Stream(corpus, "long", 0, 1, 7)
+    n = stream.n_sequences
+    epochs = [np.concatenate([stream.batch(e * n + i) for i in range(n)]) for e in range(2)]
+    starts, lengths = corpus.segments()
+    train = np.concatenate([np.arange(s, s + k) for s, k in zip(starts, lengths, strict=True)])
+    assert stream.tokens_per_epoch == (len(train) - 1) // 7 * 7
+    for epoch in epochs:
+        assert sorted(epoch[:, 1:].ravel()) == list(train[1 : 1 + n * 7])
+    assert (epochs[0] != epochs[1]).any()
+    wide = data.Stream(corpus, "long", 0, 4, 7)
+    rows = np.concatenate([wide.batch(i) for i in range(n // 2)])[: 2 * n]
+    assert (rows == np.concatenate(epochs)[: len(rows)]).all()  # batches run on across epochs
+
+
+@pytest.mark.parametrize("n_docs", [1, 40, 99, 100, 400])
+def test_no_held_out_token_is_in_any_training_batch(n_docs):
+    rng = np.random.default_rng(n_docs)
+    corpus = made_corpus(rng.integers(40, 300, n_docs), rng.integers(0, 2**32, n_docs))
+    stream = data.Stream(corpus, "long", 0, 1, 5)
+    seen = np.concatenate([stream.batch(i) for i in range(3 * stream.n_sequences)])
+    held = data.held_out(corpus, 10**6, 1).numpy()
+    assert not set(seen.ravel()) & set(held.ravel())
+    share = sum(corpus.segments(held_out=True)[1]) / len(corpus.tokens)
+    assert 0.02 < share < 0.09
+    if n_docs >= 100:  # by document: whole ones
+        starts, lengths = corpus.segments(held_out=True)
+        assert set(lengths[lengths > 0]) <= set(np.diff(corpus.doc_starts))
+
+
+def test_the_same_document_is_held_out_in_every_stream(tmp_path):
+    tk = byte_tokenizer(tmp_path / "tk")
+    texts = [f"text {i} " * 9 for i in range(300)]
+    for name, chosen in (("a", texts[:200]), ("b", texts[90:] + texts[90:])):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": t}) + "\n" for t in chosen)
+        )
+    held = []
+    for name in "ab":
+        corpus = data.tokenize([tmp_path / f"{name}.jsonl"], tk, tmp_path / "cache")
+        out = corpus.segments(held_out=True)[1] > 0
+        held.append({tk.decode(d[:-1]) for d, o in zip(documents(corpus), out, strict=True) if o})
+    assert held[0] & set(texts[90:200]) == held[1] & set(texts[90:200]) != set()
+    assert not held[1] & {t for t, o in zip(texts[90:] * 2, ~out, strict=True) if o}
+
+
+def test_held_out_sequences_are_spread_evenly_and_too_few_is_an_error():
+    corpus = made_corpus([10_000])
+    rows = data.held_out(corpus, 4, 50)
+    assert rows[:, 0].tolist() == [9500, 9649, 9799, 9949] and rows[-1, -1] == 9999
+    assert data.held_out(corpus, 99, 50).shape == (9, 51)  # no more than there are
+    with pytest.raises(ValueError, match="500 held-out tokens, one sequence needs 601"):
+        data.held_out(corpus, 1, 600)
+
+
+def test_text_too_short_for_one_sequence_is_an_error():
+    corpus = made_corpus([100, 200])
+    assert data.Stream(corpus, "long", 0, 1, 284).n_sequences == 1  # 95 + 190 tokens
+    with pytest.raises(ValueError, match="long: text too short: 285 tokens .* needs 286"):
+        data.Stream(corpus, "long", 0, 1, 285)
+    with pytest.raises(ValueError, match="0 tokens to train on in documents of at least 300"):
+        data.Stream(corpus, "long", 0, 1, 10, min_doc_len=300)
+
+
+def test_min_doc_len_leaves_out_shorter_documents():
+    corpus = made_corpus([100, 20, 100])
+    stream = data.Stream(corpus, "long", 0, 1, 10, min_doc_len=100)
+    seen = {int(i) for k in range(stream.n_sequences) for i in stream.batch(k).ravel()}
+    assert not seen & set(range(100, 120)) and max(seen) > 120
+
+
+def test_length_upsample_favours_long_documents_and_keeps_each_source_its_share():
+    rng = np.random.default_rng(0)
+    lengths = np.where(rng.random(4000) < 0.1, 1000, 100)
+    sources = np.arange(4000) % 2
+    corpus = made_corpus(lengths, rng.integers(0, 2**32, 4000), sources)
+    _, train = corpus.segments()
+    chosen = data._upsample(corpus, train, 1000, 3.0)
+    for source in (0, 1):
+        before, after = train * (sources == source), train[chosen] * (sources[chosen] == source)
+        assert after.sum() == pytest.approx(before.sum(), rel=0.05)
+        long = [w[w == 1000].sum() / w.sum() for w in (before, after)]
+        assert long[1] / (1 - long[1]) == pytest.approx(3 * long[0] / (1 - long[0]), rel=0.15)
+    assert np.diff(chosen).min() < 0 and not (np.diff(chosen) == 0).any()  # copies far apart
+    stream = data.Stream(corpus, "long", 0, 1, 1000, length_upsample=3.0)
+    assert abs(stream.tokens_per_epoch / train.sum() - 1) < 0.05
+
+
+def test_describe_counts_documents_tokens_and_epochs_and_warns():
+    corpus = made_corpus([500, 3000, 40_000])
+    stream = data.Stream(corpus, "long", 0, 2, 128)
+    line = stream.describe(n_batches=150)
+    assert "3 documents, 41,325 tokens to train on, 2,175 held out at documents' ends" in line
+    assert "<1K 1%, <4K 7%, <128K 92%; 300 sequences of 128 are 0.93 epochs" in line
+    assert "WARNING long: the same text 4.7 times over" in stream.describe(n_batches=750)
+
+
+# ---------------------------------------------------------------------------- data: positions
+
+SCHEMES = ["uniform", "cream", "cream_truncated", "pose"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@given(st.integers(1, 300), st.integers(0, 5000), st.integers(0, 2**32 - 1))
+@settings(max_examples=150, deadline=None)
+def test_positions_rise_from_0_and_stay_in_the_window(scheme, seq_len, more, seed):
+    draw = getattr(data, f"{scheme}_positions")
+    if 0 < more and seq_len < 3 and scheme != "pose":
+        with pytest.raises(ValueError, match="need 3"):
+            draw(np.random.default_rng(seed), 3, seq_len, seq_len + more)
+        return
+    p = draw(np.random.default_rng(seed), 3, seq_len, seq_len + more)
+    assert p.shape == (3, seq_len) and p.dtype == np.int64
+    assert (p[:, 0] == 0).all() and (np.diff(p) > 0).all() and p.max() < seq_len + more
+    assert more or (p == np.arange(seq_len)).all()
+    again = draw(np.random.default_rng(seed), 3, seq_len, seq_len + more)
+    assert (p == again).all()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_window_shorter_than_the_sequence_is_refused(scheme):
+    with pytest.raises(ValueError, match="cannot spread 8 tokens over 7 positions"):
+        getattr(data, f"{scheme}_positions")(np.random.default_rng(0), 1, 8, 7)
+
+
+def chi_square(counts, probabilities):
+    expected = counts.sum() * probabilities / probabilities.sum()
+    return ((counts - expected) ** 2 / expected).sum()
+
+
+@pytest.mark.parametrize("scheme", ["cream", "cream_truncated"])
+def test_cream_draws_k_with_exactly_the_clamped_or_truncated_gaussian(scheme):
+    t, f = 900, 4
+    normal = [0.5 * (1 + math.erf((x - 1 - f) / 5 / 2**0.5)) for x in range(2, 2 * f + 1)]
+    p = np.append(np.diff(normal), 0.0)  # P(k = 2 .. 2f)
+    if scheme == "cream":
+        p[0] += normal[0]
+        p[-1] = 1 - normal[-1]
+        assert p[0] == pytest.approx(0.345, abs=5e-4) and p[-1] == pytest.approx(0.274, abs=5e-4)
+    counts, rng = np.zeros(2 * f + 1), np.random.default_rng(3)
+    for _ in range(40):
+        pos = getattr(data, f"{scheme}_positions")(rng, 1000, t, t * f)
+        if pos[0, t - 17] < t * f - 17:  # head = tail = 16: the ends of each k lie apart
+            ends, mid = pos[:, t - 17], t - 32
+            k = np.ceil((ends - 16 - 99) / (mid - 1) * 2).astype(int)
+            assert (ends >= 16 + (mid - 1) * k // 2).all() and (ends <= k * t // 2 - 17).all()
+            counts += np.bincount(k, minlength=9)
+    assert counts.sum() > 10_000 and (scheme == "cream" or counts[-1] == 0)
+    keep = p > 0
+    assert chi_square(counts[2:][keep], p[keep]) < 24  # 6 degrees of freedom: 1 in 2,000
+
+
+def test_head_is_a_third_or_4f_by_a_fair_coin_per_batch():
+    rng, thirds = np.random.default_rng(0), 0
+    for _ in range(400):
+        p = data.uniform_positions(rng, 4, 300, 1200)
+        heads = {int(np.argmax(row != np.arange(300))) for row in p}
+        tails = {int(np.argmax(row[::-1] != np.arange(1199, 899, -1))) for row in p}
+        assert heads in ({100}, {16}) and (tails == heads or min(tails) >= min(heads))
+        thirds += heads == {100}
+    assert abs(thirds - 200) < 45  # 4.5 sigma
+
+
+def test_uniform_ends_are_uniform_and_reach_both_ends():
+    rng, ends = np.random.default_rng(0), {10: [], 16: []}
+    for _ in range(200):
+        p = data.uniform_positions(rng, 100, 30, 72)  # head = tail = 10 or int(4 x 2.4) = 9
+        head = int(np.argmax(p[0] != np.arange(30)))
+        ends.setdefault(head, []).extend(p[:, 29 - head])
+    for head in (9, 10):
+        low, high = 30 - head, 72 - head - 1
+        counts = np.bincount(ends[head], minlength=high + 1)
+        assert counts[:low].sum() == 0 and len(counts) == high + 1
+        assert chi_square(counts[low:], np.ones(high + 1 - low)) < 85  # 41 degrees of freedom
+
+
+def test_cream_with_k_2_joins_the_head_and_uniform_never_does():
+    rng = np.random.default_rng(0)
+    cream, uniform = (f(rng, 500, 90, 360) for f in (data.cream_positions, data.uniform_positions))
+    assert 120 < (cream[:, 30] == 30).sum() and (uniform[:, 30] > 30).all()
+
+
+def test_pose_moves_the_second_chunk_by_a_uniform_distance():
+    p = data.pose_positions(np.random.default_rng(0), 20_000, 5, 9)
+    moved, first = p[:, -1] - 4, (p == np.arange(5)).sum(1)
+    assert chi_square(np.bincount(moved), np.ones(5)) < 20
+    assert chi_square(np.bincount(first[moved > 0], minlength=4)[1:4], np.ones(3)) < 15
+
+
+@given(st.integers(1, 200), st.integers(0, 900), st.lists(st.integers(0, 199)), st.integers(0, 99))
+@settings(max_examples=200, deadline=None)
+def test_longrecipe_skips_only_at_sentence_starts(seq_len, more, starts, seed):
+    starts = [s for s in starts if s < seq_len]
+    rng = np.random.default_rng(seed)
+    p = data.longrecipe_positions(rng, np.array(starts), seq_len, seq_len + more)
+    assert p.shape == (seq_len,) and p.dtype == np.int64
+    assert p[0] == 0 and (np.diff(p) > 0).all() and p[-1] < seq_len + more
+    assert set(np.flatnonzero(np.diff(p) > 1) + 1) <= set(starts)
+
+
+def test_longrecipe_slots_are_a_uniform_choice():
+    rng, counts = np.random.default_rng(0), {}
+    for _ in range(6000):
+        p = data.longrecipe_positions(rng, [0, 2, 3], 4, 6)
+        counts[tuple(p)] = counts.get(tuple(p), 0) + 1
+    assert len(counts) == 6  # 2 skipped positions before, between, or after 2 sentences
+    assert chi_square(np.array(list(counts.values())), np.ones(6)) < 21
+    with pytest.raises(ValueError, match="outside 0 .. 3"):
+        data.longrecipe_positions(rng, [0, 4], 4, 6)
+
+
 # -------------------------------------------------------------------------------------- memory.py
 
 
@@ -1464,6 +2211,9 @@ def test_the_papers_settings_are_the_defaults(ckpt):
     assert step_tokens(at_32k) == {"long": 1048576, "short": 786432, "s2l": 262144}
     assert (at_32k.steps, at_32k.lr, at_32k.weight_decay, at_32k.beta2) == (512, 2e-5, 0.1, 0.95)
     assert at_32k.out_dir == "out/llama3-8b-32768"
+    bare = resolve(Config(ckpt="llama3-8b", target_len=32768), model, ckpt[0])  # two flags suffice
+    assert (bare.long_data, bare.short_data) == (data.DEFAULT_LONG, data.DEFAULT_SHORT)
+    assert (bare.s2l_data, at_32k.s2l_data) == (data.DEFAULT_SHORT, ["x"])
     far = resolve(dataclasses.replace(asked, target_len=131072), model, ckpt[0])
     assert (far.rope_theta, far.alpha_short, far.alpha_s2l) == (1e8, 2, 15)
     assert (far.n_distill_layers, far.position_scheme) == (3, "uniform")
@@ -1486,12 +2236,11 @@ def bad_inputs(ckpt, tmp_path):
     return good, {
         "unknown flag": ({"--target_length": 9}, "unrecognized arguments: --target_length"),
         "unknown ckpt": ({"--ckpt": "lama3"}, "no checkpoint 'lama3'.*llama3-8b"),
-        "missing file": ({"--long_data": "nowhere.txt"}, "no file at 'nowhere.txt'"),
+        "missing file": ({"--long_data": "nowhere.txt"}, "no file at nowhere.txt"),
         "truncated weights": ({"--ckpt": cut}, "cut/model.safetensors is missing, truncated"),
         "tokenizer misfit": ({"--ckpt": misfit}, "ids go up to 256, the model has 256"),
         "text too short": ({"--long_data": tmp_path / "tiny.txt"}, "long: text too short"),
         "target not above": ({"--target_len": 64}, "64 is not above the original window of 64"),
-        "no text": ({"--long_data": None}, "--long_data is missing"),
         "no such layer": ({"--distill_layers": 4}, "hidden states 1 to 3"),
         "loss not finite": ({"--lr": "1e30"}, "step 2: .*not finite"),
         "not a number": ({"--steps": "many"}, "--steps: invalid int value: 'many'"),
@@ -1501,7 +2250,7 @@ def bad_inputs(ckpt, tmp_path):
 
 
 CASES = ["unknown flag", "unknown ckpt", "missing file", "truncated weights", "tokenizer misfit"]
-CASES += ["text too short", "target not above", "no text", "no such layer", "loss not finite"]
+CASES += ["text too short", "target not above", "no such layer", "loss not finite"]
 CASES += ["not a number", "resume and more", "no checkpoint"]
 
 
