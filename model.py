@@ -455,11 +455,14 @@ class Llama(nn.Module):
         temperature: float = 0.0,
         pcd: dict | None = None,
         generator: torch.Generator | None = None,
+        chunk_len: int = 4096,
     ) -> Tensor:
         """Continue each row by exactly max_new_tokens; an end-of-text token does not stop it.
 
         input_ids: (B, T) int64. temperature: 0.0 = greedy, else the softmax is sampled, from
         `generator` where given. Returns (B, T + max_new_tokens).
+        chunk_len: prompt tokens a row read at a time. The prompt's keys and values must fit (16 GiB
+            for 8B at 128K in bf16); activations take the room of one chunk only.
         """
         if pcd is not None:
             raise ValueError("pcd decoding is not implemented yet; pass pcd=None")
@@ -468,7 +471,8 @@ class Llama(nn.Module):
         cache = self.new_cache(batch, length + max_new_tokens)
         new = input_ids
         for end in range(length, length + max_new_tokens):
-            hidden, _ = self(new, cache=cache)
+            for part in new.split(chunk_len, dim=1):
+                hidden, _ = self(part, cache=cache)
             logits = self.logits(hidden[:, -1]).float()  # (B, V)
             if temperature == 0.0:
                 new = logits.argmax(-1, keepdim=True)  # (B, 1)

@@ -657,6 +657,20 @@ def test_a_prompt_may_be_read_in_pieces():
         assert rel(torch.cat(pieces, 1), model(ids)[0]) < 1e-5
 
 
+@pytest.mark.parametrize("chunk_len", [1, 5, 32, 33, 64])
+def test_a_prompt_read_in_chunks_continues_token_for_token(chunk_len):
+    model, ids = tiny_llama(), tokens()
+    assert torch.equal(model.generate(ids, 12, chunk_len=chunk_len), model.generate(ids, 12))
+
+
+def test_generation_applies_the_lm_head_to_last_positions_only(monkeypatch):
+    model, seen = tiny_llama(), []
+    logits = Llama.logits
+    monkeypatch.setattr(Llama, "logits", lambda m, h: seen.append(h.shape) or logits(m, h))
+    model.generate(tokens(), 3, chunk_len=8)
+    assert seen == [(2, 48)] * 3
+
+
 def test_sampling_follows_its_generator_and_temperature():
     model, ids = tiny_llama(), tokens(1, 5).expand(400, -1)
     a, b = (model.generate(ids, 1, 1.0, generator=torch.Generator().manual_seed(3)) for _ in "ab")
