@@ -7,49 +7,157 @@ writes text sampled from a model itself: short text from its own distribution, f
 
 import argparse
 import json
+import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 import data
-from model import Llama, load_checkpoint, resolve_checkpoint
+from model import Llama, attention_kl, load_checkpoint, resolve_checkpoint
+
+CHUNK = 8192  # tokens of a sequence read at a time, so that 128K fits one GPU
+BATCH_TOKENS = 65536  # tokens whose keys and values are held at a time
+
+# ------------------------------------------------------------------------------ what was kept
 
 
 @torch.no_grad()
-def position_losses(model: Llama, input_ids: Tensor, rows: int = 256) -> Tensor:
+def kept(
+    base: Llama, model: Llama, input_ids: Tensor, rows: int = 512, attention_sequences: int = 8
+) -> dict:
+    """How far a model has moved from the original on short text (LongReD section 3).
+
+    input_ids: (B, T + 1) int64, read a sequence at a time, logits `rows` tokens at a time: two 8B
+        models at 8,192 need 30 GiB for the weights and 5 GiB for hidden states in bf16.
+    attention_sequences: how many of them, from the first on, to compare attention maps on.
+    Returns means over tokens: loss (nats), kl (nats, KL(original || model) of the next token),
+    same_top1 (share of tokens with the same first choice), cosine (n_layers + 1 numbers, by hidden
+        state, eq. 5) and, if asked for, attention_kl (n_layers lists of n_heads numbers, eq. 6).
+    """
+    n_layers, n_tokens = base.config.n_layers, input_ids[:, 1:].numel()
+    taps = tuple(range(n_layers + 1))
+    sums = torch.zeros(3, dtype=torch.float64)
+    cosine = torch.zeros(len(taps), dtype=torch.float64)
+    heads = torch.zeros(n_layers, base.config.n_heads)
+    compared = min(attention_sequences, len(input_ids))
+    for i, ids in enumerate(tqdm(input_ids, desc="kept", unit="seq", leave=False, disable=None)):
+        a, b = (m(ids[None, :-1], taps=taps)[1] for m in (base, model))
+        for tap in taps:
+            cosine[tap] += F.cosine_similarity(a[tap].float(), b[tap].float(), dim=-1).sum().cpu()
+        for start in range(0, len(ids) - 1, rows):
+            log_a, log_b = (
+                m.logits(h[n_layers][0, start : start + rows]).float().log_softmax(-1)
+                for m, h in ((base, a), (model, b))
+            )
+            labels = ids[start + 1 : start + 1 + len(log_b)]
+            nll = F.nll_loss(log_b, labels, reduction="sum")
+            kl = F.kl_div(log_b, log_a, reduction="sum", log_target=True)
+            same = (log_a.argmax(-1) == log_b.argmax(-1)).sum()
+            sums += torch.stack([nll, kl, same.float()]).double().cpu()
+        if i < compared:
+            heads += attention_kl(base, model, ids[None, :-1]).cpu() / compared
+    loss, kl, same = (sums / n_tokens).tolist()
+    result = {"loss": loss, "kl": kl, "same_top1": same, "cosine": (cosine / n_tokens).tolist()}
+    return result | ({"attention_kl": heads.tolist()} if compared else {})
+
+
+# ---------------------------------------------------------------------------- what was gained
+
+
+@torch.no_grad()
+def position_losses(
+    model: Llama, input_ids: Tensor, window: int | None = None, rows: int = 512
+) -> Tensor:
     """Next-token loss at each position, mean over sequences.
 
     input_ids: (B, T + 1) int64, read one sequence at a time, logits `rows` tokens at a time.
+    window: None reads each sequence whole. Else each token is predicted from at most the `window`
+        tokens before it: windows slide by a quarter, each scoring the tokens the one before it has
+        not, so context is never under 3/4 of the window (the first window's own tokens excepted).
     Returns (T,) float64 on the CPU, nats.
     """
-    total = torch.zeros(input_ids.shape[1] - 1, dtype=torch.float64)
-    for ids in tqdm(input_ids, desc="loss by position", unit="seq", leave=False, disable=None):
-        hidden = model(ids[None, :-1])[0][0]  # (T, D)
-        for start in range(0, hidden.shape[0], rows):
-            logits = model.logits(hidden[start : start + rows]).float()
-            labels = ids[start + 1 : start + 1 + logits.shape[0]]
-            nll = F.cross_entropy(logits, labels, reduction="none")
-            total[start : start + rows] += nll.double().cpu()
-    return total / input_ids.shape[0]
+    length = input_ids.shape[1] - 1
+    total = torch.zeros(length, dtype=torch.float64)
+    whole = window is None or length <= window
+    ends = [length] if whole else [*range(window, length, max(1, window // 4)), length]
+    name = "loss by position" if whole else f"the same, window {window}"
+    with tqdm(total=len(input_ids), desc=name, unit="seq", leave=False, disable=None) as bar:
+        for ids in input_ids:
+            done = 0  # positions scored
+            for end in ends:
+                start = 0 if whole else end - window
+                for at, hidden in read(model, ids[None, start:end]):
+                    skip = max(0, done - start - at)  # read for context alone
+                    first = start + at + skip
+                    nll = token_losses(model, hidden[0, skip:], ids[first + 1 :], rows)
+                    total[first : first + len(nll)] += nll
+                done = end
+            bar.update()
+    return total / len(input_ids)
+
+
+def read(model: Llama, input_ids: Tensor):
+    """Yield (start, last hidden states) of consecutive chunks of CHUNK tokens a row."""
+    batch, length = input_ids.shape
+    cache = model.new_cache(batch, length) if length > CHUNK else None
+    for start in range(0, length, CHUNK):
+        yield start, model(input_ids[:, start : start + CHUNK], cache=cache)[0]
+
+
+def token_losses(model: Llama, hidden: Tensor, labels: Tensor, rows: int = 512) -> Tensor:
+    """hidden (T, D) and the tokens that follow, (at least T,) -> (T,) float64 nats on the CPU."""
+    parts = []
+    for start in range(0, len(hidden), rows):
+        logits = model.logits(hidden[start : start + rows]).float()
+        nll = F.cross_entropy(logits, labels[start : start + len(logits)], reduction="none")
+        parts.append(nll.double().cpu())
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
 
 @torch.no_grad()
-def hidden_similarity(a: Llama, b: Llama, input_ids: Tensor) -> Tensor:
-    """Cosine of the two models' hidden states, mean over tokens (LongReD section 3, eq. 5).
+def repeat_losses(model: Llama, sequences: Tensor, passage: int, cue: int = 8) -> Tensor:
+    """Loss on the last `passage` tokens of each sequence, its first `cue` tokens not counted.
 
-    input_ids: (B, T) int64. Returns (n_layers + 1,) float64 on the CPU, by hidden-state index.
+    sequences: (B, T) int64. Returns (B,) float64 nats, mean over a passage's counted tokens.
     """
-    taps = tuple(range(a.config.n_layers + 1))
-    total = torch.zeros(len(taps), dtype=torch.float64)
-    for ids in input_ids:
-        hidden_a, hidden_b = (m(ids[None], taps=taps)[1] for m in (a, b))
-        for i in taps:
-            cos = F.cosine_similarity(hidden_a[i].float(), hidden_b[i].float(), dim=-1)
-            total[i] += cos.mean().double().cpu()
-    return total / input_ids.shape[0]
+    out = []
+    batch = max(1, BATCH_TOKENS // sequences.shape[1])
+    for part in tqdm(sequences.split(batch), desc="repeat", leave=False, disable=None):
+        tail = []  # what the passage's counted tokens are predicted from
+        for start, hidden in read(model, part[:, :-1]):
+            tail.append(hidden[:, max(0, part.shape[1] - 1 - start - (passage - cue)) :])
+        tail = torch.cat(tail, 1)
+        labels = part[:, -tail.shape[1] :]
+        out += [token_losses(model, h, y).mean() for h, y in zip(tail, labels, strict=True)]
+    return torch.stack(out)
+
+
+def repeat_sequences(
+    tokens: np.ndarray, length: int, depths: list[float], n: int, seed: int
+) -> tuple[Tensor, int]:
+    """Sequences ending in a passage that also stands earlier, at each depth, or not at all.
+
+    tokens: held-out text. depths: 0 = the passage opens the sequence, 1 = it stands just before
+        its repetition.
+    Returns ((len(depths) + 1) * n, length) int64, per sample the depths in order and then the
+    control, whose passage is new; and the passage's length.
+    """
+    passage = min(64, length // 8)
+    room = length - 2 * passage
+    rows = []
+    for index in range(n):
+        rng = np.random.default_rng([seed, zlib.crc32(b"repeat"), length, index])
+        first = np.resize(np.roll(tokens, -rng.integers(len(tokens))), length)
+        text, again = first[: length - passage], first[length - passage :]
+        for depth in depths:
+            at = round(depth * room)
+            rows.append(np.concatenate([text[:at], again, text[at:room], again]))
+        rows.append(first)
+    return torch.from_numpy(np.stack(rows)), passage
 
 
 def plot_demo(rows: dict, curves: dict, original_len: int, target_len: int, path: Path) -> Path:

@@ -595,7 +595,7 @@ def print_step(c: Config, line: dict, eta: float) -> None:
 
 def report(c: Config, teacher: Llama, student: Llama) -> dict:
     """Compare original and extended model on held-out text; print it and write report.md."""
-    from evaluate import hidden_similarity, position_losses
+    from evaluate import kept, position_losses
 
     tokenizer = open_tokenizer(c)
     texts = {}
@@ -615,9 +615,9 @@ def report(c: Config, teacher: Llama, student: Llama) -> dict:
     for name, model in (("original", teacher), (c.method, student)):
         rows[name] = row = {}
         if "short" in texts:
-            row[f"short loss at {c.original_len}"] = position_losses(model, texts["short"]).mean()
-            cos = hidden_similarity(teacher, model, texts["short"][:, :-1])
-            row["drift (1 - cos)"] = 1 - cos[-1]
+            short = kept(teacher, model, texts["short"], attention_sequences=0)
+            row[f"short loss at {c.original_len}"] = short["loss"]
+            row |= {"KL": short["kl"], "drift (1 - cos)": 1 - short["cosine"][-1]}
         if "long" in texts:
             by_position = position_losses(model, texts["long"])
             row[f"long loss at {c.target_len}"] = by_position.mean()
@@ -629,7 +629,8 @@ def report(c: Config, teacher: Llama, student: Llama) -> dict:
         f"# {c.method}: {c.original_len:,} -> {c.target_len:,}\n",
         f"{c.ckpt}, {c.steps} steps: "
         + ", ".join(f"{n:,} {name} tokens" for name, n in tokens.items())
-        + ". Losses in nats a token on held-out text, drift of the last hidden state on the short: "
+        + ". Losses in nats a token on held-out text; on the short, KL(original, it) and drift of "
+        "the last hidden state: "
         + ", ".join(f"{len(ids)} {name} sequences" for name, ids in texts.items())
         + ".\n",
         table(rows),

@@ -46,6 +46,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 import bench
 import data
+import evaluate
 import longred
 import memory
 import model as model_module
@@ -2342,3 +2343,86 @@ def test_the_small_memory_path_resumes_bit_for_bit(ckpt, tmp_path, small_memory)
     )
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert read_log(tmp_path / "parts")[-1]["step"] == read_log(tmp_path / "whole")[-1]["step"]
+# ------------------------------------------------------------------------------------ evaluate.py
+
+
+def nll_by_hand(theirs, ids):
+    """Transformers' loss on each token but the first."""
+    with torch.no_grad():
+        logits = theirs(ids).logits.double()
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+@pytest.mark.parametrize("rows", [7, 64])
+def test_what_was_kept_equals_transformers(pairs, rows):
+    ours, theirs = pairs
+    ids = tokens(3, 34)
+    got = evaluate.kept(*ours, ids, rows=rows, attention_sequences=2)
+    with torch.no_grad():
+        a, b = (m(ids[:, :-1], output_hidden_states=True) for m in theirs)
+    p, q = (x.logits.double().softmax(-1) for x in (a, b))
+    assert got["loss"] == pytest.approx(nll_by_hand(theirs[1], ids).mean().item(), rel=1e-4)
+    assert got["kl"] == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-3)
+    assert got["same_top1"] == (p.argmax(-1) == q.argmax(-1)).double().mean().item() < 1
+    want = [
+        1 - distance_by_hand(*x).item() for x in zip(a.hidden_states, b.hidden_states, strict=True)
+    ]
+    assert got["cosine"] == pytest.approx(want, abs=1e-5) and want[-1] < 0.999
+    heads = attention_kl(*ours, ids[:2, :-1])
+    assert rel(torch.tensor(got["attention_kl"]), heads) < 1e-4
+    same = evaluate.kept(ours[0], ours[0], ids)
+    assert same["kl"] == 0 and same["same_top1"] == 1 and min(same["cosine"]) > 1 - 1e-6
+
+
+@pytest.mark.parametrize("chunk", [5, 4096])
+def test_losses_by_position_equal_transformers(pairs, chunk, monkeypatch):
+    monkeypatch.setattr(evaluate, "CHUNK", chunk)
+    ids = tokens(3, 50)
+    got = evaluate.position_losses(pairs[0][1], ids, rows=3)
+    assert rel(got, nll_by_hand(pairs[1][1], ids).mean(0)) < 1e-5
+
+
+@pytest.mark.parametrize("chunk", [5, 4096])
+def test_a_cut_window_scores_each_token_from_its_own_window_only(pairs, chunk, monkeypatch):
+    monkeypatch.setattr(evaluate, "CHUNK", chunk)
+    ids, window, stride = tokens(1, 50), 16, 4
+    got = evaluate.position_losses(pairs[0][1], ids, window)
+    for t in range(49):  # token t + 1 is predicted from start .. t
+        end = min(49, window + max(0, math.ceil((t + 1 - window) / stride)) * stride)
+        start = max(0, end - window)
+        assert t - start < window and (t < window or t - start >= window - stride)
+        want = nll_by_hand(pairs[1][1], ids[:, start : t + 2])[0, -1]
+        assert got[t].item() == pytest.approx(want.item(), rel=1e-4)
+    far = evaluate.position_losses(pairs[0][1], ids, 49)
+    assert torch.equal(far, evaluate.position_losses(pairs[0][1], ids))
+
+
+@pytest.mark.parametrize("length", [96, 512])
+def test_a_passage_is_repeated_at_each_depth_and_new_in_the_control(length):
+    text, depths = np.arange(1000), [0.0, 0.3, 1.0]  # every token differs: a match is a copy
+    rows, passage = evaluate.repeat_sequences(text, length, depths, n=2, seed=0)
+    assert rows.shape == (8, length) and passage == min(64, length // 8)
+    for i, row in enumerate(rows.tolist()):
+        again, before = row[-passage:], row[:-passage]
+        found = [at for at in range(length - 2 * passage + 1) if before[at:][:passage] == again]
+        want = [*(round(d * (length - 2 * passage)) for d in depths), None][i % 4]
+        assert found == ([] if want is None else [want])
+        assert len(set(before)) == len(before)
+
+
+def test_the_loss_on_a_repeated_passage_equals_transformers(pairs, monkeypatch):
+    monkeypatch.setattr(evaluate, "CHUNK", 7)
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 100)
+    ids = tokens(3, 45)
+    got = evaluate.repeat_losses(pairs[0][1], ids, passage=12, cue=3)
+    assert rel(got, nll_by_hand(pairs[1][1], ids)[:, -9:].mean(1)) < 1e-5
+
+
+def test_own_samples_are_text_for_training(ckpt, tmp_path):
+    path = tmp_path / "own.jsonl"
+    folder = shutil.copytree(ckpt[0], tmp_path / "with_eos")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 10}')
+    argv = ["--base", folder, "--write_samples", path, "--n_samples", 3, "--length", 12]
+    evaluate.main([str(x) for x in argv])
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    assert len(texts) == 3 and any(texts) and all("\n" not in text for text in texts)
