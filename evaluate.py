@@ -6,8 +6,13 @@ writes text sampled from a model itself: short text from its own distribution, f
 """
 
 import argparse
+import functools
 import json
+import math
+import re
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +163,239 @@ def repeat_sequences(
             rows.append(np.concatenate([text[:at], again, text[at:room], again]))
         rows.append(first)
     return torch.from_numpy(np.stack(rows)), passage
+
+
+# ------------------------------------------------------------------------------ RULER's tasks
+#
+# Construction: RULER's paper, section 3, and its published settings. Differs: sentences are our
+# own; the haystack is the user's held-out text instead of essays; words are drawn from that text
+# instead of a list; variable tracking has a one-line example and common words none, where RULER
+# shows a whole solved sample; below 4K the room for an answer shrinks to an eighth of the length.
+# The two tasks on SQuAD and HotpotQA need downloads and are left to RULER itself.
+
+# haystack, keys, values, number of keys, values of each key, keys asked for
+NIAH = {
+    "niah_single_1": ("noise", "words", "number", 1, 1, 1),
+    "niah_single_2": ("text", "words", "number", 1, 1, 1),
+    "niah_single_3": ("text", "words", "uuid", 1, 1, 1),
+    "niah_multikey_1": ("text", "words", "number", 4, 1, 1),
+    "niah_multikey_2": ("needles", "words", "number", 1, 1, 1),
+    "niah_multikey_3": ("needles", "uuid", "uuid", 1, 1, 1),
+    "niah_multivalue": ("text", "words", "number", 1, 4, 1),
+    "niah_multiquery": ("text", "words", "number", 4, 1, 4),
+}
+NOISE = "The wind turns. Rain falls and the river runs on. Night comes, and then day again. "
+RULER = [*NIAH, "vt", "cwe", "fwe"]
+TASKS = ["kept", "position", "repeat", "niah_single_2", "niah_multikey_1", "niah_multivalue"]
+TASKS += ["niah_multiquery", "vt", "cwe", "fwe"]  # what is done unless --tasks says otherwise
+TASKS_ALL = ["kept", "position", "repeat", *RULER]
+
+
+@dataclass
+class Sample:
+    prompt: np.ndarray  # (length - n_new,) int64
+    answers: list[str]  # all of them are asked for
+    n_new: int  # tokens of room for the answer
+    depth: float | None  # of the one needle asked for, 0 = start of the haystack
+
+
+class Source:
+    """What samples are made of: a tokenizer, and text with its words and ends of sentences."""
+
+    def __init__(self, tokenizer: data.Tokenizer, tokens: np.ndarray):
+        self.tokenizer, self.tokens = tokenizer, tokens
+        text = tokenizer.decode(tokens[:1_000_000].tolist())
+        # RULER's room for answers is in tokens of about 4 characters.
+        self.stretch = max(1.0, 4 * min(len(tokens), 1_000_000) / len(text))
+        self.words = sorted(set(re.findall(r"\b[a-z]{4,9}\b", text)))
+        self.newline = self.encode("\n")[-1:]
+        seen = np.unique(np.concatenate([tokens, self.encode(NOISE + "\n")]))
+        ends = [i for i in seen if tokenizer.decode([int(i)]).rstrip(" ")[-1:] in list(".!?\n")]
+        self.sentence_ends = np.array(ends, dtype=np.int64)
+        if len(self.words) < 100:
+            raise ValueError(
+                f"--data holds {len(self.words)} different words of 4 to 9 small letters in its "
+                "held-out part, RULER's tasks need 100; add text or leave them out of --tasks"
+            )
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self.tokenizer.encode_batch([text])[0], dtype=np.int64)
+
+    def draw(self, rng: np.random.Generator, kind: str, n: int) -> list[str]:
+        """n different pairs of words, 7-digit numbers, uuids, words, or codes of 6 letters."""
+        if kind == "word" and n <= len(self.words):
+            return rng.choice(self.words, n, replace=False).tolist()
+        found = {}  # a set that keeps its order
+        while len(found) < n:
+            if kind == "number":
+                new = str(rng.integers(10**6, 10**7))
+            elif kind == "uuid":
+                new = re.sub("(.{8})(.{4})(.{4})(.{4})", r"\1-\2-\3-\4-", rng.bytes(16).hex())
+            elif kind == "code":
+                new = "".join(chr(97 + c) for c in rng.integers(26, size=6))
+            else:
+                new = "-".join(self.words[i] for i in rng.integers(len(self.words), size=2))
+            found[new] = None
+        return list(found)
+
+
+def make_sample(
+    source: Source, task: str, length: int, depth: float, rng: np.random.Generator
+) -> Sample:
+    """A task's prompt and answers; prompt and room for the answer are exactly `length` tokens.
+
+    depth: where the one needle asked for lies in the haystack, to the nearest end of a sentence;
+        tasks that ask for several things place them at random.
+    Raises ValueError if the task does not fit the length.
+    """
+    make = {"vt": _variables, "cwe": _common_words, "fwe": _frequent_words}.get(task, _needles)
+    head, body, tail, answers, n_new, depth = make(source, task, length, depth, rng)
+    bos = [source.tokenizer.bos_id] if source.tokenizer.add_bos else []
+    head, tail = np.concatenate([bos, source.encode(head)]).astype(np.int64), source.encode(tail)
+    n_new = min(math.ceil(n_new * source.stretch), length // 8)
+    try:
+        middle = body(length - n_new - len(head) - len(tail))
+    except ValueError as e:
+        raise ValueError(f"{task} does not fit {length} tokens: {e}") from None
+    prompt = np.concatenate([head, middle, tail])
+    assert len(prompt) + n_new == length, (task, len(prompt), n_new, length)
+    return Sample(prompt, answers, n_new, depth)
+
+
+def _needles(source: Source, task: str, length: int, depth: float, rng) -> tuple:
+    haystack, key_kind, value_kind, n_keys, n_values, n_asked = NIAH[task]
+    n_more = length // 8 if haystack == "needles" else 0  # more than fit
+    keys = source.draw(rng, key_kind, n_keys + n_more)
+    values = source.draw(rng, value_kind, n_keys * n_values + n_more)
+    owners = [key for key in keys[:n_keys] for _ in range(n_values)] + keys[n_keys:]
+    state = f" One secret {value_kind} of {{}} is {{}}."
+    stated = [state.format(*pair) for pair in zip(owners, values, strict=True)]
+    n = n_keys * n_values
+    answers, names = values[: n_asked * n_values], ", ".join(keys[:n_asked])
+    depths = rng.random(n).tolist()
+    what = f"{value_kind}s of {names}"
+    if len(answers) > 1:
+        tail = f"\nWhat are the {len(answers)} secret {what}, as hidden in the text above? Answer: "
+        tail += f"The {len(answers)} secret {what} are"
+        depth = None
+    else:
+        what = f"secret {value_kind} of {names}"
+        tail = f"\nWhat is the {what}, as hidden in the text above? Answer: One {what} is"
+        depths[0] = depth
+    head = f"Secret {value_kind}s are hidden in this text. Learn them: some will be asked for.\n"
+    haystack = "".join(stated[n:]) or haystack
+
+    def body(room: int) -> np.ndarray:
+        return _bury(source, haystack, [source.encode(s) for s in stated[:n]], depths, room, rng)
+
+    return head, body, tail, answers, 32 * len(answers), depth
+
+
+def _variables(source: Source, task: str, length: int, depth: float, rng, hops=4) -> tuple:
+    names = [name.upper() for name in source.draw(rng, "code", hops + 1)]
+    value = str(rng.integers(10_000, 100_000))
+    held = [value, *(f"VAR {name}" for name in names)]
+    head = "Variables are set in this text, some from others. Learn which hold which value. For "
+    head += "example, VAR QX = 31. VAR ZK = VAR QX. gives the value 31 to QX, ZK.\n"
+    tail = f"\nWhich {hops + 1} variables hold the value {value} at the end of the text above? "
+    tail += f"Answer: The {hops + 1} variables that hold the value {value} are"
+
+    def body(room: int) -> np.ndarray:
+        pieces = [source.encode(f" VAR {n} = {v}.") for n, v in zip(names, held, strict=False)]
+        return _bury(source, "noise", pieces, sorted(rng.random(len(pieces))), room, rng)
+
+    return head, body, tail, names, 50, None
+
+
+def _common_words(source: Source, task: str, length: int, depth: float, rng) -> tuple:
+    n_asked, common, uncommon = 10, *((30, 3) if length >= 4096 else (6, 1))  # times in the list
+    words = source.draw(rng, "word", n_asked + length // (3 * uncommon))  # more than fit
+    what = f"{n_asked} words"
+    head = "This is a numbered list of words. Learn which of them stand in it most often.\n"
+    tail = f"\nWhich {what} stand most often in the list above? Answer: The {what} that stand most "
+    tail += "often are"
+
+    def entries(n: int) -> np.ndarray:
+        listed = words[:n_asked] * common + words[n_asked : n_asked + n] * uncommon
+        order = np.random.default_rng(n).permutation(len(listed))
+        return source.encode("".join(f" {i + 1}. {listed[j]}" for i, j in enumerate(order)))
+
+    body = functools.partial(_fill, source, entries, n_asked)
+    return head, body, tail, words[:n_asked], 120, None
+
+
+def _frequent_words(source: Source, task: str, length: int, depth: float, rng) -> tuple:
+    words = np.array(["...", *source.draw(rng, "code", 1999)])
+    share = np.arange(1, len(words) + 1) ** -2.0  # zeta with alpha = 2; the first, dots, is noise
+    share /= share.sum()
+    head = "This is a text in code. Learn which words of it stand in it most often; dots are not "
+    head += "words.\n"
+    tail = "\nWhich three words stand most often in the text above? Answer: The three words that "
+    tail += "stand most often are"
+
+    def text(n: int) -> np.ndarray:
+        drawn = np.repeat(words, np.round(n * share).astype(int))
+        return source.encode(" " + " ".join(np.random.default_rng(n).permutation(drawn)))
+
+    body = functools.partial(_fill, source, text, 60)  # 60: the dots 36 times, words 9, 4, 2, 1, 1
+    return head, body, tail, words[1:4].tolist(), 50, None
+
+
+def _bury(source, haystack: str, pieces: list, depths: list, room: int, rng) -> np.ndarray:
+    """Each piece at the end of the sentence nearest to its depth in the haystack, `room` in all."""
+    n = room - sum(len(p) for p in pieces)
+    if n < 0:
+        raise ValueError(f"{-n} tokens too few")
+    if haystack == "text":
+        filler = np.resize(np.roll(source.tokens, -rng.integers(len(source.tokens))), n)
+    else:
+        filler = np.resize(source.encode(NOISE if haystack == "noise" else haystack), n)
+    ends = np.flatnonzero(np.isin(filler, source.sentence_ends)) + 1
+    ends = np.concatenate([[0], ends, [n]])
+    out, last = [], 0
+    for i in np.argsort(depths, kind="stable"):
+        at = int(ends[np.abs(ends - depths[i] * n).argmin()])
+        out += [filler[last:at], pieces[i]]
+        last = at
+    return np.concatenate([*out, filler[last:]])
+
+
+def _fill(source: Source, build: Callable, least: int, room: int) -> np.ndarray:
+    """About the longest build(n) that fits, n at least `least`, filled up by newlines to `room`."""
+    n, body = least, build(least)
+    best = body
+    if len(best) > room:
+        raise ValueError(f"{len(best) - room} tokens too few")
+    for _ in range(5):  # length grows almost in proportion to n
+        n = max(least, n * room // len(body))
+        body = build(n)
+        if len(best) < len(body) <= room:
+            best = body
+    return np.concatenate([best, np.resize(source.newline, room - len(best))])
+
+
+def score(text: str, answers: list[str]) -> float:
+    """Share of the answers that stand in the text as whole words, in any case and order."""
+    words = set(re.findall(r"[\w-]+", text.lower()))
+    return sum(a.lower() in words for a in answers) / len(answers)
+
+
+def ask(generate: Callable, samples: list[Sample], tokenizer: data.Tokenizer) -> list[float]:
+    """Score of each sample; all are of one task and length, so a batch needs no padding.
+
+    generate: (prompts (B, T) int64, n_new) -> (B, n_new) int64.
+    """
+    batch = max(1, BATCH_TOKENS // (len(samples[0].prompt) + samples[0].n_new))
+    scores = []
+    for start in tqdm(range(0, len(samples), batch), desc="ask", leave=False, disable=None):
+        part = samples[start : start + batch]
+        new = generate(torch.from_numpy(np.stack([s.prompt for s in part])), part[0].n_new)
+        texts = [tokenizer.decode(ids) for ids in new.tolist()]
+        scores += [score(text, s.answers) for text, s in zip(texts, part, strict=True)]
+    return scores
+
+
+# ------------------------------------------------------------------------------- samples, main
 
 
 def plot_demo(rows: dict, curves: dict, original_len: int, target_len: int, path: Path) -> Path:

@@ -2346,6 +2346,21 @@ def test_the_small_memory_path_resumes_bit_for_bit(ckpt, tmp_path, small_memory)
 # ------------------------------------------------------------------------------------ evaluate.py
 
 
+@pytest.fixture(scope="session")
+def prose(ckpt, tmp_path_factory):
+    """Sentences of 400 different words; the tiny checkpoint's tokenizer reads bytes."""
+    rng, path = random.Random(1), tmp_path_factory.mktemp("prose") / "prose.txt"
+    words = sorted({"".join(rng.choices("aeioulnrst", k=rng.randint(4, 8))) for _ in range(400)})
+    path.write_text(" ".join(" ".join(rng.choices(words, k=9)) + "." for _ in range(4000)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def source(ckpt, prose):
+    tokenizer = data.load_tokenizer(ckpt[0])
+    return evaluate.Source(tokenizer, np.array(tokenizer.encode_batch([prose.read_text()])[0]))
+
+
 def nll_by_hand(theirs, ids):
     """Transformers' loss on each token but the first."""
     with torch.no_grad():
@@ -2416,6 +2431,83 @@ def test_the_loss_on_a_repeated_passage_equals_transformers(pairs, monkeypatch):
     ids = tokens(3, 45)
     got = evaluate.repeat_losses(pairs[0][1], ids, passage=12, cue=3)
     assert rel(got, nll_by_hand(pairs[1][1], ids)[:, -9:].mean(1)) < 1e-5
+
+
+@pytest.mark.parametrize("length", [2048, 4999])
+@pytest.mark.parametrize("task", evaluate.NIAH)
+def test_needles_are_there_once_at_their_depth_and_exact_in_length(source, task, length):
+    for i, depth in enumerate([0.0, 0.37, 1.0]):
+        rng = np.random.default_rng([i, length])
+        sample = evaluate.make_sample(source, task, length, depth, rng)
+        assert len(sample.prompt) + sample.n_new == length
+        text = source.tokenizer.decode(sample.prompt.tolist())
+        assert [text.count(answer) for answer in sample.answers] == [1] * len(sample.answers)
+        assert len(sample.answers) == (4 if task in ("niah_multivalue", "niah_multiquery") else 1)
+        if len(sample.answers) == 1:
+            hay = text[text.index("\n") + 1 : text.rindex("\nWhat")]
+            needle = re.search(rf" One secret \w+ of (\S+) is {sample.answers[0]}\.", hay)
+            rest = len(hay) - len(needle[0])
+            sentence = max(len(s) for s in hay.replace(needle[0], "").split("."))
+            assert abs(needle.start() - depth * rest) <= sentence
+            assert sample.depth == depth and text.endswith(f" of {needle[1]} is")
+        if task == "niah_multikey_1":
+            assert hay.count(" One secret number of ") == 4
+
+
+def test_a_chain_of_variables_is_in_order(source):
+    sample = evaluate.make_sample(source, "vt", 3000, 0.5, np.random.default_rng(0))
+    text = source.tokenizer.decode(sample.prompt.tolist())
+    set_to = re.findall(r" VAR (\w{6}) = (?:VAR )?(\w+)\.", text)
+    assert len(sample.prompt) + sample.n_new == 3000 and len(set_to) == 5
+    assert [name for name, _ in set_to] == sample.answers
+    assert [value for _, value in set_to[1:]] == sample.answers[:-1]
+    assert f"hold the value {set_to[0][1]} are" in text
+
+
+@pytest.mark.parametrize("length, often, seldom", [(2500, 6, 1), (8192, 30, 3)])
+def test_common_words_stand_as_often_as_in_ruler(source, length, often, seldom):
+    sample = evaluate.make_sample(source, "cwe", length, 0.5, np.random.default_rng(0))
+    assert len(sample.prompt) + sample.n_new == length
+    listed = re.findall(r" (\d+)\. (\S+)", source.tokenizer.decode(sample.prompt.tolist()))
+    assert [int(number) for number, _ in listed] == list(range(1, len(listed) + 1))
+    words = [word for _, word in listed]
+    assert {words.count(w) for w in sample.answers} == {often} and len(set(sample.answers)) == 10
+    assert {words.count(w) for w in set(words) - set(sample.answers)} == {seldom}
+
+
+def test_frequent_words_follow_zeta(source):
+    sample = evaluate.make_sample(source, "fwe", 20_000, 0.5, np.random.default_rng(0))
+    assert len(sample.prompt) + sample.n_new == 20_000
+    words = source.tokenizer.decode(sample.prompt.tolist()).split("\n")[1].split()
+    order = sorted(set(words), key=words.count, reverse=True)
+    assert order[:4] == ["...", *sample.answers]
+    shares = [words.count(w) / len(words) for w in order[:4]]
+    assert shares == pytest.approx([6 / math.pi**2 / k**2 for k in (1, 2, 3, 4)], rel=0.05)
+
+
+@pytest.mark.parametrize("task", evaluate.RULER)
+def test_a_perfect_answerer_scores_all_and_a_random_one_nothing(source, task, monkeypatch):
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 6000)
+    rngs = (np.random.default_rng(i) for i in range(5))
+    samples = [evaluate.make_sample(source, task, 3000, 0.5, rng) for rng in rngs]
+    answers = {s.prompt.tobytes(): " " + ", ".join(s.answers) for s in samples}
+
+    def perfect(prompts, n_new):
+        said = [source.encode(answers[p.numpy().tobytes()])[:n_new] for p in prompts]
+        return torch.stack([torch.from_numpy(np.pad(ids, (0, n_new - len(ids)))) for ids in said])
+
+    def babble(prompts, n_new):
+        return tokens(len(prompts), n_new, vocab=128)
+
+    assert evaluate.ask(perfect, samples, source.tokenizer) == [1.0] * 5
+    assert evaluate.ask(babble, samples, source.tokenizer) == [0.0] * 5
+
+
+def test_answers_count_as_whole_words_in_any_order():
+    assert evaluate.score(" are 22, and 11.", ["11", "22"]) == 1
+    assert evaluate.score("11 33", ["11", "22"]) == 0.5
+    assert evaluate.score("1123", ["11", "23"]) == 0  # a part of a number is another number
+    assert evaluate.score("Red-Fox", ["red-fox"]) == 1 and evaluate.score("", ["x"]) == 0
 
 
 def test_own_samples_are_text_for_training(ckpt, tmp_path):
