@@ -1,16 +1,35 @@
-"""What was kept and what was gained by an extension of the context window.
+"""What an extension of the context window kept, and what it gained.
 
+    python evaluate.py --base ORIGINAL --ckpt OUT [OUT ...] --data TEXT... --lengths 512,1024,2048
     python evaluate.py --base DIR --write_samples stories.jsonl --n_samples 400
 
-writes text sampled from a model itself: short text from its own distribution, for distillation.
+The first compares the original with any number of extended checkpoints and leaves report.md,
+results.json and pictures in --out_dir; the second writes short text sampled from a model itself.
+
+    task        question, and where it is answered
+    ----------  ------------------------------------------------------------------------------------
+    kept        short text: loss, KL(original || it), same first choice, drift by layer  (kept)
+    position    long text: loss by position, with and without the far context  (position_losses)
+    repeat      is a passage better known the second time, and from how far?  (repeat_losses)
+    niah_... vt cwe fwe    RULER (Hsieh et al., arXiv 2404.06654), in our own words  (make_sample)
+
+Perplexity falls when a model merely tolerates distance, so two numbers here show its use: the same
+tokens scored with the window cut to the original, and the passage that was there before.
+Give --data and --short_data the lists that longred.py was given: what it held out is read here.
+Every result is kept in OUT_DIR/cache as soon as it is there, by the checkpoint's content and the
+task's settings: a stopped command continues, and one more --ckpt costs only itself.
 """
 
 import argparse
 import functools
+import hashlib
 import json
 import math
 import re
+import statistics
+import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +41,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from model import Llama, attention_kl, load_checkpoint, resolve_checkpoint
+from model import Llama, attention_kl, load_checkpoint, load_config, resolve_checkpoint
 
+FORMAT = 1  # of a kept result; raised when what is measured changes
 CHUNK = 8192  # tokens of a sequence read at a time, so that 128K fits one GPU
 BATCH_TOKENS = 65536  # tokens whose keys and values are held at a time
 
@@ -395,40 +415,396 @@ def ask(generate: Callable, samples: list[Sample], tokenizer: data.Tokenizer) ->
     return scores
 
 
-# ------------------------------------------------------------------------------- samples, main
+def ruler(
+    generate: Callable,
+    source: Source,
+    task: str,
+    depths: list[float],
+    n_samples: int,
+    seed: int,
+    length: int,
+) -> dict:
+    """A task at one length, n_samples at each depth: share answered in full, and of all answers.
+
+    Returns {"skipped": why} where the task does not fit the length.
+    """
+    samples = []
+    try:
+        for i in tqdm(range(len(depths) * n_samples), desc="write", leave=False, disable=None):
+            rng = np.random.default_rng([seed, zlib.crc32(task.encode()), length, i])
+            samples.append(make_sample(source, task, length, depths[i // n_samples], rng))
+    except ValueError as e:
+        return {"skipped": str(e)}
+    scores = ask(generate, samples, source.tokenizer)
+    exact = np.array([score == 1 for score in scores], dtype=float).reshape(len(depths), -1)
+    by_depth = None if samples[0].depth is None else exact.mean(1).tolist()
+    found = {"exact": exact.mean().item(), "part": statistics.mean(scores)}
+    return found | {"depths": depths, "by_depth": by_depth}
 
 
-def plot_demo(rows: dict, curves: dict, original_len: int, target_len: int, path: Path) -> Path:
-    """Two panels: short loss as points, long loss by position as lines. Needs matplotlib."""
+# ------------------------------------------------------------------------------- a comparison
+
+
+def find_run(spec: str) -> tuple[str, Path | None, str]:
+    """[NAME=]CHECKPOINT -> (name, its folder, ""), or (name, None, how far the run has come).
+
+    Runs given one NAME share a row, as mean +- standard deviation. Raises ValueError where there is
+    neither a checkpoint nor a run that will export one.
+    """
+    name, path = spec.split("=", 1) if "=" in spec and not Path(spec).exists() else ("", spec)
+    run = Path(path) / "longred.json"
+    if run.is_file() and not (run.parent / "hf" / "config.json").is_file():
+        log, steps = run.with_name("log.jsonl"), json.loads(run.read_text())["config"]["steps"]
+        done = len(log.read_text().splitlines()) if log.is_file() else 0
+        return name or run.parent.name, None, f"unfinished, {done} of {steps} steps"
+    folder = resolve_checkpoint(path)
+    own = folder.parent if folder.name == "hf" else folder
+    return name or (own.name if Path(path).is_dir() else Path(path).name), folder, ""
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a checkpoint's content: config.json and every byte of the weights."""
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        with open(path, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()[:24]
+
+
+def remember(folder: Path, key: dict, compute: Callable[[], dict]) -> dict:
+    """compute(), or what it returned when it was last called under this key."""
+    text = json.dumps({"format": FORMAT, **key}, sort_keys=True)
+    path = folder / f"{key['task']}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["value"]
+    except (FileNotFoundError, ValueError):  # ValueError: cut short by a crash
+        print("  measuring", key["task"], key.get("length", ""), flush=True)
+        value = compute()
+    partial = path.with_suffix(".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps({"key": key, "value": value}), encoding="utf-8")
+    partial.replace(path)
+    return value
+
+
+@dataclass
+class Texts:
+    """What all checkpoints are asked about."""
+
+    short: Tensor  # (B, original_len + 1)
+    long: Tensor  # (B, longest + 1)
+    source: Source | None
+    original_len: int
+    lengths: list[int]
+
+
+def measure(a: argparse.Namespace, texts: Texts, folder: Path, base: Path, out: dict) -> None:
+    """Fill `out` with every task's result for one checkpoint; `out` keeps what Ctrl-C leaves."""
+    load = functools.cache(lambda path: load_checkpoint(path, device=a.device, dtype=a.dtype))
+    cache, identity = Path(a.out_dir) / "cache", fingerprint(folder)
+
+    def once(task: str, compute: Callable[[], dict], **settings) -> dict:
+        key = {"task": task, "checkpoint": identity, "dtype": str(a.dtype), **settings}
+        return remember(cache, key, compute)
+
+    def generate(prompts: Tensor, n_new: int) -> Tensor:
+        return load(folder).generate(prompts.to(a.device), n_new)[:, prompts.shape[1] :].cpu()
+
+    def positions(window: int | None) -> list[float]:
+        losses = position_losses(load(folder), texts.long.to(a.device), window)
+        return [round(nll, 4) for nll in losses.tolist()]
+
+    def repeat(length: int) -> dict:
+        tokens = texts.long.flatten().numpy()
+        ids, passage = repeat_sequences(tokens, length, a.depths, a.samples, a.seed)
+        losses = repeat_losses(load(folder), ids.to(a.device), passage).view(a.samples, -1).mean(0)
+        seen, new = losses[:-1], losses[-1]
+        found = {"seen": seen.mean().item(), "new": new.item()}
+        return found | {"depths": a.depths, "by_depth": (new - seen).tolist()}
+
+    text = {"text": _digest(texts.long), "original_len": texts.original_len}
+    if "kept" in a.tasks:
+        both = {"text": _digest(texts.short), "base": fingerprint(base)}
+        ids = texts.short.to(a.device)
+        out["kept"] = once("kept", lambda: kept(load(base), load(folder), ids), **both)
+    if "position" in a.tasks:
+        out["position"] = {
+            name: once("position", lambda w=window: {"nll": positions(w)}, window=window, **text)
+            for name, window in (("whole", None), ("cut", texts.original_len))
+        }
+    drawn = {**text, "seed": a.seed, "samples": a.samples, "depths": a.depths}
+    if texts.source:
+        drawn["tokenizer"] = texts.source.tokenizer.fingerprint
+    for task in [t for t in a.tasks if t not in ("kept", "position")]:
+        run = functools.partial(ruler, generate, texts.source, task, a.depths, a.samples, a.seed)
+        run = repeat if task == "repeat" else run
+        for length in texts.lengths:
+            result = once(task, lambda f=run, n=length: f(n), length=length, **drawn)
+            out.setdefault(task, {})[str(length)] = result
+
+
+def _digest(ids: Tensor) -> str:
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
+
+
+def summarize(result: dict, original_len: int, lengths: list[int]) -> dict[str, dict[str, float]]:
+    """One checkpoint's numbers for the report: {table's title: {column: number}}."""
+    tables = {}
+    if "kept" in result:
+        k = result["kept"]
+        tables[f"Kept: short text at {original_len:,}"] = {
+            "loss": k["loss"],
+            "KL(original, it)": k["kl"],
+            "same first choice, %": 100 * k["same_top1"],
+            "drift (1 - cos), last": 1 - k["cosine"][-1],
+            "drift, mean of layers": 1 - statistics.mean(k["cosine"][1:]),
+            "attention KL": float(np.mean(k["attention_kl"])),
+        }
+    if "position" in result:
+        whole, cut = (np.array(result["position"][name]["nll"]) for name in ("whole", "cut"))
+        edges = sorted({0, original_len, *lengths} & set(range(len(whole) + 1)))
+        spans = {
+            f"{lo + 1:,}-{hi:,}": slice(lo, hi) for lo, hi in zip(edges, edges[1:], strict=False)
+        }
+        tables["Gained: loss by position, the whole text before it read"] = {
+            span: whole[part].mean() for span, part in spans.items()
+        }
+        tables[f"Gained: what context beyond {original_len:,} tokens brings, nats"] = {
+            span: (cut[part] - whole[part]).mean()
+            for span, part in spans.items()
+            if part.start >= original_len
+        }
+    if "repeat" in result:
+        tables["Gained: loss on a passage read before, and on a new one"] = {
+            f"{name} at {int(n):,}": r[name]
+            for n, r in result["repeat"].items()
+            for name in ("seen", "new")
+        }
+    for length in lengths:
+        scores = {t: r[str(length)] for t, r in result.items() if t in RULER and str(length) in r}
+        if scores:
+            exact = {t: 100 * r["exact"] for t, r in scores.items() if "exact" in r}
+            row = exact | {"mean": statistics.mean(exact.values())} if exact else {}
+            tables[f"Gained: RULER's tasks at {length:,}, % answered in full"] = row
+    return {t: {c: float(v) for c, v in row.items()} for t, row in tables.items() if row}
+
+
+def write_report(a: argparse.Namespace, texts: Texts, results: list, unfinished: list) -> str:
+    """report.md and results.json in a.out_dir; returns the report."""
+    named = {}
+    for name, _, result in results:
+        for title, row in summarize(result, texts.original_len, texts.lengths).items():
+            for column, value in row.items():
+                cells = named.setdefault(title, {}).setdefault(name, {})
+                cells.setdefault(column, []).append(value)
+    lines = [f"# {a.base}, window {texts.original_len:,}, and its extensions\n"]
+    lines += [
+        f"Held-out text: {len(texts.long)} sequences of {texts.long.shape[1] - 1:,} tokens"
+        f", {len(texts.short)} short ones. Losses in nats a token. {a.samples} passages or "
+        f"questions at each of {len(a.depths)} depths. {a.dtype} on {a.device}. After +-: standard "
+        "deviation over the runs of one name.\n"
+    ]
+    for title, rows in named.items():
+        columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+        shown = {
+            name: {
+                c: _number(statistics.mean(row[c]), _deviation(row[c])) if c in row else "-"
+                for c in columns
+            }
+            for name, row in rows.items()
+        }
+        nothing = "RULER" in title and not any(sum(v) for r in rows.values() for v in r.values())
+        lines += [f"## {title}\n", ("0 everywhere" if nothing else table(shown)) + "\n"]
+    lines += [f"{name}: {why}" for name, why in unfinished]
+    report = "\n".join(lines)
+    out_dir = Path(a.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "report.md").write_text(report + "\n", encoding="utf-8")
+    settings = {k: str(v) if k == "dtype" else v for k, v in vars(a).items()}
+    runs = [{"name": n, "checkpoint": str(f), **r} for n, f, r in results]
+    content = {"settings": settings, "tables": named, "runs": runs, "unfinished": unfinished}
+    (out_dir / "results.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    return report
+
+
+def _deviation(values: list[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _number(value: float, spread: float | None = None) -> str:
+    form = ".3f" if value == 0 or abs(value) >= 0.01 else ".1e"
+    return f"{value:{form}}" + ("" if spread is None else f" +- {spread:{form}}")
+
+
+def table(rows: dict[str, dict[str, float | str]]) -> str:
+    """{row: {column: number or text}} as a Markdown table."""
+    columns = list(next(iter(rows.values())))
+    head = ["| model | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for name, row in rows.items():
+        cells = [row[c] if isinstance(row[c], str) else _number(row[c]) for c in columns]
+        head.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(head)
+
+
+# ----------------------------------------------------------------------------------- pictures
+
+# Okabe and Ito's colours, told apart by colour-blind readers; the original is grey.
+COLORS = ["#777777", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
+
+
+def draw(results: list, out_dir: Path, original_len: int, target_len: int) -> list[Path]:
+    """The pictures that the results allow. Raises ImportError without matplotlib.
+
+    results: [(name, folder or None, what `measure` filled in)], the original first.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    styles = dict(zip(rows, [("#777777", ":"), ("#d55e00", "--"), ("#0072b2", "-")], strict=True))
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=[1, 2])
-    short = {name: next(iter(row.values())) for name, row in rows.items()}
-    for x, (name, loss) in enumerate(short.items()):
-        left.plot(x, loss, "o", markersize=9, color=styles[name][0])
-        left.annotate(f"{loss:.2f}", (x, loss), (0, 8), textcoords="offset points", ha="center")
-    left.set_xticks(range(len(short)), list(short))
-    left.set_title(f"kept: English prose at {original_len}")
+    names = list(dict.fromkeys(name for name, _, _ in results))
+    style = {
+        name: {"color": COLORS[i % 8], "ls": ["-", "--", "-.", ":"][i // 8 % 4], "label": name}
+        for i, name in enumerate(names)
+    }
+    look = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    paths = []
+    with plt.rc_context({**look, "figure.constrained_layout.use": True, "savefig.dpi": 150}):
+        for name, figure in {
+            "overview": _draw_overview(plt, results, style, original_len, target_len),
+            "drift": _draw_drift(plt, results, style),
+            "training": _draw_training(plt, results, style),
+            "needles": _draw_maps(plt, results, NIAH, "share of needles found", most=1.0),
+            "repeat": _draw_maps(plt, results, ["repeat"], "nats gained by having read it before"),
+        }.items():
+            if figure is not None:
+                paths.append(out_dir / f"{name}.png")
+                figure.savefig(paths[-1])
+                plt.close(figure)
+    return paths
+
+
+def _draw_overview(plt, results: list, style: dict, original_len: int, target_len: int):
+    """Loss on short text as points, on long text by position as lines."""
+    if not all("kept" in r and "position" in r for _, _, r in results):
+        return None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=[1, 2])
+    for i, name in enumerate(style):
+        losses = [r["kept"]["loss"] for n, _, r in results if n == name]
+        mean, spread = statistics.mean(losses), _deviation(losses)
+        left.errorbar(i, mean, yerr=spread, fmt="o", ms=9, color=style[name]["color"])
+        label = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
+        left.annotate(f"{mean:.3f}", (i, mean + (spread or 0)), **label)
+        if i == 0:
+            left.axhline(mean, color=style[name]["color"], lw=0.8, ls=":")
+    left.set_xticks(range(len(style)), list(style), rotation=30, ha="right")
+    left.set_title(f"kept: short text at {original_len:,}")
     left.set_ylabel("loss, nats a token (lower is better)")
-    left.margins(0.25)
-    for name, curve in curves.items():
-        x = [(i + 0.5) * target_len / len(curve) for i in range(len(curve))]
-        right.plot(x, curve, styles[name][1], color=styles[name][0], label=name)
-    right.axvline(original_len, color="black", linewidth=0.8)
+    left.margins(x=0.3, y=0.15)
+    tops = []  # losses that must be in the picture
+    for i, (name, _, result) in enumerate(results):
+        for which, width in (("whole", 2.0), ("cut", 0.8)):
+            if which in result["position"]:
+                nll = result["position"][which]["nll"]
+                curve = [part.mean() for part in np.array_split(nll, min(32, len(nll)))]
+                x = (np.arange(len(curve)) + 0.5) * target_len / len(curve)
+                right.plot(x, curve, **{**style[name], "lw": width})
+                tops += curve if i or which == "cut" else curve[:1]
+    # What the original loses past its window may dwarf every difference between the others.
+    low, span = min(tops), max(tops) - min(tops)
+    right.set_ylim(low - 0.1 * span, min(right.get_ylim()[1], low + 1.6 * span))
+    right.axvline(original_len, color="black", lw=0.8, ls=":")
     right.annotate(" original window", (original_len, right.get_ylim()[1]), va="top")
-    right.set_title("gained: source code, by position")
-    right.set_xlabel("position, tokens")
-    right.legend(frameon=False)
+    cut = " (thin: window cut to the original)" if "cut" in results[0][2]["position"] else ""
+    right.set(title=f"gained: long text by position{cut}", xlabel="position, tokens")
+    _legend(right)
+    return figure
+
+
+def _legend(axes) -> None:
+    """One entry a name, however many lines it has."""
+    first = {}
+    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+        first.setdefault(label, handle)
+    axes.legend(first.values(), first.keys())
+
+
+def _draw_drift(plt, results: list, style: dict):
+    runs = [(name, r["kept"]) for name, _, r in results[1:] if "attention_kl" in r.get("kept", {})]
+    if not runs:
+        return None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
+    for name, k in runs:
+        drift, heads = [1 - c for c in k["cosine"]], np.mean(k["attention_kl"], axis=1)
+        left.plot(range(len(drift)), drift, **style[name], marker="o", ms=4)
+        right.plot(range(1, len(heads) + 1), heads, **style[name], marker="o", ms=4)
+    left.set(title="hidden states", xlabel="index (0 = embeddings)", ylabel="1 - cosine")
+    right.set(title="attention", xlabel="block", ylabel="KL, mean of heads, nats")
     for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    fig.tight_layout()
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
-    return path
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylim(bottom=0)
+    _legend(left)
+    figure.suptitle("Drift from the original on short text (lower is better)")
+    return figure
+
+
+def _draw_training(plt, results: list, style: dict):
+    titles = {"loss_long": "long text", "loss_short": "short text", "loss_s2l": "short to long"}
+    curves = {}
+    for name, folder, _ in results:
+        log = folder.parent / "log.jsonl" if folder and folder.name == "hf" else Path("none")
+        lines = [json.loads(t) for t in log.read_text().splitlines()] if log.is_file() else []
+        for key in titles:
+            points = [(line["step"], line[key]) for line in lines if line[key] is not None]
+            if points:
+                curves.setdefault(key, []).append((name, points))
+    if not curves:
+        return None
+    figure, panels = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3.5), squeeze=False)
+    for axes, (key, runs) in zip(panels[0], curves.items(), strict=True):
+        for name, points in runs:
+            axes.plot(*zip(*points, strict=True), **style[name], lw=1.2)
+        axes.set(title=titles[key], xlabel="step")
+        _legend(axes)
+    panels[0][0].set_ylabel("training loss, unweighted")
+    return figure
+
+
+def _draw_maps(plt, results: list, tasks, title: str, most: float | None = None):
+    """Heat maps, length by depth: a row of them for each task, a column for each name."""
+    grids = {}
+    for name, _, result in results:
+        for task in tasks:
+            cells = {n: r for n, r in result.get(task, {}).items() if r.get("by_depth")}
+            if cells:
+                grid = np.array([r["by_depth"] for r in cells.values()]).T
+                grids.setdefault((task, name), []).append((grid, cells))
+    if not grids:
+        return None
+    rows, columns = (list(dict.fromkeys(key[i] for key in grids)) for i in (0, 1))
+    size = (1.6 + 2.4 * len(columns), 1.0 + 2.3 * len(rows))
+    figure, panels = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False)
+    means = {key: np.mean([grid for grid, _ in runs], axis=0) for key, runs in grids.items()}
+    low = min(0.0, *(m.min() for m in means.values()))
+    high = most or max(m.max() for m in means.values())
+    for (task, name), grid in means.items():
+        axes = panels[rows.index(task)][columns.index(name)]
+        image = axes.imshow(grid, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+        for (y, x), value in np.ndenumerate(grid):
+            color = "w" if value < (low + high) / 2 else "k"
+            axes.text(x, y, f"{round(value, 2) + 0.0:.2f}", ha="center", va="center", color=color)
+        cells = grids[task, name][0][1]
+        axes.set_xticks(range(len(cells)), [f"{int(n):,}" for n in cells])
+        axes.set_yticks(range(len(grid)), [f"{d:g}" for d in next(iter(cells.values()))["depths"]])
+        axes.set_title(name if len(rows) == 1 else f"{name}: {task}", fontsize=10)
+        axes.spines[:].set_visible(False)
+    figure.supxlabel("length, tokens")
+    figure.supylabel("depth (0 = start)")
+    figure.colorbar(image, ax=panels, label=title)
+    return figure
+
+
+# ------------------------------------------------------------------------------- samples, main
 
 
 def write_samples(
@@ -457,19 +833,116 @@ def write_samples(
     partial.replace(path)
 
 
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "evaluate.py", description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
+
+    def error(message: str):
+        raise SystemExit(f"evaluate: {message}; all flags: python evaluate.py --help")
+
+    def numbers(kind: type) -> Callable:
+        return lambda text: [kind(part) for part in text.split(",")]
+
+    parser.error = error
+    add = parser.add_argument
+    add("--base", required=True, help="the original: folder, OUT_DIR, known name or hub id")
+    add("--ckpt", nargs="+", default=[], metavar="[NAME=]DIR", help="extended; one NAME, one row")
+    add("--data", nargs="+", help="long text: files, .jsonl, folders, globs")
+    add("--short_data", nargs="+", help="short text, for what was kept (default: --data)")
+    add("--lengths", type=numbers(int), help="tokens (default: original window, doubled to target)")
+    add("--original_len", type=int, help="tokens (default: the original's window)")
+    add("--tasks", nargs="+", default=TASKS, metavar="TASK", help=f"of {' '.join(TASKS_ALL)}")
+    add("--depths", type=numbers(float), default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 to 1")
+    add("--samples", type=int, default=10, help="questions or passages a depth (default: 10)")
+    add("--eval_tokens", type=int, default=65536, help="of long and of short text (default: 65536)")
+    add("--out_dir", default="out/evaluate", help="default: out/evaluate")
+    add("--cache_dir", default="out/tokens", help="tokenised text (default: out/tokens)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
+    add("--seed", type=int, default=2024)
+    add("--write_samples", metavar="FILE", help="write a .jsonl of the base's own text, and stop")
+    add("--n_samples", type=int, default=400, help="texts in it (default: 400)")
+    add("--length", type=int, help="most tokens in one (default: the window)")
+    add("--temperature", type=float, default=1.0, help="of sampling (default: 1.0)")
+    return parser.parse_args(argv)
+
+
+def open_texts(a: argparse.Namespace, base: Path, folders: list[Path]) -> Texts:
+    """Check the settings, tokenise and take the held-out parts. Turns a.dtype into a dtype."""
+    configs = [load_config(folder) for folder in (base, *folders)]
+    a.dtype = getattr(torch, a.dtype or ("bfloat16" if "cuda" in a.device else "float32"))
+    original_len = a.original_len or configs[0].max_position_embeddings
+    longest = max(c.max_position_embeddings for c in configs)
+    doubled = [original_len * 2**i for i in range(40) if original_len * 2**i <= longest]
+    lengths = sorted(set(a.lengths or [*doubled, longest]))
+    shapes = [(c.vocab_size, c.n_layers, c.n_heads, c.d_model) for c in configs]
+    wrong = [t for t in a.tasks if t not in TASKS_ALL]
+    if not a.data:
+        raise ValueError("--data is missing: pass long text, files or folders, to be scored")
+    if wrong:
+        raise ValueError(f"--tasks {' '.join(wrong)}: need some of {' '.join(TASKS_ALL)}")
+    if lengths[0] < 64 or a.samples < 1 or not all(0 <= d <= 1 for d in a.depths):
+        raise ValueError("need --lengths of 64 at least, --samples of 1, and --depths from 0 to 1")
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            f"need checkpoints of one shape, got {shapes}: vocabulary, layers, heads, D"
+        )
+    tokenizer = data.load_tokenizer(base)
+    tokenizer.check_fits(configs[0].vocab_size)
+    ids = []
+    for name, specs, length in (
+        ("long", a.data, lengths[-1]),
+        ("short", a.short_data or a.data, original_len),
+    ):
+        corpus = data.tokenize(specs, tokenizer, a.cache_dir, name)
+        ids.append(data.held_out(corpus, max(1, a.eval_tokens // length), length))
+    asks = any(task in RULER for task in a.tasks)
+    source = Source(tokenizer, ids[0].flatten().numpy()) if asks else None
+    return Texts(ids[1], ids[0], source, original_len, lengths)
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", required=True, help="folder, OUT_DIR, known name or hub id")
-    parser.add_argument("--write_samples", required=True, metavar="FILE", help="a .jsonl to write")
-    parser.add_argument("--n_samples", type=int, default=400)
-    parser.add_argument("--length", type=int, help="most tokens in a sample (default: the window)")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=2024)
-    a = parser.parse_args(argv)
+    """The command line. A user's error ends as SystemExit with one line."""
+    a = parse_args(argv)
     try:
-        write_samples(a.base, a.write_samples, a.n_samples, a.length, a.temperature, a.seed)
+        if a.write_samples:
+            write_samples(a.base, a.write_samples, a.n_samples, a.length, a.temperature, a.seed)
+        else:
+            compare(a)
     except (ValueError, OSError) as e:
         raise SystemExit(f"evaluate: {e}") from None
+
+
+def compare(a: argparse.Namespace) -> None:
+    """Measure the original and every checkpoint, then leave report, JSON and pictures."""
+    base = resolve_checkpoint(a.base)
+    found = [find_run(spec) for spec in a.ckpt]
+    seen = Counter(["original", *(name for name, _, _ in found)])
+    for i, (spec, (name, *more)) in enumerate(zip(a.ckpt, found, strict=True)):
+        if seen[name] > 1 and not spec.startswith(f"{name}="):
+            found[i] = (spec, *more)  # two folders of one name are two rows unless asked for as one
+    runs = [("original", base)] + [(name, folder) for name, folder, _ in found if folder]
+    unfinished = [(name, why) for name, folder, why in found if not folder]
+    texts = open_texts(a, base, [folder for _, folder in runs[1:]])
+    results, stopped = [], False
+    try:
+        for name, folder in runs:
+            print(f"{name}: {folder}, {a.dtype} on {a.device}", flush=True)
+            results.append((name, folder, {}))
+            measure(a, texts, folder, base, results[-1][2])
+    except KeyboardInterrupt:
+        stopped = True
+    print("\n" + write_report(a, texts, results, unfinished), flush=True)
+    try:
+        print("pictures:", *draw(results, Path(a.out_dir), texts.original_len, texts.lengths[-1]))
+    except ImportError:
+        print("for pictures: pip install matplotlib, then the same command (nothing is redone)")
+    print(f"report and numbers: {a.out_dir}/report.md, {a.out_dir}/results.json")
+    if stopped:
+        print("stopped; what was measured is kept, the same command goes on from there")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

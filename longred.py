@@ -595,7 +595,7 @@ def print_step(c: Config, line: dict, eta: float) -> None:
 
 def report(c: Config, teacher: Llama, student: Llama) -> dict:
     """Compare original and extended model on held-out text; print it and write report.md."""
-    from evaluate import kept, position_losses
+    from evaluate import kept, position_losses, table
 
     tokenizer = open_tokenizer(c)
     texts = {}
@@ -640,17 +640,6 @@ def report(c: Config, teacher: Llama, student: Llama) -> dict:
     return {"rows": rows, "long loss in 32 parts": curves, "tokens": tokens}
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """{row: {column: number}} as a Markdown table."""
-    columns = list(next(iter(rows.values())))
-    head = ["| model | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-    body = [
-        f"| {name} | " + " | ".join(f"{row[col]:.3f}" for col in columns) + " |"
-        for name, row in rows.items()
-    ]
-    return "\n".join(head + body)
-
-
 # ------------------------------------------------------------------------------------------ demo
 
 
@@ -693,8 +682,10 @@ def demo(config: Config) -> Path:
             shutil.rmtree(folder)  # an earlier demo's
         train(Config(method=method, out_dir=str(folder), **common))
         reports[method] = runs.read_run(folder)["report"]
+    import evaluate
+
     titles = {"original": "original", "long_cpt": "Long CPT", "longred": "LongReD"}
-    rows, curves = {}, {}
+    rows, measured = {}, []
     for method, title in titles.items():
         one = reports[method if method in reports else "longred"]
         row = one["rows"][method]
@@ -703,14 +694,18 @@ def demo(config: Config) -> Path:
             "code loss at 1,024": row["long loss at 1024"],
             "drift of the last hidden state": row["drift (1 - cos)"],
         }
-        curves[title] = one["long loss in 32 parts"][method]
-    print(f"\nWhat the longer window gained, and what it cost:\n\n{table(rows)}\n")
+        loss = {"kept": {"loss": row["short loss at 256"]}}
+        loss["position"] = {"whole": {"nll": one["long loss in 32 parts"][method]}}
+        measured.append((title, out_dir / method / "hf", loss))
+    print(f"\nWhat the longer window gained, and what it cost:\n\n{evaluate.table(rows)}\n")
+    print(
+        f"More: python evaluate.py --base {original} --ckpt {out_dir}/long_cpt {out_dir}/longred "
+        f"--data {code} --short_data {prose} --cache_dir {out_dir}/tokens --out_dir {out_dir}/more"
+    )
     try:
-        import evaluate
-
-        print(f"plot: {evaluate.plot_demo(rows, curves, 256, 1024, out_dir / 'demo.png')}")
+        print("pictures:", *evaluate.draw(measured, out_dir, 256, 1024))
     except ImportError:
-        print("for a plot: pip install matplotlib, then run this again")
+        print("for pictures: pip install matplotlib, then run this again")
     return out_dir
 
 

@@ -2343,6 +2343,8 @@ def test_the_small_memory_path_resumes_bit_for_bit(ckpt, tmp_path, small_memory)
     )
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert read_log(tmp_path / "parts")[-1]["step"] == read_log(tmp_path / "whole")[-1]["step"]
+
+
 # ------------------------------------------------------------------------------------ evaluate.py
 
 
@@ -2508,6 +2510,140 @@ def test_answers_count_as_whole_words_in_any_order():
     assert evaluate.score("11 33", ["11", "22"]) == 0.5
     assert evaluate.score("1123", ["11", "23"]) == 0  # a part of a number is another number
     assert evaluate.score("Red-Fox", ["red-fox"]) == 1 and evaluate.score("", ["x"]) == 0
+
+
+@pytest.fixture
+def comparison(ckpt, prose, tmp_path):
+    """A command that compares two extensions, and a run that has not ended."""
+    folder, _, short = ckpt
+    for i, theta in enumerate((2000.0, 9000.0)):
+        extended = load_checkpoint(folder, rope_theta=theta)
+        save_checkpoint(extended, tmp_path / f"run{i}" / "hf", tokenizer_from=folder)
+        lines = [{"step": s, "loss_long": 3 - s, "loss_short": None, "loss_s2l": 1} for s in (1, 2)]
+        log = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / f"run{i}" / "log.jsonl").write_text(log)
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "longred.json").write_text('{"config": {"steps": 9}}')
+    (tmp_path / "late" / "log.jsonl").write_text("{}\n{}\n")
+    flags = {"--base": folder, "--data": prose, "--short_data": short, "--lengths": "128,600"}
+    flags |= {"--tasks": "kept position repeat niah_single_2", "--samples": 1, "--depths": "0,1"}
+    flags |= {
+        "--eval_tokens": 1300,
+        "--cache_dir": tmp_path / "tokens",
+        "--out_dir": tmp_path / "o",
+    }
+    argv = [word for flag, value in flags.items() for word in (flag, *str(value).split())]
+    names = [f"ext={tmp_path / 'run0'}", f"ext={tmp_path / 'run1'}", str(tmp_path / "late")]
+    return [*argv, "--ckpt", *names], tmp_path / "o"
+
+
+def test_one_command_leaves_report_numbers_and_pictures(comparison, capsys):
+    argv, out = comparison
+    evaluate.main(argv)
+    printed, report = capsys.readouterr().out, (out / "report.md").read_text()
+    assert report in printed and "late: unfinished, 2 of 9 steps" in report
+    content = json.loads((out / "results.json").read_text())
+    assert [run["name"] for run in content["runs"]] == ["original", "ext", "ext"]
+    assert "RULER's tasks at 600, % answered in full\n\n0 everywhere" in report
+    losses = [run["kept"]["loss"] for run in content["runs"]]
+    mean, spread = np.mean(losses[1:]), np.std(losses[1:], ddof=1)
+    assert f"| original | {losses[0]:.3f} | 0.000 | 100.000 |" in report
+    assert f"| ext | {mean:.3f} +- {spread:.3f} |" in report
+    whole, cut = (content["runs"][1]["position"][n]["nll"] for n in ("whole", "cut"))
+    assert len(whole) == len(cut) == 600 and whole[:64] == cut[:64] and whole[99] != cut[99]
+    assert "skipped" in content["runs"][0]["niah_single_2"]["128"]
+    pictures = {p.stem for p in out.glob("*.png")}
+    assert pictures == {"overview", "drift", "training", "needles", "repeat"}
+
+
+def count_calls(monkeypatch, done, stop_after=99):
+    """Append the name of every measurement begun; Ctrl-C instead of the one after stop_after."""
+    for name in ("kept", "position_losses", "repeat_losses", "ask"):
+        true = getattr(evaluate, name)
+
+        def counted(*args, name=name, true=true, **more):
+            if len(done) == stop_after:
+                raise KeyboardInterrupt
+            done.append(name)
+            return true(*args, **more)
+
+        monkeypatch.setattr(evaluate, name, counted)
+
+
+def test_a_stopped_comparison_goes_on_and_measures_nothing_twice(comparison, monkeypatch, capsys):
+    argv, out = comparison
+    done = []
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        count_calls(patch, done, stop_after=8)
+        evaluate.main(argv)
+    assert end.value.code == 130 and "the same command goes on" in capsys.readouterr().out
+    assert "| ext |" in (out / "report.md").read_text() and len(done) == 8
+    count_calls(monkeypatch, done)
+    evaluate.main(argv)
+    each = ["kept", *2 * ["position_losses", "repeat_losses"], "ask"]
+    assert sorted(done) == sorted(3 * each)
+    evaluate.main(argv)
+    assert len(done) == 3 * len(each)
+
+
+def test_a_changed_checkpoint_is_measured_again(comparison, monkeypatch):
+    argv, out = comparison
+    argv[argv.index("--tasks") + 1 : argv.index("--samples")] = ["kept"]
+    evaluate.main(argv)
+    files = sorted((out / "cache").iterdir())
+    assert len(files) == 3
+    folder = out.parent / "run0" / "hf"
+    edit_weights(folder, lambda w: w["model.norm.weight"].mul_(1.01))
+    evaluate.main(argv)
+    assert len(list((out / "cache").iterdir())) == 4
+
+
+def test_folders_of_one_name_are_two_rows_unless_named_alike(comparison):
+    argv, out = comparison
+    argv[argv.index("--tasks") + 1 : argv.index("--samples")] = ["kept"]
+    ours = shutil.copytree(out.parent / "run0" / "hf", out.parent / "a" / "original")
+    evaluate.main([*argv, "--ckpt", str(ours), f"original={ours}"])
+    names = [run["name"] for run in json.loads((out / "results.json").read_text())["runs"]]
+    assert names == ["original", str(ours), "original"]
+
+
+def test_without_matplotlib_the_numbers_are_there_and_the_way_to_pictures(
+    comparison, monkeypatch, capsys
+):
+    argv, out = comparison
+    argv[argv.index("--tasks") + 1 : argv.index("--samples")] = ["kept"]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    evaluate.main(argv)
+    assert "pip install matplotlib" in capsys.readouterr().out and not list(out.glob("*.png"))
+
+
+def test_pictures_of_the_demo_need_losses_only(tmp_path):
+    curves = {"original": [3.0, 9.0], "LongReD": [3.1, 2.9]}
+    results = [
+        (name, tmp_path, {"kept": {"loss": 2.0}, "position": {"whole": {"nll": curve}}})
+        for name, curve in curves.items()
+    ]
+    assert evaluate.draw(results, tmp_path, 256, 1024) == [tmp_path / "overview.png"]
+
+
+BAD_COMPARISONS = {
+    "--tasks": ("passkey", "--tasks passkey: need some of kept position repeat niah_single_1"),
+    "--lengths": ("many", "argument --lengths: invalid"),
+    "--depths": ("0,2", "--depths from 0 to 1"),
+    "--data": ("nowhere.txt", "no file at 'nowhere.txt'"),
+    "--ckpt": ("nowhere", "no checkpoint 'nowhere'"),
+    "--original_len": ("99999", "one sequence needs 100,000"),
+}
+
+
+@pytest.mark.parametrize("flag", BAD_COMPARISONS)
+def test_bad_input_to_evaluate_ends_in_one_line(comparison, flag):
+    argv, out = comparison
+    value, said = BAD_COMPARISONS[flag]
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([*argv, flag, value])
+    message = str(end.value.code)
+    assert said in message and "\n" not in message and not out.exists()
 
 
 def test_own_samples_are_text_for_training(ckpt, tmp_path):
