@@ -2349,7 +2349,7 @@ def test_the_small_memory_path_resumes_bit_for_bit(ckpt, tmp_path, small_memory)
 
 
 @pytest.fixture(scope="session")
-def prose(ckpt, tmp_path_factory):
+def sentences(ckpt, tmp_path_factory):
     """Sentences of 400 different words; the tiny checkpoint's tokenizer reads bytes."""
     rng, path = random.Random(1), tmp_path_factory.mktemp("prose") / "prose.txt"
     words = sorted({"".join(rng.choices("aeioulnrst", k=rng.randint(4, 8))) for _ in range(400)})
@@ -2358,9 +2358,9 @@ def prose(ckpt, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def source(ckpt, prose):
+def source(ckpt, sentences):
     tokenizer = data.load_tokenizer(ckpt[0])
-    return evaluate.Source(tokenizer, np.array(tokenizer.encode_batch([prose.read_text()])[0]))
+    return evaluate.Source(tokenizer, np.array(tokenizer.encode_batch([sentences.read_text()])[0]))
 
 
 def nll_by_hand(theirs, ids):
@@ -2513,7 +2513,7 @@ def test_answers_count_as_whole_words_in_any_order():
 
 
 @pytest.fixture
-def comparison(ckpt, prose, tmp_path):
+def comparison(ckpt, sentences, tmp_path):
     """A command that compares two extensions, and a run that has not ended."""
     folder, _, short = ckpt
     for i, theta in enumerate((2000.0, 9000.0)):
@@ -2525,7 +2525,7 @@ def comparison(ckpt, prose, tmp_path):
     (tmp_path / "late").mkdir()
     (tmp_path / "late" / "longred.json").write_text('{"config": {"steps": 9}}')
     (tmp_path / "late" / "log.jsonl").write_text("{}\n{}\n")
-    flags = {"--base": folder, "--data": prose, "--short_data": short, "--lengths": "128,600"}
+    flags = {"--base": folder, "--data": sentences, "--short_data": short, "--lengths": "128,600"}
     flags |= {"--tasks": "kept position repeat niah_single_2", "--samples": 1, "--depths": "0,1"}
     flags |= {
         "--eval_tokens": 1300,
@@ -2630,7 +2630,7 @@ BAD_COMPARISONS = {
     "--tasks": ("passkey", "--tasks passkey: need some of kept position repeat niah_single_1"),
     "--lengths": ("many", "argument --lengths: invalid"),
     "--depths": ("0,2", "--depths from 0 to 1"),
-    "--data": ("nowhere.txt", "no file at 'nowhere.txt'"),
+    "--data": ("nowhere.txt", "no file at nowhere.txt"),
     "--ckpt": ("nowhere", "no checkpoint 'nowhere'"),
     "--original_len": ("99999", "one sequence needs 100,000"),
 }
