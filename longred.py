@@ -439,7 +439,7 @@ def train(config: Config) -> Path:
     student.eval()
     if machine:
         machine.finish()
-    stored = getattr(torch, str(original.hf.get("torch_dtype")), dtype)  # as the original is
+    stored = original.stored_dtype() or dtype  # as the original is
     exported = save_checkpoint(student.to(stored), out_dir / "hf", tokenizer_from=source)
     print(f"extended checkpoint: {exported}")
     if c.eval_tokens:

@@ -6,6 +6,9 @@ SwiGLU MLP, final RMSNorm, LM head. Parameters carry Hugging Face's names: loadi
 Rotary convention: half-split as in HF (dimension j pairs with j + H/2). Only Meta's own format
 pairs neighbours (2j, 2j + 1); its q and k rows are permuted once, on load.
 
+Checkpoints come from anywhere: a header or config that lies ends as ValueError in one line, before
+any memory is taken for what it claims, and nothing in a file is ever run.
+
 Shapes: B batch, T tokens, D d_model, N query heads, K kv heads, H head_dim, V vocab.
 Activations in attention are (B, T, N, H) everywhere up to the SDPA call.
 """
@@ -70,9 +73,11 @@ class ModelConfig:
         if not isinstance(hf, dict):
             raise ValueError(f"config.json holds a {type(hf).__name__}, need an object")
         family = hf.get("model_type", "llama")
-        if family not in FAMILIES:
-            raise ValueError(f"model_type is {family!r}, need one of {', '.join(FAMILIES)}")
-        d_model, n_heads = _count(hf, "hidden_size"), _count(hf, "num_attention_heads")
+        if not isinstance(family, str) or family not in FAMILIES:
+            known = ", ".join(FAMILIES)
+            raise ValueError(f"model_type is {_shown(family)}, need one of {known}")
+        d_model = _count(hf, "hidden_size", most=2**20)
+        n_heads = _count(hf, "num_attention_heads")
         n_kv_heads = _count(hf, "num_key_value_heads", n_heads)
         if n_heads % n_kv_heads:
             raise ValueError(
@@ -86,13 +91,13 @@ class ModelConfig:
             )
         _refuse_unsupported(hf, family)
         theta, scaling = _rope_from_hf(hf)
-        bias = bool(hf.get("attention_bias", False))
+        bias = family == "llama" and bool(hf.get("attention_bias", False))
         config = cls(
             d_model=d_model,
             n_layers=_count(hf, "num_hidden_layers"),
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
-            head_dim=_count(hf, "head_dim", d_model // n_heads),
+            head_dim=_count(hf, "head_dim", d_model // n_heads, most=2**16),
             d_ff=_count(hf, "intermediate_size"),
             vocab_size=_count(hf, "vocab_size"),
             norm_eps=_positive(hf, "rms_norm_eps", 1e-6),
@@ -101,13 +106,16 @@ class ModelConfig:
             max_position_embeddings=_count(hf, "max_position_embeddings", 2048),
             tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
             qkv_bias=bias or FAMILIES[family][1],
-            o_bias=bias and family == "llama",
-            mlp_bias=bool(hf.get("mlp_bias", False)),
+            o_bias=bias,
+            mlp_bias=family == "llama" and bool(hf.get("mlp_bias", False)),
             hf=dict(hf),
         )
-        rope_frequencies(
-            config.head_dim, theta, scaling
-        )  # a bad scaling ends here, with its reason
+        if scaling and scaling["rope_type"] == "yarn":  # unwritten, it is the window itself
+            scaling.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+        try:
+            rope_frequencies(config.head_dim, theta, scaling)  # a bad scaling ends here, explained
+        except OverflowError:
+            raise ValueError(f"rotary theta {theta:g} with {scaling} is out of range") from None
         return config
 
     def to_hf(self) -> dict:
@@ -118,7 +126,8 @@ class ModelConfig:
         """
         hf = dict(self.hf)
         hf.pop("rope_parameters", None)
-        family = hf.setdefault("model_type", "llama")
+        family = "qwen2" if self.qkv_bias and not self.o_bias else "llama"
+        family = hf.setdefault("model_type", family)
         hf.setdefault("architectures", [FAMILIES[family][0]])
         theta, scaling = self.rope_theta, self.rope_scaling
         if scaling and scaling["rope_type"] == "ntk":
@@ -140,23 +149,37 @@ class ModelConfig:
         )
         if family == "llama":
             hf.update(attention_bias=self.qkv_bias, mlp_bias=self.mlp_bias)
+        if family == "mistral":
+            hf.setdefault("sliding_window", None)
         return hf
 
+    def stored_dtype(self) -> torch.dtype | None:
+        """The dtype that the checkpoint's config names for its weights, None if it names none."""
+        name = self.hf.get("dtype") or self.hf.get("torch_dtype")
+        names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        return names.get(name) if isinstance(name, str) else None
 
-def _count(hf: dict, key: str, default: int | None = None) -> int:
+
+def _count(hf: dict, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
     value = hf.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-        raise ValueError(f"config.json: {key} is {value!r}, need a whole number from 1 to 2^31")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+        raise ValueError(f"{key} is {_shown(value)}, need a whole number from 1 to {most}")
     return value
 
 
 def _positive(hf: dict, key: str, default: float) -> float:
     value = hf.get(key, default)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"config.json: {key} is {value!r}, need a number above 0")
+    if not number or not 0 < value < 1e300:  # also refuses nan, and whole numbers beyond floats
+        raise ValueError(f"{key} is {_shown(value)}, need a number above 0")
     return float(value)
+
+
+def _shown(value) -> str:
+    """A value from somebody's file, short enough for a one-line message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _refuse_unsupported(hf: dict, family: str) -> None:
@@ -165,8 +188,10 @@ def _refuse_unsupported(hf: dict, family: str) -> None:
     )  # transformers' default
     if family == "qwen2" and not hf.get("use_sliding_window", False):
         window = None
+    kinds = hf.get("layer_types") or []
     unsupported = {
         "sliding_window": window is not None,
+        "layer_types": not isinstance(kinds, list) or any(k != "full_attention" for k in kinds),
         "hidden_act": hf.get("hidden_act", "silu") != "silu",
         "partial_rotary_factor": hf.get("partial_rotary_factor", 1.0) not in (None, 1.0),
         "quantization_config": hf.get("quantization_config") is not None,
@@ -175,8 +200,8 @@ def _refuse_unsupported(hf: dict, family: str) -> None:
         if bad:
             shown = window if key == "sliding_window" else hf.get(key)
             raise ValueError(
-                f"config.json: {key} is {shown!r}, which this model does not compute; it needs "
-                "full attention, SiLU, full rotary and plain weights"
+                f"{key} is {_shown(shown)}, which this model does not compute; it needs full "
+                "attention, SiLU, full rotary and plain weights"
             )
 
 
@@ -184,12 +209,12 @@ def _rope_from_hf(hf: dict) -> tuple[float, dict | None]:
     """(theta, scaling) from transformers 4's two keys or 5's one; scaling None means unscaled."""
     scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
-        raise ValueError(f"config.json: rope_scaling is {scaling!r}, need an object or null")
+        raise ValueError(f"rope_scaling is {_shown(scaling)}, need an object or null")
     scaling = dict(scaling)
     theta = scaling.pop("rope_theta", None)
     theta = hf.get("rope_theta") if theta is None else theta
     if theta is None:
-        print("config.json gives no rope_theta: using 10,000, as the first Llama 2 releases meant")
+        print("the config gives no rope_theta: using 10,000, as the first Llama 2 releases meant")
         theta = 10_000.0
     kind = scaling.pop("type", None)  # the key's name before transformers 4.43
     scaling.setdefault("rope_type", kind or "default")
@@ -612,6 +637,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 SHARD_SIZE = "5GB"
+# Bytes of JSON read at most: the largest real header is below 1 MB, and a parse takes many times
+# the text, so that a forged one could take all memory.
+MOST_JSON = 2**22
 
 
 def resolve_checkpoint(path_or_name: str | os.PathLike) -> Path:
@@ -668,12 +696,26 @@ def _download(name: str, repo: str) -> Path:
 def load_config(folder: Path) -> ModelConfig:
     """Read config.json. Raises ValueError naming the file and what is wrong in it."""
     path = Path(folder) / "config.json"
+    content = _read_json(path)
     try:
-        return ModelConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
+        return ModelConfig.from_hf(content)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+
+
+def _read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises ValueError, one line, whatever the file holds."""
+    try:
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"{path.stat().st_size:,} bytes, need at most {MOST_JSON:,}")
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise ValueError(f"cannot read {path}: {e.strerror}") from None
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: {e}") from None
+        raise ValueError(f"{path} is damaged: {e}; fetch it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, need an object")
+    return content
 
 
 def load_checkpoint(
@@ -710,39 +752,51 @@ def load_checkpoint(
                 **scaling,
             }
         config.rope_scaling = scaling
+    with torch.no_grad():
+        return _load_hf(folder, config, device, dtype).eval()
+
+
+def _new_model(folder: Path, config: ModelConfig, n_tensors: int) -> Llama:
+    """The model that the config asks for, on the meta device: names and shapes, no memory."""
+    if config.n_layers * 9 > n_tensors:
+        raise ValueError(
+            f"{folder}: {config.n_layers} layers cannot come from {n_tensors} tensors; its config "
+            "and its weights do not belong together"
+        )
+    try:
+        with torch.device("meta"):
+            return Llama(config)
+    except (RuntimeError, OverflowError):
+        raise ValueError(f"{folder}: its config asks for matrices beyond any memory") from None
+
+
+def _load_hf(folder: Path, config: ModelConfig, device, dtype: torch.dtype) -> Llama:
     files = _weight_files(folder)
-    _check_tensors(folder, config, files)
-    with torch.device("meta"):
-        model = Llama(config)
+    model = _new_model(folder, config, len(files))
+    _check_tensors(folder, model, files)
     model.to(dtype).to_empty(device=device)
     for name, parameter in model.named_parameters():
         # Opened anew for each tensor, so that the pages of a memory-mapped file do not add up.
-        with safe_open(files[_hf_name(name)], framework="pt") as f, torch.no_grad():
+        with safe_open(files[_hf_name(name)][0], framework="pt") as f:
             parameter.copy_(f.get_tensor(_hf_name(name)))
-    return model.eval()
+    return model
 
 
 def _hf_name(name: str) -> str:
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
-def _weight_files(folder: Path) -> dict[str, Path]:
-    """{tensor name: file}. Every file's header is read and its size checked by safetensors."""
+def _weight_files(folder: Path) -> dict[str, tuple[Path, dict]]:
+    """{tensor name: (file, its dtype and shape)}, from the headers alone."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         paths = [single]
     elif index.is_file():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
-            raise ValueError(
-                f"{index}: not a safetensors index ({type(e).__name__}: {e})"
-            ) from None
+        names = _read_json(index).get("weight_map")
+        names = list(names.values()) if isinstance(names, dict) else [names]
         if any(not isinstance(n, str) or Path(n).name != n for n in names):
-            raise ValueError(f"{index}: its weight_map must name files of this folder, got {names}")
-        paths = [folder / n for n in names]
+            raise ValueError(f"{index}: its weight_map must name files of this folder")
+        paths = [folder / n for n in sorted(set(names))]
     else:
         raise ValueError(
             f"{folder} holds neither model.safetensors nor model.safetensors.index.json; download "
@@ -751,42 +805,73 @@ def _weight_files(folder: Path) -> dict[str, Path]:
     files = {}
     for path in paths:
         try:
-            with safe_open(path, framework="pt") as f:
-                for name in f.keys():
-                    if name in files:
-                        raise ValueError(f"{name} stands in both {files[name]} and {path}")
-                    files[name] = path
-        except (SafetensorError, OSError) as e:
+            header = _safetensors_header(path)
+        except (SafetensorError, OSError, ValueError, RecursionError) as e:
             raise ValueError(
                 f"{path} is missing, truncated or damaged ({e}); fetch it again"
             ) from None
+        for name, entry in header.items():
+            if name in files:
+                raise ValueError(f"{name} stands in both {files[name][0]} and {path}")
+            files[name] = path, entry
     return files
 
 
-def _check_tensors(folder: Path, config: ModelConfig, files: dict[str, Path]) -> None:
-    """The checkpoint's tensors must be the model's, by name and shape."""
-    with torch.device("meta"):
-        expected = {_hf_name(n): tuple(p.shape) for n, p in Llama(config).named_parameters()}
-    ignored = {n for n in files if n.endswith(("rotary_emb.inv_freq", "rope.freqs"))}
-    if config.tie_embeddings:
-        ignored.add("lm_head.weight")  # some writers store the tied matrix twice
+def _safetensors_header(path: Path) -> dict[str, dict]:
+    """{tensor name: {"dtype", "shape", "data_offsets"}}, after safetensors' own checks.
+
+    Those refuse holes, overlaps and sizes that do not add up; a name given twice passes them.
+    """
+    with open(path, "rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        if size > MOST_JSON:
+            raise ValueError(f"a header of {size:,} bytes, need at most {MOST_JSON:,}")
+        text = f.read(size)
+    with safe_open(path, framework="pt"):
+        header = json.loads(text, object_pairs_hook=_without_repeats)
+    header.pop("__metadata__", None)
+    return header
+
+
+def _without_repeats(pairs: list[tuple]) -> dict:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name stands twice in its header")
+    return dict(pairs)
+
+
+def _check_names(folder: Path, expected: set, found: set) -> None:
+    """Tensor names, after those that may be ignored were taken out of `found`."""
     for problem, names in (
-        ("lacks", expected.keys() - files.keys()),
-        ("has the unknown", files.keys() - expected.keys() - ignored),
+        ("lacks", expected - found),
+        ("has the unknown", found - expected),
     ):
         if names:
-            some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            some = ", ".join(_shown(n)[1:-1] for n in sorted(names)[:3])
+            some += ", ..." if len(names) > 3 else ""
             raise ValueError(
-                f"{folder} {problem} {len(names)} tensor(s): {some}; config.json and the weights "
+                f"{folder} {problem} {len(names)} tensor(s): {some}; its config and its weights "
                 "do not belong together"
             )
+
+
+def _check_tensors(folder: Path, model: Llama, files: dict[str, tuple[Path, dict]]) -> None:
+    """The checkpoint's tensors must be the model's, by name, shape and dtype."""
+    expected = {_hf_name(n): list(p.shape) for n, p in model.named_parameters()}
+    ignored = {n for n in files if n.endswith(("rotary_emb.inv_freq", "rope.freqs"))}
+    if model.config.tie_embeddings:
+        ignored.add("lm_head.weight")  # some writers store the tied matrix twice
+    _check_names(folder, expected.keys(), files.keys() - ignored)
     for name, shape in expected.items():
-        with safe_open(files[name], framework="pt") as f:
-            got = tuple(f.get_slice(name).get_shape())
-        if got != shape:
+        path, entry = files[name]
+        if entry["shape"] != shape:
             raise ValueError(
-                f"{files[name]}: {name} has shape {got}, config.json asks for {shape}; they do not "
-                "belong together"
+                f"{path}: {name} has shape {tuple(entry['shape'])}, config.json asks for "
+                f"{tuple(shape)}; they do not belong together"
+            )
+        if entry["dtype"] not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(
+                f"{path}: {name} is stored as {entry['dtype']}, need F32, F16 or BF16; quantised "
+                "weights must be dequantised first"
             )
 
 
@@ -817,10 +902,10 @@ def save_checkpoint(
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(partial / "model.safetensors.index.json", index)
     hf = model.config.to_hf()
+    if tokenizer_from is not None:
+        _carry_tokenizer(Path(tokenizer_from), partial, hf.get("max_position_embeddings"))
     hf["torch_dtype"] = hf["dtype"] = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     _write_json(partial / "config.json", hf)
-    if tokenizer_from is not None:
-        _carry_tokenizer(Path(tokenizer_from), partial, hf["max_position_embeddings"])
     previous = out_dir.with_name(out_dir.name + ".previous")
     shutil.rmtree(previous, ignore_errors=True)
     if out_dir.exists():
@@ -830,17 +915,15 @@ def save_checkpoint(
     return out_dir
 
 
-def _carry_tokenizer(source: Path, out_dir: Path, window: int) -> None:
+def _carry_tokenizer(source: Path, out_dir: Path, window: int | None) -> None:
     if not any((source / name).is_file() for name in TOKENIZER_FILES):
         source = resolve_checkpoint(source)
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, out_dir / name)
     settings = out_dir / "tokenizer_config.json"
-    if settings.is_file():
-        content = json.loads(settings.read_text(encoding="utf-8"))
-        content["model_max_length"] = window
-        _write_json(settings, content)
+    if settings.is_file() and window:
+        _write_json(settings, _read_json(settings) | {"model_max_length": window})
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -785,6 +785,221 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
     assert size > 3e8 and grown < size + largest + 40e6, (grown, size)
 
 
+FAMILIES = {
+    "llama": dict(rope_theta=500.0),
+    "llama 3.2": dict(
+        rope_theta=5000.0,
+        tie_word_embeddings=True,
+        rope_scaling=LLAMA3 | {"original_max_position_embeddings": 32},
+    ),
+    "llama biased": dict(attention_bias=True, mlp_bias=True),
+    "mistral": dict(sliding_window=None, rope_theta=1000.0),
+    "qwen2": dict(use_sliding_window=False, rope_theta=1000.0),
+}
+EXTENSIONS = {
+    "none": {},
+    "theta": {"rope_theta": 9000.0},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+}
+
+
+def family_folder(folder, family):
+    """A tiny random checkpoint of that family, written by transformers."""
+    kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[family.split()[0]]
+    shape = tiny_config().to_hf() | dict(rope_scaling=None, head_dim=8, initializer_range=0.2)
+    shape = {k: v for k, v in shape.items() if k not in ("architectures", "model_type")}
+    config = getattr(transformers, f"{kind}Config")(**(shape | FAMILIES[family]))
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for name, p in theirs.named_parameters():
+        if name.endswith("bias"):  # zeros would hide a bias that is not read
+            p.data.normal_(generator=torch.Generator().manual_seed(len(name)))
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_equal_transformers_both_ways_after_each_extension(tmp_path, family):
+    theirs, ids = family_folder(tmp_path / "hf", family), tokens(length=101)
+    for name, extension in EXTENSIONS.items():
+        if family == "llama 3.2" and "rope_scaling" in extension:
+            with pytest.raises(ValueError, match="already scaled"):
+                load_checkpoint(tmp_path / "hf", **extension)
+            continue
+        ours = load_checkpoint(tmp_path / "hf", **extension)
+        ours.config.max_position_embeddings = 256
+        again = hf_model(save_checkpoint(ours, tmp_path / name))
+        with torch.no_grad():
+            got, before = ours.logits(ours(ids)[0]), theirs(ids).logits
+            assert rel(got, again(ids).logits) < 1e-4, name
+            assert (rel(got, before) < 1e-4) == (name == "none"), name
+        assert type(again) is type(theirs) and again.config.max_position_embeddings == 256
+        assert again.config.tie_word_embeddings == theirs.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_spellings_of_transformers_4_and_5_read_alike(tmp_path, family):
+    family_folder(tmp_path, family)
+    five, four = (json.loads((tmp_path / "config.json").read_text()) for _ in range(2))
+    rope = four.pop("rope_parameters")
+    four |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": four.pop("dtype")}
+    four["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    older = four | {"rope_scaling": rope | {"type": rope["rope_type"]}}
+    older["rope_scaling"].pop("rope_type")  # as before 4.43
+    read = [ModelConfig.from_hf(hf) for hf in (five, four, older)]
+    assert [c.stored_dtype() for c in read] == [torch.float32] * 3
+    assert len({str(dataclasses.replace(c, hf={})) for c in read}) == 1
+    assert "rope_parameters" not in read[0].to_hf() and read[0].to_hf()["rope_theta"]
+
+
+def test_an_export_carries_what_stood_beside_the_weights(tmp_path):
+    write_byte_tokenizer(tmp_path / "tokenizer")
+    source = save_checkpoint(tiny_llama(), tmp_path / "source", tmp_path / "tokenizer")
+    (source / "generation_config.json").write_text('{"top_p": 0.9, "eos_token_id": [3, 5]}')
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 64,
+        "eos_token": "b",
+    }
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    model = load_checkpoint(source, rope_theta=9e3)
+    model.config.max_position_embeddings = 4096
+    out = save_checkpoint(model, tmp_path / "out", tokenizer_from=source)
+    theirs, tokenizer = hf_model(out), transformers.AutoTokenizer.from_pretrained(out)
+    assert theirs.generation_config.top_p == 0.9
+    assert theirs.generation_config.eos_token_id == [3, 5]
+    assert theirs.config.max_position_embeddings == tokenizer.model_max_length == 4096
+    assert tokenizer.eos_token == "b" and tokenizer.chat_template == "{{ messages }}"
+    assert tokenizer.decode(tokenizer("it's 7 o'clock").input_ids) == "it's 7 o'clock"
+
+
+CAN_TAKE = 200e6  # bytes beyond the file's own size that a hostile one may cost
+
+
+def forged(header: str, data=b"", size=None) -> bytes:
+    raw = header.encode()
+    return (len(raw) if size is None else size).to_bytes(8, "little") + raw + data
+
+
+TENSOR = '{"dtype":"F32","shape":[2],"data_offsets":[%d,%d]}'
+WEIGHTS = {
+    "header of 2^60 bytes": forged("{}", size=2**60),
+    "header of a million tensors": forged(
+        "{" + ",".join(f'"{i}":{TENSOR % (0, 0)}' for i in range(10**6)) + "}"
+    ),
+    "shape of 2^60": forged(f'{{"a":{TENSOR % (0, 8)}}}'.replace("[2]", f"[{2**60}]"), b"0" * 8),
+    "overlap": forged(f'{{"a":{TENSOR % (0, 8)},"b":{TENSOR % (4, 12)}}}', b"0" * 12),
+    "name twice": forged(f'{{"a":{TENSOR % (0, 8)},"a":{TENSOR % (0, 8)}}}', b"0" * 8),
+    "nested": forged("[" * 10**6),
+}
+NUMBERS = {
+    "num_key_value_heads": (4, "num_attention_heads 6 is not a multiple"),
+    "num_hidden_layers": (2**31 - 1, "layers cannot come from 30 tensors"),
+    "hidden_size": (2**40, "hidden_size is 1099511627776, need"),
+    "vocab_size": (2**31 - 1, "embed_tokens.weight has shape"),
+    "head_dim": (2**30, "head_dim is 1073741824, need"),
+    "rope_theta": (10**4000, "rope_theta is 1000"),
+    "rms_norm_eps": (float("nan"), "rms_norm_eps is nan"),
+    "rope_scaling": ({"rope_type": "spiral"}, "rope_type: got 'spiral'"),
+    "model_type": ([], "model_type is \\[\\]"),
+    "intermediate_size": (True, "intermediate_size is True"),
+}
+
+
+def hostile(root):
+    """{name: (folder, what is said of it)}"""
+    good = save_checkpoint(tiny_llama(), root / "good")
+    cases = {}
+    for name, raw in WEIGHTS.items():
+        folder = shutil.copytree(good, root / name)
+        (folder / "model.safetensors").write_bytes(raw)
+        cases[name] = folder, "model.safetensors is missing, truncated or damaged"
+    for key, (value, said) in NUMBERS.items():
+        folder = shutil.copytree(good, root / key)
+        content = json.loads((good / "config.json").read_text()) | {key: value}
+        sys.set_int_max_str_digits(5000)
+        (folder / "config.json").write_text(json.dumps(content))
+        cases[key] = folder, said
+    for name, text in {"deep": "[" * 10**6, "large": " " * 2**23 + "{}", "list": "[]"}.items():
+        (shutil.copytree(good, root / name) / "config.json").write_text(text)
+        cases[name] = root / name, "config.json .*(damaged|holds a list)"
+    for name in ("config.json", "model.safetensors"):
+        folder = shutil.copytree(good, root / f"{name} loop")
+        (folder / name).unlink()
+        (folder / name).symlink_to(name)
+        cases[folder.name] = folder, "holds no config.json|holds neither model.safetensors"
+    (root / "loop").symlink_to("loop")
+    cases["loop"] = root / "loop", "no checkpoint .*loop"
+    return cases
+
+
+def test_hostile_checkpoints_end_in_one_line_and_take_no_memory(tmp_path):
+    cases = hostile(tmp_path)
+    code = """
+import json, resource, sys, model
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+model.load_checkpoint(sys.argv[1]); before = peak()
+for folder in sys.argv[2:]:
+    try: model.load_checkpoint(folder); said = "loaded"
+    except ValueError as e: said = str(e)
+    print(json.dumps([said, peak() - before]))
+"""
+    folders = [str(folder) for folder, _ in cases.values()]
+    command = [sys.executable, "-c", code, tmp_path / "good", *folders]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    for (name, (folder, said)), (message, grown) in zip(cases.items(), results, strict=True):
+        assert re.search(said, message), (name, message[:500])
+        assert "\n" not in message and len(message) < 600, (name, message[:1000])
+        sizes = (
+            [f.stat().st_size for f in folder.iterdir() if f.is_file()] if folder.is_dir() else []
+        )
+        assert grown < sum(sizes) + CAN_TAKE, (name, grown)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=6,
+)
+SCALING = st.dictionaries(
+    st.sampled_from(["rope_type", "factor", "rope_theta", "low_freq_factor", "beta_fast"]),
+    st.sampled_from(["yarn", "llama3", "ntk", "linear", 1e300, 10**400, 1, 2.0]) | JSON,
+)
+ENTRIES = sorted(tiny_config().to_hf()) + ["rope_parameters", "layer_types", "sliding_window"]
+
+
+@settings(PROPERTY, max_examples=100)
+@given(st.dictionaries(st.sampled_from(ENTRIES), JSON | SCALING, max_size=4))
+def test_any_config_is_read_or_refused_with_one_line(changes):
+    try:
+        config = ModelConfig.from_hf(tiny_config().to_hf() | changes)
+    except ValueError as e:
+        assert "\n" not in str(e) and len(str(e)) < 500
+    else:
+        assert ModelConfig.from_hf(config.to_hf()).to_hf() == config.to_hf()
+
+
+@settings(PROPERTY, max_examples=200)
+@given(
+    st.binary(max_size=40)
+    | st.tuples(st.integers(0, 2**64 - 1) | st.integers(0, 80), st.binary(max_size=80)).map(
+        lambda x: x[0].to_bytes(8, "little") + x[1]
+    )
+    | st.dictionaries(st.text(max_size=3), JSON, max_size=3).map(lambda d: forged(json.dumps(d)))
+)
+def test_any_bytes_as_safetensors_are_read_or_refused_with_one_line(tmp_path_factory, raw):
+    folder = tmp_path_factory.getbasetemp() / "fuzz"
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").write_bytes(raw)
+    try:
+        assert isinstance(model_module._weight_files(folder), dict)
+    except ValueError as e:
+        assert "\n" not in str(e) and len(str(e)) < 800
+
+
 @needs_stories
 def test_stories260k_continues_a_story_as_transformers_does():
     ours, theirs = load_checkpoint(STORIES), hf_model(STORIES)
