@@ -189,6 +189,11 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
     c = Config(**asdict(config))
     c.ckpt = str(ckpt.resolve())
     c.original_len = c.original_len or model.max_position_embeddings
+    if c.original_len is None:
+        raise ValueError(
+            "--original_len is missing: Meta's params.json does not say it; pass 4096 for Llama 2, "
+            "2048 for Llama 1"
+        )
     if c.target_len is None:
         raise ValueError("--target_len is missing: how many tokens the extended model should read")
     if c.target_len <= c.original_len:
@@ -338,7 +343,10 @@ def rope_scaling(c: Config) -> dict | None:
     """--rope_type in transformers' form; None keeps what the checkpoint has (ABF)."""
     if c.rope_type in (None, "default"):
         return c.rope_type and {"rope_type": "default"}
-    return {"rope_type": c.rope_type, "factor": c.target_len / c.original_len}
+    scaling = {"rope_type": c.rope_type, "factor": c.target_len / c.original_len}
+    if c.rope_type == "yarn":
+        scaling["original_max_position_embeddings"] = c.original_len
+    return scaling
 
 
 def train(config: Config) -> Path:

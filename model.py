@@ -18,8 +18,10 @@ import math
 import os
 import re
 import shutil
+import zipfile
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -56,7 +58,8 @@ class ModelConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     rope_scaling: dict | None = None  # transformers' form: {"rope_type": ..., "factor": ...}
-    max_position_embeddings: int = 8192  # the window, in tokens; informative, never enforced
+    # The window, in tokens: informative, never enforced. None: unknown (Meta's Llama 1 and 2).
+    max_position_embeddings: int | None = 8192
     tie_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
@@ -151,7 +154,7 @@ class ModelConfig:
             hf.update(attention_bias=self.qkv_bias, mlp_bias=self.mlp_bias)
         if family == "mistral":
             hf.setdefault("sliding_window", None)
-        return hf
+        return {k: v for k, v in hf.items() if (k, v) != ("max_position_embeddings", None)}
 
     def stored_dtype(self) -> torch.dtype | None:
         """The dtype that the checkpoint's config names for its weights, None if it names none."""
@@ -640,6 +643,20 @@ SHARD_SIZE = "5GB"
 # Bytes of JSON read at most: the largest real header is below 1 MB, and a parse takes many times
 # the text, so that a forged one could take all memory.
 MOST_JSON = 2**22
+# Our parameter names -> Meta's. There w1 is the gate, w2 the way down, w3 the way up.
+META_NAMES = {
+    "embed_tokens": "tok_embeddings",
+    "lm_head": "output",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 
 
 def resolve_checkpoint(path_or_name: str | os.PathLike) -> Path:
@@ -651,11 +668,12 @@ def resolve_checkpoint(path_or_name: str | os.PathLike) -> Path:
     folder = Path(text).expanduser()
     if folder.is_dir():
         for candidate in (folder, folder / "hf"):
-            if (candidate / "config.json").is_file():
+            if (candidate / "config.json").is_file() or (candidate / "params.json").is_file():
                 return candidate
         raise ValueError(
             f"{folder} holds no config.json (nor does {folder / 'hf'}): need a Hugging Face folder "
-            "with config.json, model.safetensors and tokenizer.json"
+            "with config.json, model.safetensors and tokenizer.json, or Meta's with params.json, "
+            "consolidated.00.pth and tokenizer.model"
         )
     if folder.exists():
         raise ValueError(f"{folder} is a file, need the folder of a checkpoint around it")
@@ -694,10 +712,19 @@ def _download(name: str, repo: str) -> Path:
 
 
 def load_config(folder: Path) -> ModelConfig:
-    """Read config.json. Raises ValueError naming the file and what is wrong in it."""
-    path = Path(folder) / "config.json"
+    """Read config.json, else Meta's params.json. Raises ValueError naming the file and the fault.
+
+    Of Meta's weights the headers are read too, for the widths that params.json leaves out.
+    """
+    folder = Path(folder)
+    meta = not (folder / "config.json").is_file() and (folder / "params.json").is_file()
+    path = folder / ("params.json" if meta else "config.json")
     content = _read_json(path)
+    files = _meta_files(folder) if meta else []
+    first = _open_meta(files[0]) if meta else {}
     try:
+        if meta:
+            return _config_from_meta(content, first, len(files))
         return ModelConfig.from_hf(content)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
@@ -752,8 +779,9 @@ def load_checkpoint(
                 **scaling,
             }
         config.rope_scaling = scaling
+    load = _load_hf if (folder / "config.json").is_file() else _load_meta
     with torch.no_grad():
-        return _load_hf(folder, config, device, dtype).eval()
+        return load(folder, config, device, dtype).eval()
 
 
 def _new_model(folder: Path, config: ModelConfig, n_tensors: int) -> Llama:
@@ -873,6 +901,142 @@ def _check_tensors(folder: Path, model: Llama, files: dict[str, tuple[Path, dict
                 f"{path}: {name} is stored as {entry['dtype']}, need F32, F16 or BF16; quantised "
                 "weights must be dequantised first"
             )
+
+
+def _meta_files(folder: Path) -> list[Path]:
+    """consolidated.00.pth and on: one file for each rank of Meta's model parallelism."""
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    if not paths or [p.name for p in paths] != [_meta_file(i) for i in range(len(paths))]:
+        raise ValueError(
+            f"{folder}: need {_meta_file(0)} and on, got {[p.name for p in paths]}; fetch the rest"
+        )
+    return paths
+
+
+def _meta_file(rank: int) -> str:
+    return f"consolidated.{rank:02d}.pth"
+
+
+def _open_meta(path: Path) -> dict[str, Tensor]:
+    """One of Meta's files, memory-mapped. Nothing but tensors is ever unpickled from it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type for entry in archive.infolist()):
+                raise ValueError("compressed, as no torch.save does: it could unpack to any size")
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as e:  # what a damaged pickle raises is anything
+        raise ValueError(
+            f"{path} is truncated, damaged, or a pickle of more than tensors, which is never run "
+            f"({type(e).__name__}); fetch it again from where the weights are published"
+        ) from None
+    good = isinstance(tensors, dict) and all(
+        isinstance(k, str)
+        and isinstance(t, Tensor)
+        and t.is_floating_point()
+        and t.element_size() > 1
+        for k, t in tensors.items()
+    )
+    if not good:
+        raise ValueError(f"{path} is no plain dict of tensors in fp32, fp16 or bf16")
+    return tensors
+
+
+def _config_from_meta(params: dict, first: dict[str, Tensor], n_files: int) -> ModelConfig:
+    """params.json and the first file's shapes as a config; the window is known for Llama 3 only."""
+    embedding, output = first.get("tok_embeddings.weight"), first.get("output.weight")
+    gate = first.get("layers.0.feed_forward.w1.weight")
+    if embedding is None or gate is None:
+        raise ValueError(f"{_meta_file(0)} lacks tok_embeddings or layers.0.feed_forward.w1")
+    # Llama 3.2 ties the two, and may store both. The first row tells for all others, cheaply.
+    tied = output is None or (
+        output.shape == embedding.shape
+        and torch.equal(output[0], embedding[0])
+        and torch.equal(output, embedding)
+    )
+    rows = (embedding if output is None else output).shape[0] * n_files
+    declared = params.get("vocab_size", -1)  # -1 in Llama 2: as many as the tokenizer has
+    vocab = rows if declared == -1 else declared
+    llama3, scaled = vocab == 128256, bool(params.get("use_scaled_rope", False))
+    hf = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": _count(params, "dim", most=2**20),
+        "num_hidden_layers": _count(params, "n_layers"),
+        "num_attention_heads": _count(params, "n_heads"),
+        "num_key_value_heads": params.get("n_kv_heads"),
+        "head_dim": params.get("head_dim"),
+        "intermediate_size": gate.shape[0] * n_files,
+        "vocab_size": vocab,
+        "rms_norm_eps": params.get("norm_eps", 1e-5),
+        "rope_theta": params.get("rope_theta"),
+        "tie_word_embeddings": tied,
+        "torch_dtype": str(embedding.dtype).removeprefix("torch."),
+    }
+    if params.get("sliding_window") is not None:  # Mistral 0.1; refused by from_hf
+        hf["sliding_window"] = params["sliding_window"]
+    if scaled:  # Llama 3.1 on; 3.2, the tied one, divides by 32
+        hf["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": params.get("rope_scaling_factor", 32.0 if tied else 8.0),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": params.get("rope_high_freq_factor", 4.0),
+            "original_max_position_embeddings": 8192,
+        }
+    config = ModelConfig.from_hf(hf)
+    config.max_position_embeddings = 131072 if scaled else 8192 if llama3 else None
+    return config
+
+
+def _load_meta(folder: Path, config: ModelConfig, device, dtype: torch.dtype) -> Llama:
+    """Join the shards of each tensor in place, a block at a time."""
+    paths = _meta_files(folder)
+    shapes = [{name: t.shape for name, t in _open_meta(path).items()} for path in paths]
+    model = _new_model(folder, config, len(shapes[0]))
+    expected = {_meta_name(n) for n, _ in model.named_parameters()}
+    ignored = {"rope.freqs"} | ({"output.weight"} if config.tie_embeddings else set())
+    for path, found in zip(paths, shapes, strict=True):
+        _check_names(path, expected, found.keys() - ignored)
+    split = {
+        n: _split_dim(folder, n, p.shape, [s[_meta_name(n)] for s in shapes])
+        for n, p in model.named_parameters()
+    }
+    model.to(dtype).to_empty(device=device)
+    # Opened anew for each block, so that the pages of the memory-mapped files do not add up.
+    for _, block in groupby(model.named_parameters(), lambda item: item[0].split(".")[:2]):
+        shards = [_open_meta(path) for path in paths]
+        for name, parameter in block:
+            dim, half = split[name], config.head_dim // 2
+            parts = [shard[_meta_name(name)] for shard in shards]
+            targets = [parameter] if dim is None else parameter.chunk(len(parts), dim)
+            for target, part in zip(targets, parts, strict=False):  # a copy in each: one is enough
+                if "q_proj" in name or "k_proj" in name:  # neighbours (2j, 2j + 1) -> halves
+                    target = target.unflatten(0, (-1, 2, half))  # (heads, 2, H/2, D), a view
+                    part = part.unflatten(0, (-1, half, 2)).transpose(1, 2)
+                target.copy_(part)
+    return model
+
+
+def _meta_name(name: str) -> str:
+    for ours, theirs in META_NAMES.items():
+        name = re.sub(rf"(^|\.){re.escape(ours)}\.", rf"\1{theirs}.", name)
+    return name
+
+
+def _split_dim(folder: Path, name: str, whole: tuple, parts: list[tuple]) -> int | None:
+    """Which dimension the shards cut; None: each holds the whole.
+
+    By shape, because it differs: Llama 3 cuts the token embedding's rows, Llama 2 its columns.
+    """
+    if all(part == whole for part in parts):
+        return None
+    for dim in range(len(whole)):
+        cut = [n // len(parts) if i == dim else n for i, n in enumerate(whole)]
+        if cut[dim] * len(parts) == whole[dim] and all(list(part) == cut for part in parts):
+            return dim
+    raise ValueError(
+        f"{folder}: {_meta_name(name)} is {[tuple(p) for p in parts]} in {len(parts)} files, "
+        f"params.json asks for {tuple(whole)}; a file is missing, or they do not belong together"
+    )
 
 
 def save_checkpoint(

@@ -28,6 +28,7 @@ import threading
 import time
 import weakref
 from dataclasses import replace
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -767,10 +768,14 @@ def test_a_save_replaces_only_checkpoints(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "thesis"]
 
 
-def test_weights_are_never_twice_in_memory(tmp_path):
+@pytest.mark.parametrize("kind", ["hf", "meta"])
+def test_weights_are_never_twice_in_memory(tmp_path, kind):
     model = tiny_llama(d_model=1024, vocab_size=30_000, d_ff=4096, std=0.02)
-    save_checkpoint(model, tmp_path / "hf")
-    size = (tmp_path / "hf" / "model.safetensors").stat().st_size
+    size = sum(p.numel() * 4 for p in model.parameters())
+    if kind == "hf":
+        save_checkpoint(model, tmp_path / "it")
+    else:
+        meta_folder(tmp_path / "it", model, 2)
     code = """
 import resource, sys, model
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -778,7 +783,7 @@ m = model.load_checkpoint(sys.argv[1])
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
     out = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "hf"], cwd=HERE, capture_output=True, text=True
+        [sys.executable, "-c", code, tmp_path / "it"], cwd=HERE, capture_output=True, text=True
     )
     grown = int(out.stdout)
     largest = 30_000 * 1024 * 4
@@ -852,6 +857,89 @@ def test_the_spellings_of_transformers_4_and_5_read_alike(tmp_path, family):
     assert "rope_parameters" not in read[0].to_hf() and read[0].to_hf()["rope_theta"]
 
 
+def meta_folder(folder, model, shards, embedding_dim=0, **params):
+    """The model as Meta's own files: other names, neighbours paired, cut across `shards` files."""
+    c = model.config
+    folder.mkdir()
+    state = {}
+    for name, t in model.state_dict().items():
+        name = name.replace("self_attn.", "attention.").replace("mlp.", "feed_forward.")
+        for ours, theirs in zip(
+            "q_proj k_proj v_proj o_proj gate_proj down_proj up_proj embed_tokens lm_head "
+            "input_layernorm post_attention_layernorm".split(),
+            "wq wk wv wo w1 w2 w3 tok_embeddings output attention_norm ffn_norm".split(),
+            strict=True,
+        ):
+            name = name.replace(ours, theirs)
+        if name.endswith(("wq.weight", "wk.weight")):
+            rows = [h * c.head_dim + j + half * c.head_dim // 2 for h in range(len(t) // c.head_dim)
+                    for j in range(c.head_dim // 2) for half in (0, 1)]  # fmt: skip
+            t = t[rows]
+        state[name] = t.to(torch.bfloat16)
+    for i in range(shards):
+        part = {"rope.freqs": torch.ones(c.head_dim // 2)}
+        for name, t in state.items():
+            rowwise = name.endswith(("wo.weight", "w2.weight"))
+            dim = embedding_dim if "tok_emb" in name else int(rowwise)
+            part[name] = t if t.ndim == 1 else t.chunk(shards, dim)[i].clone()
+        torch.save(part, folder / f"consolidated.{i:02d}.pth")
+    known = dict(dim=c.d_model, n_layers=c.n_layers, n_heads=c.n_heads, norm_eps=c.norm_eps)
+    known |= dict(n_kv_heads=c.n_kv_heads, vocab_size=c.vocab_size, rope_theta=c.rope_theta)
+    known |= {} if c.d_model == c.n_heads * c.head_dim else {"head_dim": c.head_dim}
+    (folder / "params.json").write_text(json.dumps(known | params))
+    return folder
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+@pytest.mark.parametrize("embedding_dim", [0, 1])
+def test_metas_shards_give_the_logits_of_the_same_weights(tmp_path, shards, embedding_dim):
+    shape = dict(n_heads=16, n_kv_heads=8, head_dim=4, d_model=64, n_layers=2)
+    model = tiny_llama(**shape).to(torch.bfloat16)
+    # Llama 2 leaves the vocabulary to the tokenizer
+    params = {} if embedding_dim == 0 else {"vocab_size": -1}
+    folder = meta_folder(tmp_path / "meta", model, shards, embedding_dim, **params)
+    ours = load_checkpoint(folder)
+    for (name, want), got in zip(model.named_parameters(), ours.parameters(), strict=True):
+        assert torch.equal(want.float(), got), name
+    assert ours.config.max_position_embeddings is None
+    assert ours.config.stored_dtype() == torch.bfloat16
+    theirs = hf_model(save_checkpoint(ours, tmp_path / "hf"))
+    with torch.no_grad():
+        assert rel(theirs(tokens()).logits, ours.logits(ours(tokens())[0])) < 1e-4
+
+
+def test_metas_window_and_scaling_follow_the_generation(tmp_path):
+    shape = dict(vocab_size=128256, d_model=16, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=8)
+    model = tiny_llama(**shape, n_layers=1)
+    model.lm_head.weight.data.mul_(2.0)
+    llama3 = load_config(meta_folder(tmp_path / "3", model, 1))
+    assert (llama3.max_position_embeddings, llama3.rope_scaling) == (8192, None)
+    scaled = load_config(meta_folder(tmp_path / "3.1", model, 1, use_scaled_rope=True))
+    assert scaled.max_position_embeddings == 131072 and scaled.rope_scaling == LLAMA3
+    assert not scaled.tie_embeddings
+    model.lm_head.weight.data.copy_(model.embed_tokens.weight)
+    tied = load_checkpoint(meta_folder(tmp_path / "3.2", model, 1, use_scaled_rope=True))
+    assert tied.config.tie_embeddings and tied.config.rope_scaling["factor"] == 32.0
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda f: (f / "consolidated.01.pth").unlink(), "asks for|a file is missing"),
+        (lambda f: (f / "consolidated.00.pth").unlink(), "need consolidated.00.pth"),
+        (lambda f: (f / "params.json").write_text("{}"), "params.json: dim is None"),
+        (lambda f: (f / "consolidated.01.pth").write_bytes(b"PK"), "01.pth is truncated, damaged"),
+        (lambda f: torch.save([1], f / "consolidated.01.pth"), "01.pth is no plain dict"),
+    ],
+)
+def test_a_damaged_meta_folder_is_refused_in_one_line(tmp_path, damage, said):
+    folder = meta_folder(tmp_path / "meta", tiny_llama(), 2)
+    damage(folder)
+    with pytest.raises(ValueError, match=said) as e:
+        load_checkpoint(folder)
+    assert "\n" not in str(e.value)
+
+
 def test_an_export_carries_what_stood_beside_the_weights(tmp_path):
     write_byte_tokenizer(tmp_path / "tokenizer")
     source = save_checkpoint(tiny_llama(), tmp_path / "source", tmp_path / "tokenizer")
@@ -875,6 +963,11 @@ def test_an_export_carries_what_stood_beside_the_weights(tmp_path):
 
 
 CAN_TAKE = 200e6  # bytes beyond the file's own size that a hostile one may cost
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, (f"touch {HERE / 'pwned'}",)
 
 
 def forged(header: str, data=b"", size=None) -> bytes:
@@ -931,6 +1024,12 @@ def hostile(root):
         cases[folder.name] = folder, "holds no config.json|holds neither model.safetensors"
     (root / "loop").symlink_to("loop")
     cases["loop"] = root / "loop", "no checkpoint .*loop"
+    for i, content in enumerate((Bomb(), {"tok_embeddings.weight": Bomb()})):
+        folder = meta_folder(root / f"bomb{i}", tiny_llama(), 1)
+        torch.save(content, folder / "consolidated.00.pth")
+        cases[folder.name] = folder, "never run"
+    with zipfile.ZipFile(root / "bomb1" / "consolidated.00.pth", "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("archive/data.pkl", b"0" * 4 * 10**8)  # half a megabyte, unpacked 400
     return cases
 
 
@@ -957,6 +1056,7 @@ for folder in sys.argv[2:]:
             [f.stat().st_size for f in folder.iterdir() if f.is_file()] if folder.is_dir() else []
         )
         assert grown < sum(sizes) + CAN_TAKE, (name, grown)
+    assert not (HERE / "pwned").exists()
 
 
 JSON = st.recursive(
