@@ -1067,7 +1067,8 @@ def save_checkpoint(
         _write_json(partial / "model.safetensors.index.json", index)
     hf = model.config.to_hf()
     if tokenizer_from is not None:
-        _carry_tokenizer(Path(tokenizer_from), partial, hf.get("max_position_embeddings"))
+        special = _carry_tokenizer(Path(tokenizer_from), partial, hf.get("max_position_embeddings"))
+        hf = special | hf  # ids that Meta's params.json leaves to the tokenizer
     hf["torch_dtype"] = hf["dtype"] = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     _write_json(partial / "config.json", hf)
     previous = out_dir.with_name(out_dir.name + ".previous")
@@ -1079,15 +1080,104 @@ def save_checkpoint(
     return out_dir
 
 
-def _carry_tokenizer(source: Path, out_dir: Path, window: int | None) -> None:
+def _carry_tokenizer(source: Path, out_dir: Path, window: int | None) -> dict:
+    """Copy a checkpoint's tokenizer files, or convert the tokenizer.model of one that has no other.
+
+    Returns the ids of begin and end of text where a conversion found them, as in config.json.
+    """
     if not any((source / name).is_file() for name in TOKENIZER_FILES):
         source = resolve_checkpoint(source)
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
+    found = {name for name in TOKENIZER_FILES if (source / name).is_file()}
+    special = {}
+    if "tokenizer.model" in found and "tokenizer.json" not in found:
+        special, sentencepiece = _convert_tokenizer(source, out_dir)
+        # Meta's Llama 3 file goes no further: readers of Hugging Face folders take anything of
+        # that name for a sentencepiece model, and break on it.
+        found -= set() if sentencepiece else {"tokenizer.model"}
+    for name in (*found, "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, out_dir / name)
     settings = out_dir / "tokenizer_config.json"
     if settings.is_file() and window:
         _write_json(settings, _read_json(settings) | {"model_max_length": window})
+    return special
+
+
+def _convert_tokenizer(source: Path, out_dir: Path) -> tuple[dict, bool]:
+    """Write Meta's tokenizer.model as a tokenizer.json that encodes alike; refuse if it does not.
+
+    Returns config.json's ids of begin and end of text, and whether the model is sentencepiece's.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+    from tokenizers import pre_tokenizers as cutters
+    from tokenizers.processors import TemplateProcessing
+
+    from data import LLAMA3_PATTERN, llama3_special_tokens, load_tokenizer, read_ranks
+
+    path = source / "tokenizer.model"
+    original, ranks = load_tokenizer(source), read_ranks(path)
+    if ranks:
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in printable]  # byte-level BPE's stand-ins
+        spell = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+        vocab = {"".join(spell[b] for b in token): rank for token, rank in ranks.items()}
+        special = llama3_special_tokens(len(ranks))
+        model = models.BPE(vocab=vocab, merges=_merges(vocab), ignore_merges=True)
+        cut = cutters.Split(Regex(LLAMA3_PATTERN), "isolated")
+        level = cutters.ByteLevel(add_prefix_space=False, use_regex=False)
+        pre_tokenizer, normalizer = cutters.Sequence([cut, level]), None
+        decoder = decoders.ByteLevel()
+    else:
+        from sentencepiece import SentencePieceProcessor
+
+        sp, blank = SentencePieceProcessor(model_file=str(path)), "\u2581"
+        pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
+        vocab = {piece: i for i, piece in enumerate(pieces)}
+        special = {p: i for p, i in vocab.items() if sp.is_control(i) or sp.is_unknown(i)}
+        merged = {p: i for p, i in vocab.items() if sp.get_score(i) or len(p) > 1}
+        merged = {p: i for p, i in merged.items() if p not in special and not sp.is_byte(i)}
+        model = models.BPE(
+            vocab=vocab,
+            merges=_merges(vocab, sorted(merged, key=lambda p: -sp.get_score(vocab[p]))),
+            unk_token=sp.id_to_piece(sp.unk_id()),
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+        pre_tokenizer = None
+        normalizer = [normalizers.Prepend(blank), normalizers.Replace(" ", blank)]
+        normalizer = normalizers.Sequence(normalizer)
+        decoder = [decoders.Replace(blank, " "), decoders.ByteFallback(), decoders.Fuse()]
+        decoder = decoders.Sequence([*decoder, decoders.Strip(" ", 1, 0)])
+    converted = Tokenizer(model)
+    converted.normalizer, converted.pre_tokenizer = normalizer, pre_tokenizer
+    converted.decoder = decoder
+    converted.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    bos, eos = (converted.id_to_token(i) for i in (original.bos_id, original.eos_id))
+    converted.post_processor = TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, original.bos_id)]
+    )
+    probe = ["It's 12,345.67\n\n  \tdef f(x):  # \u00e9\u4e16\u754c \U0001f600 don't  ", " a", ""]
+    for text, want in zip(probe, original.encode_batch(probe), strict=True):
+        if converted.encode(text, add_special_tokens=False).ids != list(want):
+            raise ValueError(f"{path} is of a kind with no known tokenizer.json; put one beside it")
+    converted.save(str(out_dir / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
+    settings |= {"clean_up_tokenization_spaces": False, "model_max_length": 10**30}
+    _write_json(out_dir / "tokenizer_config.json", settings)
+    return {"bos_token_id": original.bos_id, "eos_token_id": original.eos_id}, not ranks
+
+
+def _merges(vocab: dict[str, int], order: list[str] | None = None) -> list[tuple[str, str]]:
+    """Every pair of tokens that make a third, in the order in which BPE prefers the result.
+
+    Ranked vocabularies keep no pairs: any two neighbours merge whose union is a token.
+    """
+    merges = []
+    for token in order or sorted(vocab, key=vocab.get):
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+        pairs = [(a, b) for a, b in pairs if a in vocab and b in vocab]
+        merges += sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+    return merges
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -15,6 +15,8 @@ import dataclasses
 import functools
 import gzip
 import http.server
+import dataclasses
+import io
 import json
 import math
 import os
@@ -29,6 +31,7 @@ import time
 import weakref
 from dataclasses import replace
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +77,7 @@ from model import (
     load_checkpoint,
     load_config,
     next_token_loss,
+    resolve_checkpoint,
     save_checkpoint,
 )
 from rope_kernels import apply_rope, apply_rope_torch, ntk_theta, rope_frequencies
@@ -920,6 +924,59 @@ def test_metas_window_and_scaling_follow_the_generation(tmp_path):
     model.lm_head.weight.data.copy_(model.embed_tokens.weight)
     tied = load_checkpoint(meta_folder(tmp_path / "3.2", model, 1, use_scaled_rope=True))
     assert tied.config.tie_embeddings and tied.config.rope_scaling["factor"] == 32.0
+
+
+def tiktoken_file(path, text, merges=300):
+    """Ranks as in Meta's Llama 3 tokenizer.model: the bytes, then BPE's merges, learnt on text."""
+    ranks = {bytes([i]): i for i in range(256)}
+    words = [[bytes([b]) for b in word.encode()] for word in re.findall(r" ?\S+|\s+", text)]
+    for rank in range(256, 256 + merges):
+        pairs = Counter(pair for word in words for pair in zip(word, word[1:], strict=False))
+        left, right = max(pairs, key=lambda p: (pairs[p], p))
+        ranks[left + right] = rank
+        for word in words:
+            for i in range(len(word) - 2, -1, -1):
+                if word[i : i + 2] == [left, right]:
+                    word[i : i + 2] = [left + right]
+    lines = (f"{base64.b64encode(token).decode()} {rank}" for token, rank in ranks.items())
+    path.write_text("\n".join(lines) + "\n")
+
+
+def sentencepiece_file(path, text):
+    """As in Llama 2: BPE with byte fallback, spaces written as U+2581, one put in front."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.splitlines()), model_writer=written, model_type="bpe",
+        vocab_size=500, byte_fallback=True, normalization_rule_name="identity", split_digits=True,
+        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2,
+    )  # fmt: skip
+    path.write_bytes(written.getvalue())
+
+
+MIXED = "I'll re-read 12,345.67 caf\u00e9s\n\n\tdef f(x):  return x['a']  # \u4e16\u754c "
+MIXED += "\U0001f600 WE'RE "
+
+
+@pytest.mark.parametrize("kind", ["tiktoken", "sentencepiece"])
+def test_metas_tokenizer_is_exported_as_one_that_encodes_alike(tmp_path, kind):
+    prose = (HERE / "longred.py").read_text()[:20000] + MIXED * 5
+    model = tiny_llama(vocab_size=812, n_layers=1)
+    folder = meta_folder(tmp_path / "meta", model, 1)
+    write = tiktoken_file if kind == "tiktoken" else sentencepiece_file
+    write(folder / "tokenizer.model", prose)
+    out = save_checkpoint(load_checkpoint(folder), tmp_path / "hf", tokenizer_from=folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    meta, rng = data.load_tokenizer(folder), random.Random(0)
+    texts = [prose, MIXED] + ["".join(rng.choices(prose + MIXED * 9, k=60)) for _ in range(200)]
+    for text, ids in zip(texts, meta.encode_batch(texts), strict=True):
+        assert theirs(text).input_ids == [meta.bos_id, *ids], text
+        assert theirs(text, add_special_tokens=False).input_ids == list(ids), text
+    assert theirs.decode(ids) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (meta.bos_id, meta.eos_id)
+    config = json.loads((out / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (meta.bos_id, meta.eos_id)
+    assert (out / "tokenizer.model").exists() == (kind == "sentencepiece")
 
 
 @pytest.mark.parametrize(
@@ -2549,6 +2606,22 @@ def test_the_papers_settings_are_the_defaults(ckpt):
     assert (far.n_distill_layers, far.position_scheme) == (3, "uniform")
     cpt = resolve(dataclasses.replace(asked, target_len=32768, method="long_cpt"), model, ckpt[0])
     assert step_tokens(cpt) == {"long": 2097152} and cpt.long_share == 1.0
+
+
+def test_metas_folder_is_extended_and_its_export_is_a_checkpoint(ckpt, tmp_path):
+    folder = meta_folder(tmp_path / "meta", tiny_llama(vocab_size=612, n_layers=2, std=0.1), 2)
+    tiktoken_file(folder / "tokenizer.model", ckpt[1].read_text()[:4000], merges=20)
+    run = tiny_run(ckpt, tmp_path / "out", steps=1, distill_layers=[2])
+    run.ckpt = str(folder)
+    with pytest.raises(ValueError, match="--original_len is missing: .* 4096 for Llama 2"):
+        train(run)
+    train(dataclasses.replace(run, original_len=64))
+    exported = load_config(resolve_checkpoint(tmp_path / "out"))
+    assert exported.max_position_embeddings == 256 and exported.rope_theta == 3000.0
+    assert exported.stored_dtype() == torch.bfloat16
+    again = tiny_run(ckpt, tmp_path / "again", target_len=512, steps=1)
+    again.ckpt = str(tmp_path / "out")
+    assert load_config(train(again)).max_position_embeddings == 512
 
 
 def bad_inputs(ckpt, tmp_path):
