@@ -622,11 +622,14 @@ HUB_NAMES = {
     "llama2-7b": "meta-llama/Llama-2-7b-hf",
     "llama3-8b": "meta-llama/Meta-Llama-3-8B",
     "llama3-8b-instruct": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "llama3-70b": "meta-llama/Meta-Llama-3-70B",
     "llama3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
     "llama3.2-1b": "meta-llama/Llama-3.2-1B",
     "llama3.2-3b": "meta-llama/Llama-3.2-3B",
     "mistral-7b-v0.3": "mistralai/Mistral-7B-v0.3",
     "qwen2-7b": "Qwen/Qwen2-7B",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
 }
 TOKENIZER_FILES = (
@@ -687,10 +690,11 @@ def resolve_checkpoint(path_or_name: str | os.PathLike) -> Path:
 
 
 def _download(name: str, repo: str) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import get_token, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
+    login = "your token was refused" if get_token() else "you are not logged in"
     try:
         found = snapshot_download(
             repo,
@@ -699,11 +703,15 @@ def _download(name: str, repo: str) -> Path:
         )
         return Path(found)
     except GatedRepoError:
-        reason = f"its licence must be accepted first, at https://huggingface.co/{repo}"
+        reason = f"its licence must be accepted at https://huggingface.co/{repo}, and {login}"
     except RepositoryNotFoundError:
-        reason = "the hub has no such repository, or it is private"
-    except Exception as e:  # a dozen network errors from three libraries, one meaning
+        reason = f"the hub has no such repository, or it is private and {login}"
+    except Exception as e:  # a dozen network errors from three libraries
+        answers = [getattr(error, "response", None) for error in (e, e.__cause__)]
+        status = next((answer.status_code for answer in answers if answer is not None), None)
         reason = f"the hub could not be reached ({type(e).__name__}) and no local copy is cached"
+        if status is not None:
+            reason = login if status in (401, 403) else f"the hub answered with HTTP {status}"
     raise ValueError(
         f"cannot get {name!r} from the hub as {repo}: {reason}. Either run `hf auth login` and `hf "
         f"download {repo} --exclude 'original/*'` where there is a network, or pass the folder: "

@@ -31,7 +31,9 @@ import time
 import weakref
 from dataclasses import replace
 import zipfile
+import zlib
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -995,6 +997,88 @@ def test_a_damaged_meta_folder_is_refused_in_one_line(tmp_path, damage, said):
     with pytest.raises(ValueError, match=said) as e:
         load_checkpoint(folder)
     assert "\n" not in str(e.value)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of huggingface.co as a download asks for; some/model is the folder `files`."""
+
+    files, asked = None, []
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        _, *parts = self.path.split("?")[0].split("/")
+        repo = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
+        status, error = {
+            "meta-llama/Meta-Llama-3-8B": (401, "GatedRepo"),
+            "some/gated": (403, "GatedRepo"),
+            "some/private": (401, "RepoNotFound"),
+            "some/forbidden": (403, ""),
+            "some/broken": (500, ""),
+            "some/model": (200, ""),
+        }.get(repo, (404, "RepoNotFound"))
+        sha, body, names = (
+            "a" * 40,
+            b"",
+            sorted(p.relative_to(self.files) for p in self.files.rglob("*")),
+        )
+        if status == 200 and "tree" in parts:
+            body = [dict(type="file", path=str(n), oid="b" * 40, size=1) for n in names]
+        elif status == 200 and parts[0] == "api":
+            siblings = [{"rfilename": str(n)} for n in names]
+            body = {"id": repo, "sha": sha, "private": False, "siblings": siblings}
+        elif status == 200:
+            self.asked.append("/".join(parts[4:]))
+            body = (self.files / self.asked[-1]).read_bytes()
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("X-Repo-Commit", sha)
+        self.send_header("ETag", f'"{zlib.crc32(self.path.encode())}"')
+        self.send_header("Content-Length", str(len(body)))
+        if error:
+            self.send_header("X-Error-Code", error)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+
+def test_the_hub_is_asked_for_what_is_needed_and_refusals_are_explained(tmp_path):
+    folder = save_checkpoint(tiny_llama(), tmp_path / "files")
+    for name in ("original/consolidated.00.pth", "consolidated.safetensors", "pytorch_model.bin"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"much")
+    Hub.files, Hub.asked = folder, []
+    said = {
+        "some/model": "loaded",
+        "llama3-8b": "licence must be accepted at .*Meta-Llama-3-8B, and you are not logged in",
+        "some/gated": "licence must be accepted",
+        "some/private": "no such repository, or it is private",
+        "some/forbidden": "you are not logged in",
+        "some/broken": "HTTP 500",
+        "no/body": "no such repository",
+    }
+    code = """
+import json, sys, model
+for name in sys.argv[1:]:
+    try: print(model.load_checkpoint(name).config.n_layers and "loaded")
+    except ValueError as e: print(e)
+"""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
+    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code, *said]
+    done = subprocess.run(command, env=env, cwd=HERE, capture_output=True, text=True)
+    server.shutdown()
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    for (name, want), got in zip(said.items(), lines, strict=True):
+        assert re.search(want, got), (name, got)
+        assert got == "loaded" or ("hf auth login" in got and "hf download" in got), got
+    assert sorted(set(Hub.asked)) == ["config.json", "model.safetensors"]
 
 
 def test_an_export_carries_what_stood_beside_the_weights(tmp_path):
