@@ -349,6 +349,23 @@ def rope_scaling(c: Config) -> dict | None:
     return scaling
 
 
+def preflight(c: Config, model: ModelConfig) -> None:
+    """Refuse what would fail after hours: a run that its disk or its memory cannot hold."""
+    n = runs.parameter_count(model)
+    export = n * (model.stored_dtype() or torch.float32).itemsize
+    states = max(1, min(3, (c.steps - 1) // c.save_every))  # two are kept, one is being written
+    runs.check_disk(Path(c.out_dir), export, states * 12 * n)  # fp32 weights, AdamW's two moments
+    if c.device == "cpu":
+        units = (
+            (c.long_batch, c.target_len),
+            (c.short_batch, c.short_len),
+            (c.s2l_batch, c.original_len),
+        )
+        tokens = max(min(n_rows, max(c.unit_tokens // len_, 1)) * len_ for n_rows, len_ in units)
+        # fp32 student, teacher, gradients and the two moments
+        runs.check_memory(20 * n, runs.activation_bytes(model, tokens, c.recompute))
+
+
 def train(config: Config) -> Path:
     """Extend a checkpoint. Returns the exported folder, OUT_DIR/hf.
 
@@ -369,6 +386,7 @@ def train(config: Config) -> Path:
             f"{out_dir} already holds a run; continue it with --resume {out_dir}, or pass another "
             "--out_dir"
         )
+    preflight(c, original)
     tokenizer = open_tokenizer(c)
     tokenizer.check_fits(original.vocab_size)
     streams = open_streams(c, tokenizer)
@@ -441,7 +459,10 @@ def train(config: Config) -> Path:
             line = log_line(c, step + 1, streams, losses, norm, recent[-1], waited)
             log.write(json.dumps(line) + "\n")
             log.flush()
-            print_step(c, line, sum(recent) / len(recent) * (c.steps - step - 1))
+            left = sum(recent) / len(recent) * (c.steps - step - 1)  # seconds
+            if step == first and left > 600:
+                print(f"about {left / 3600:.1f} hours to go, if every step is like this first one")
+            print_step(c, line, left)
             if (step + 1) % c.save_every == 0 and step + 1 < c.steps:
                 save(c, step + 1, student, optimizer)
     student.eval()

@@ -2695,7 +2695,7 @@ def test_the_papers_settings_are_the_defaults(ckpt):
 def test_metas_folder_is_extended_and_its_export_is_a_checkpoint(ckpt, tmp_path):
     folder = meta_folder(tmp_path / "meta", tiny_llama(vocab_size=612, n_layers=2, std=0.1), 2)
     tiktoken_file(folder / "tokenizer.model", ckpt[1].read_text()[:4000], merges=20)
-    run = tiny_run(ckpt, tmp_path / "out", steps=1, distill_layers=[2])
+    run = tiny_run(ckpt, tmp_path / "out", steps=1, distill_layers=[2], eval_tokens=0)
     run.ckpt = str(folder)
     with pytest.raises(ValueError, match="--original_len is missing: .* 4096 for Llama 2"):
         train(run)
@@ -2703,9 +2703,19 @@ def test_metas_folder_is_extended_and_its_export_is_a_checkpoint(ckpt, tmp_path)
     exported = load_config(resolve_checkpoint(tmp_path / "out"))
     assert exported.max_position_embeddings == 256 and exported.rope_theta == 3000.0
     assert exported.stored_dtype() == torch.bfloat16
-    again = tiny_run(ckpt, tmp_path / "again", target_len=512, steps=1)
+    again = tiny_run(ckpt, tmp_path / "again", target_len=512, steps=1, eval_tokens=0)
     again.ckpt = str(tmp_path / "out")
     assert load_config(train(again)).max_position_embeddings == 512
+
+
+def test_the_memory_estimate_counts_every_parameter_and_the_container(tmp_path, monkeypatch):
+    for changes in ({}, {"tie_embeddings": True}, {"n_kv_heads": 6, "d_ff": 33}):
+        model = tiny_llama(**changes)
+        assert runs.parameter_count(model.config) == sum(p.numel() for p in model.parameters())
+    one, few = (runs.activation_bytes(tiny_config(), 1000, recompute) for recompute in (0, 1))
+    assert few < one / 2
+    if sys.platform == "linux":
+        assert 2**20 < runs.available_memory() <= os.sysconf("SC_PHYS_PAGES") * 4096
 
 
 def bad_inputs(ckpt, tmp_path):
@@ -2733,19 +2743,28 @@ def bad_inputs(ckpt, tmp_path):
         "not a number": ({"--steps": "many"}, "--steps: invalid int value: 'many'"),
         "resume and more": ({"--resume": tmp_path / "void"}, "--resume takes its run's own"),
         "no checkpoint": ({"--ckpt": None}, "--[a-z_0-9]+ needs --ckpt"),
+        "nothing to resume": ({"--resume": tmp_path / "void"}, "no longred.json there"),
+        "disk too small": ({"--ckpt": folder}, "needs 0.0 GB .*its disk has 0.0 GB free"),
+        "memory too small": ({"--ckpt": folder}, "memory: about 0.0 GB needed .*--recompute"),
     }
 
 
 CASES = ["unknown flag", "unknown ckpt", "missing file", "truncated weights", "tokenizer misfit"]
 CASES += ["text too short", "target not above", "no such layer", "loss not finite"]
 CASES += ["not a number", "resume and more", "no checkpoint"]
+CASES += ["text too short", "target not above", "no text", "no such layer", "loss not finite"]
+CASES += ["not a number", "nothing to resume", "disk too small", "memory too small"]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_ends_in_one_line_with_nothing_half_written(ckpt, tmp_path, case):
+def test_bad_input_ends_in_one_line_with_nothing_half_written(ckpt, tmp_path, case, monkeypatch):
     good, cases = bad_inputs(ckpt, tmp_path)
     assert sorted(cases) == sorted(CASES)
     change, said = cases[case]
+    if case == "disk too small":
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1))
+    if case == "memory too small":
+        monkeypatch.setattr(runs, "available_memory", lambda: 10**6)
     out = tmp_path / "out"
     small = {
         "--out_dir": out,
