@@ -141,6 +141,7 @@ class Config:
     # Machine
     device: str | None = opt(None, "cuda or cpu (default: cuda where there is one)")
     unit_tokens: int = opt(32768, "most tokens in one forward pass, at least one sequence")
+    recompute: bool = opt(False, "recompute blocks in backward on a CPU; a GPU's plan decides")
     gpu_gib: float | None = opt(None, "GPU memory to plan for (default: all that is free)")
     moments: str = opt("fp32", "AdamW's m and v on a GPU", choices=["fp32", "bf16"])
     compile: bool = opt(False, "torch.compile the blocks on a GPU")
@@ -402,6 +403,8 @@ def train(config: Config) -> Path:
     adamw = c.lr, (c.beta1, c.beta2), 1e-8, c.weight_decay
     machine = memory.Machine(plan, student, teacher, *adamw) if plan else None
     optimizer = machine.optimizer if machine else torch.optim.AdamW(student.parameters(), *adamw)
+    if c.recompute and not machine:
+        memory.use(student, memory.Policy())
     out_dir.mkdir(parents=True, exist_ok=True)
     about = {"config": asdict(c), "versions": versions(), "data": fingerprints(streams)}
     runs.write_json(out_dir / "longred.json", about)
