@@ -688,6 +688,54 @@ def test_sampling_follows_its_generator_and_temperature():
     assert (seen - p).abs().max() < 4 * (0.25 / 400) ** 0.5  # four standard errors
 
 
+def pcd_by_hand(near, far, ids, n_new, beta, gamma):
+    """Contrastive decoding with two models, no cache, one row at a time."""
+    rows = []
+    for row in ids:
+        for _ in range(n_new):
+            with torch.no_grad():
+                logits, local = (m.logits(m(row[None])[0][0, -1]) for m in (near, far))
+            allowed = logits.argsort(descending=True)[:gamma]
+            scores = (1 + beta) * logits[allowed] - beta * local[allowed]
+            row = torch.cat([row, allowed[scores.argmax()][None]])
+        rows.append(row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("changes", [{}, {"beta": 20.0, "gamma": 4, "base_ratio": 1e-2}], ids=str)
+def test_pcd_equals_two_separate_models_without_a_cache(changes):
+    near, far, ids = tiny_llama(), tiny_llama(), tokens(length=17)
+    pcd = {"alpha": 0.2, "beta": 2.5, "base_ratio": 1e-4, "gamma": 30} | changes
+    for j in range(1, 9):  # H = 16: planes 1 .. 8
+        keep = 2 - math.exp(pcd["alpha"] * 2 * j / 16)
+        slow = near.inv_freq[j - 1] * pcd["base_ratio"] ** (-2 * (j - 1) / 16)
+        far.inv_freq[j - 1] = keep * near.inv_freq[j - 1] + (1 - keep) * slow
+    want = pcd_by_hand(near, far, ids, 24, pcd["beta"], pcd["gamma"])
+    assert torch.equal(near.generate(ids, 24, pcd=changes, chunk_len=5), want)
+    assert not torch.equal(near.generate(ids, 24), want)
+
+
+def test_pcd_without_contrast_is_greedy_and_top_1_forbids_every_change():
+    model, ids = tiny_llama(), tokens(length=17)
+    greedy = model.generate(ids, 16)
+    assert torch.equal(model.generate(ids, 16, pcd={"beta": 0.0}), greedy)
+    assert torch.equal(model.generate(ids, 16, pcd={"gamma": 1}), greedy)
+    assert torch.equal(model.generate(ids, 16, pcd={"alpha": 0.0}), greedy)  # T = 1: L* = L
+
+
+def test_pcds_slowest_plane_turns_1918_times_faster_in_llama_3():
+    own = rope_frequencies(128, 5e5)[0]
+    ratio = model_module.local_frequencies(own, 0.2, 1e-4) / own
+    assert ratio[0] == pytest.approx(1.0) and ratio[-1].item() == pytest.approx(1918, abs=0.5)
+
+
+@pytest.mark.parametrize("pcd, said", [({"betta": 1}, "'betta' is no"), ({"gamma": 0}, "gamma is")])
+def test_wrong_pcd_settings_are_refused_in_one_line(pcd, said):
+    with pytest.raises(ValueError, match=said) as error:
+        tiny_llama().generate(tokens(), 1, pcd=pcd)
+    assert "\n" not in str(error.value)
+
+
 def test_attention_kl_equals_transformers_attention_maps(tmp_path, monkeypatch):
     save_checkpoint(tiny_llama(), tmp_path / "hf")
     a, b = load_checkpoint(tmp_path / "hf"), load_checkpoint(tmp_path / "hf", rope_theta=9000.0)
