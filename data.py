@@ -952,3 +952,20 @@ def longrecipe_positions(rng: Rng, boundaries: Array, seq_len: int, target_len: 
     slots = 1 + np.sort(rng.choice(target_len - seq_len + n - 1, n - 1, replace=False))
     skipped = np.append(0, slots - np.arange(1, n))  # empty slots before each sentence
     return np.arange(seq_len) + np.repeat(skipped, np.diff(np.append(starts, seq_len)))
+
+
+def sentence_ends(tokenizer: Tokenizer) -> np.ndarray:
+    """Which tokens end a sentence: text that ends in . ! ? or a newline, and the end of a document.
+
+    Asked of the tokenizer token by token, so that any checkpoint will do. Returns (V,) bool.
+    """
+    texts = (tokenizer.decode([i]) for i in range(tokenizer.vocab_size))
+    ends = np.array([text.endswith((".", "!", "?", "\n")) for text in texts])
+    if tokenizer.eos_id is not None:
+        ends[tokenizer.eos_id] = True
+    return ends
+
+
+def sentence_starts(ids: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Index of each sentence's first token, 0 among them. ids: (T,) int64; ends: sentence_ends."""
+    return np.append(0, np.flatnonzero(ends[ids[:-1]]) + 1)

@@ -18,6 +18,10 @@ each optimizer step two distillations towards the frozen original model:
     similarity of hidden states        eq. 5       cosine_distance
     layers to distil, by attention KL  eq. 6       select_distill_layers, model.attention_kl
 
+--method longrecipe is LongRecipe (arXiv 2409.00509) in the same loop: long text of 0.3 x the target
+under positions that skip from sentence to sentence (long_positions), as is that long stream under
+LongReD's own losses: --long_position_scheme longrecipe.
+
 Differs: the two distillations are distances, 1 - cos, where the paper has -cos: the same gradient,
 and a loss that is 0 when nothing was forgotten.
 """
@@ -84,8 +88,9 @@ class Config:
     # Method
     method: str = opt(
         "longred",
-        "longred: three losses; long_cpt: cross-entropy on long text; mix_cpt: on all streams",
-        choices=["longred", "long_cpt", "mix_cpt"],
+        "longred: three losses; long_cpt: cross-entropy on long text; mix_cpt: on all streams; "
+        "longrecipe: on text of --train_len with gaps between sentences",
+        choices=["longred", "long_cpt", "mix_cpt", "longrecipe"],
     )
     alpha_short: float | None = opt(None, "weight of short-text distillation (5; 2 from 128K on)")
     alpha_s2l: float | None = opt(None, "weight of short-to-long distillation (10; 15 from 128K)")
@@ -95,6 +100,14 @@ class Config:
         None,
         "skipped positions of short-to-long (default: cream, uniform from 128K on)",
         choices=["uniform", "cream", "cream_truncated"],
+    )
+    long_position_scheme: str | None = opt(
+        None,
+        "positions of long text (default: ordinary; method longrecipe: longrecipe)",
+        choices=["ordinary", "pose", "longrecipe"],
+    )
+    train_len: int | None = opt(
+        None, "tokens in a long text (target_len; under skipped positions 0.3 x target_len)"
     )
     # Text
     long_data: list[str] | None = opt(
@@ -113,7 +126,7 @@ class Config:
     )
     min_doc_len: int = opt(0, "leave shorter documents out of the long stream, in tokens")
     length_upsample: float = opt(
-        1.0, "weight of documents of target_len tokens or more in the long stream, within a source"
+        1.0, "weight of documents of train_len tokens or more in the long stream, within a source"
     )
     skip_bad_lines: bool = opt(False, "leave out and count malformed records, do not stop at them")
     short_len: int | None = opt(None, "tokens in a short text (1024, at most original_len)")
@@ -204,7 +217,7 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
         )
     if c.original_len < 32:
         raise ValueError(f"--original_len {c.original_len} is below 32 tokens, no window to extend")
-    if c.method == "long_cpt":
+    if c.method in ("long_cpt", "longrecipe"):
         c.short_micro = c.s2l_micro = 0
         c.long_share = 1.0
     # Short-to-long wants text like the short stream's; a user's own long text is near at hand.
@@ -221,13 +234,21 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
     c.n_distill_layers = c.n_distill_layers or (3 if factor >= 16 else 6)
     if c.position_scheme is None:  # the Gaussian's grid needs a whole factor (data.cream_positions)
         c.position_scheme = "uniform" if far or c.target_len % c.original_len else "cream"
+    if c.long_position_scheme is None:
+        c.long_position_scheme = "longrecipe" if c.method == "longrecipe" else "ordinary"
+    c.train_len = c.train_len or default_train_len(c)
+    if c.train_len > c.target_len:
+        raise ValueError(
+            f"--train_len {c.train_len} is above --target_len {c.target_len}; try a third of it"
+        )
     c.short_len = min(c.short_len or 1024, c.original_len)
-    c.long_micro = c.long_micro or (16 if c.method == "long_cpt" else 8)
+    c.long_micro = c.long_micro or (16 if c.method in ("long_cpt", "longrecipe") else 8)
     c.long_batch = c.long_batch or max(1, 131072 // c.target_len)
     c.short_batch = c.short_batch or max(1, 131072 // c.short_len)
     c.s2l_batch = c.s2l_batch or max(1, 131072 // c.original_len)
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for key in ("steps", "long_micro", "long_batch", "short_batch", "s2l_batch", "short_len"):
+    batches = ("long_micro", "long_batch", "short_batch", "s2l_batch")
+    for key in ("steps", "train_len", "short_len", *batches):
         if getattr(c, key) < 1:
             raise ValueError(f"--{key} {getattr(c, key)}: need at least 1")
     for key in ("short_micro", "s2l_micro", "lr", "weight_decay", "alpha_short", "alpha_s2l"):
@@ -243,6 +264,17 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
     return c
 
 
+def default_train_len(c: Config) -> int:
+    """LongRecipe's best ratio, 30% of the target (its table of ratios); all of it if ordinary.
+
+    From 4,096 on a multiple of 128, as attention on a GPU likes its lengths.
+    """
+    if c.long_position_scheme == "ordinary":
+        return c.target_len
+    multiple = 128 if c.target_len >= 4096 else 1
+    return round(0.3 * c.target_len / multiple) * multiple
+
+
 # ---------------------------------------------------------------------------------------- losses
 
 
@@ -254,12 +286,12 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
     return (1.0 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()
 
 
-def long_text_loss(student: Llama, input_ids: Tensor) -> Tensor:
-    """Next-token cross-entropy, mean over tokens, under ordinary positions (eq. 18).
+def long_text_loss(student: Llama, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """Next-token cross-entropy, mean over tokens, under ordinary positions by default (eq. 18).
 
-    input_ids: (B, T + 1) int64.
+    input_ids: (B, T + 1) int64. position_ids: (B, T) int64.
     """
-    hidden, _ = student(input_ids[:, :-1])
+    hidden, _ = student(input_ids[:, :-1], position_ids)
     nll, count = next_token_loss(hidden, student.lm_head_weight, input_ids[:, 1:])
     return nll / count
 
@@ -316,7 +348,7 @@ def open_tokenizer(c: Config) -> data.Tokenizer:
 def open_streams(c: Config, tokenizer: data.Tokenizer) -> dict[str, Stream]:
     """Tokenise (once) and open the streams this method reads, in the order a step takes them."""
     wanted = {
-        "long": (c.long_data, c.long_micro, c.long_batch, c.target_len, c.long_share),
+        "long": (c.long_data, c.long_micro, c.long_batch, c.train_len, c.long_share),
         "short": (c.short_data, c.short_micro, c.short_batch, c.short_len, c.short_share),
         "s2l": (c.s2l_data, c.s2l_micro, c.s2l_batch, c.original_len, c.s2l_share),
     }
@@ -338,6 +370,23 @@ def skipped_positions(c: Config, index: int, batch: int) -> Tensor:
     rng = np.random.default_rng([c.seed, 0x52, index])
     scheme = getattr(data, f"{c.position_scheme}_positions")
     return torch.from_numpy(scheme(rng, batch, c.original_len, c.target_len))
+
+
+def long_positions(c: Config, index: int, input_ids: Tensor, ends: np.ndarray) -> Tensor | None:
+    """Position ids of long micro-batch number `index` within the target window; None: ordinary.
+
+    input_ids: (B, T) int64. ends: data.sentence_ends of the tokenizer. Returns (B, T) int64.
+    """
+    rng = np.random.default_rng([c.seed, 0x4C, index])
+    if c.long_position_scheme == "ordinary":
+        return None
+    if c.long_position_scheme == "pose":
+        return torch.from_numpy(data.pose_positions(rng, *input_ids.shape, c.target_len))
+    rows = [
+        data.longrecipe_positions(rng, data.sentence_starts(row, ends), len(row), c.target_len)
+        for row in input_ids.numpy()
+    ]
+    return torch.from_numpy(np.stack(rows))
 
 
 def rope_scaling(c: Config) -> dict | None:
@@ -391,6 +440,7 @@ def train(config: Config) -> Path:
     tokenizer = open_tokenizer(c)
     tokenizer.check_fits(original.vocab_size)
     streams = open_streams(c, tokenizer)
+    ends = data.sentence_ends(tokenizer) if c.long_position_scheme == "longrecipe" else None
     plan = plan_memory(c, original, streams)  # None on a CPU
     dtype = torch.bfloat16 if plan else torch.float32
     teacher = load_checkpoint(source, device=c.device, dtype=dtype).requires_grad_(False)
@@ -426,26 +476,30 @@ def train(config: Config) -> Path:
                 for m in range(stream.micro):
                     index = step * stream.micro + m
                     asked = time.monotonic()
-                    batch = stream.text.batch(index).to(c.device)
+                    batch = stream.text.batch(index)
                     waited += time.monotonic() - asked
                     positions = None
                     if stream.name == "s2l" and c.method == "longred":
-                        positions = skipped_positions(c, index, stream.batch).to(c.device)
+                        positions = skipped_positions(c, index, stream.batch)
+                    elif stream.name == "long":
+                        positions = long_positions(c, index, batch[:, :-1], ends)
+                    batch = batch.to(c.device)
+                    if positions is not None:
+                        positions = positions.to(c.device)
                     # A micro-batch goes through in units of whole sequences, to bound memory.
                     for start in range(0, stream.batch, rows):
                         if stop.number:
                             stop_run(c, step, student, optimizer, stop.number)
                         ids = batch[start : start + rows]
+                        at = None if positions is None else positions[start : start + rows]
                         if stream.name == "long" or c.method == "mix_cpt":
-                            loss = long_text_loss(student, ids)
+                            loss = long_text_loss(student, ids, at)
                         elif stream.name == "short":
                             loss = short_text_distillation(
                                 student, teacher, ids[:, :-1], c.distill_layers
                             )
                         else:
-                            loss = short_to_long_distillation(
-                                student, teacher, ids[:, :-1], positions[start : start + rows]
-                            )
+                            loss = short_to_long_distillation(student, teacher, ids[:, :-1], at)
                         # Sequences are equally long, so the step's mean is a mean over sequences.
                         part = len(ids) / (stream.micro * stream.batch)
                         (loss * (stream.weight * part)).backward()
@@ -542,7 +596,7 @@ def how_to_resume(out_dir: Path) -> str:
 def step_tokens(c: Config) -> dict[str, int]:
     """Tokens of one step, by stream."""
     every = {
-        "long": c.long_micro * c.long_batch * c.target_len,
+        "long": c.long_micro * c.long_batch * c.train_len,
         "short": c.short_micro * c.short_batch * c.short_len,
         "s2l": c.s2l_micro * c.s2l_batch * c.original_len,
     }

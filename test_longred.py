@@ -2670,6 +2670,54 @@ def test_baselines_come_from_the_same_loop(ckpt, tmp_path, method, absent):
     assert absent or line["loss_short"] > 4  # cross-entropy over 256 bytes, not a distance
 
 
+def test_sentences_end_where_any_tokenizer_says(ckpt):
+    for folder, text in [(ckpt[0], "Is 1.5 it?\nNo! Yes"), (STORIES, "He ran. Why? Oh!\nHm")]:
+        if folder.is_dir():
+            tokenizer = data.load_tokenizer(folder)
+            ids = np.array(tokenizer.encode_batch([text])[0])
+            starts = data.sentence_starts(ids, data.sentence_ends(tokenizer))
+            cuts = [*starts[1:], len(ids)]
+            parts = [tokenizer.decode(ids[a:b]) for a, b in zip(starts, cuts, strict=True)]
+            want = re.split(r"(?<=[.!?\n])", text)
+            assert [p.strip() for p in parts] == [w.strip() for w in want]
+
+
+@pytest.mark.parametrize("scheme", ["pose", "longrecipe"])
+def test_one_step_of_longrecipe_is_cross_entropy_under_its_positions(ckpt, tmp_path, scheme):
+    c = tiny_run(ckpt, tmp_path / "run", method="longrecipe", steps=2, eval_tokens=0, lr=1e-9)
+    train(c := replace(c, long_position_scheme=scheme, long_batch=3))
+    student = load_checkpoint(ckpt[0], rope_theta=3000.0)
+    tok = data.load_tokenizer(ckpt[0])
+    corpus = data.tokenize(c.long_data, tok, c.cache_dir, "long")
+    text, log = data.Stream(corpus, "long", c.seed, 3, 77), read_log(tmp_path / "run")  # 0.3 x 256
+    ends = tok.encode_batch([".!?\n"])[0]
+    for step in (0, 1):
+        losses = []
+        for index in (2 * step, 2 * step + 1):  # two micro-batches
+            ids, rng = text.batch(index), np.random.default_rng([c.seed, 0x4C, index])
+            if scheme == "pose":
+                at = data.pose_positions(rng, 3, 77, 256)
+            else:
+                cuts = [[i + 1 for i in range(76) if row[i] in ends] for row in ids]
+                at = [data.longrecipe_positions(rng, np.array(b), 77, 256) for b in cuts]
+            at = torch.as_tensor(np.stack(at))
+            losses.append(long_text_loss(student, ids, at).item())
+        assert log[step]["loss_long"] == pytest.approx(np.mean(losses), rel=1e-5)
+        assert log[step]["loss"] == log[step]["loss_long"] and log[step]["loss_short"] is None
+
+
+def test_longred_may_use_the_cheap_long_stream(ckpt, tmp_path):
+    logs = []
+    for scheme in ("ordinary", "longrecipe"):
+        c = tiny_run(ckpt, tmp_path / scheme, long_position_scheme=scheme, steps=1, eval_tokens=0)
+        train(c)
+        logs.append(read_log(tmp_path / scheme)[0])
+    assert logs[0]["tokens"] - logs[1]["tokens"] == 2 * (256 - 77)
+    assert logs[0]["loss_short"] == logs[1]["loss_short"] > 0
+    assert logs[0]["loss_s2l"] == logs[1]["loss_s2l"] > 0
+    assert logs[0]["loss_long"] != logs[1]["loss_long"]
+
+
 def test_a_stopped_run_resumes_bit_for_bit(ckpt, tmp_path, monkeypatch):
     train(tiny_run(ckpt, tmp_path / "whole", save_every=100))
     print_step = longred.print_step
@@ -2785,6 +2833,7 @@ def bad_inputs(ckpt, tmp_path):
         "tokenizer misfit": ({"--ckpt": misfit}, "ids go up to 256, the model has 256"),
         "text too short": ({"--long_data": tmp_path / "tiny.txt"}, "long: text too short"),
         "target not above": ({"--target_len": 64}, "64 is not above the original window of 64"),
+        "train above target": ({"--train_len": 257}, "257 is above --target_len 256"),
         "no such layer": ({"--distill_layers": 4}, "hidden states 1 to 3"),
         "loss not finite": ({"--lr": "1e30"}, "step 2: .*not finite"),
         "not a number": ({"--steps": "many"}, "--steps: invalid int value: 'many'"),
@@ -2797,8 +2846,8 @@ def bad_inputs(ckpt, tmp_path):
 
 CASES = ["unknown flag", "unknown ckpt", "missing file", "truncated weights", "tokenizer misfit"]
 CASES += ["text too short", "target not above", "no such layer", "loss not finite"]
-CASES += ["not a number", "resume and more", "no checkpoint"]
 CASES += ["disk too small", "memory too small"]
+CASES += ["not a number", "resume and more", "no checkpoint", "train above target"]
 
 
 @pytest.mark.parametrize("case", CASES)
