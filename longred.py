@@ -145,6 +145,10 @@ class Config:
     long_share: float = opt(8 / 16, "the long stream's part of the loss, whatever its batches")
     short_share: float = opt(6 / 16, "the short stream's part")
     s2l_share: float = opt(2 / 16, "the short-to-long stream's part")
+    # LongRecipe's second stage, after `steps`: cross-entropy, ordinary positions, the old window
+    replay_data: list[str] | None = opt(None, "text like what the original was trained on")
+    replay_steps: int = opt(0, "steps on it, the learning rate falling from lr / 10 to 0")
+    replay_batch: int | None = opt(None, "sequences in a micro-batch (131072 / original_len)")
     # Optimizer: AdamW, constant learning rate, no warm-up (App. B)
     lr: float = opt(2e-5, "learning rate")
     weight_decay: float = opt(0.1, "decoupled weight decay")
@@ -167,7 +171,7 @@ class Config:
 class Stream:
     """One source of a step's loss: `micro` batches of `batch` sequences of `seq_len` tokens."""
 
-    name: str  # "long", "short" or "s2l"
+    name: str  # "long", "short" or "s2l"; "replay" is read alone, in the steps after theirs
     text: data.Stream
     micro: int
     batch: int
@@ -224,6 +228,10 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
     c.s2l_data = c.s2l_data or c.long_data or c.short_data or data.DEFAULT_SHORT
     c.long_data = c.long_data or data.DEFAULT_LONG
     c.short_data = c.short_data or data.DEFAULT_SHORT
+    if bool(c.replay_data) != (c.replay_steps > 0):
+        raise ValueError(
+            f"--replay_data {c.replay_data} with --replay_steps {c.replay_steps}: need both or none"
+        )
     name = Path(config.ckpt).name
     c.out_dir = c.out_dir or f"out/{name}-{c.target_len}"
     far, factor = c.target_len >= FROM_128K, c.target_len / c.original_len
@@ -246,12 +254,21 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
     c.long_batch = c.long_batch or max(1, 131072 // c.target_len)
     c.short_batch = c.short_batch or max(1, 131072 // c.short_len)
     c.s2l_batch = c.s2l_batch or max(1, 131072 // c.original_len)
+    c.replay_batch = c.replay_batch or max(1, 131072 // c.original_len)
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    batches = ("long_micro", "long_batch", "short_batch", "s2l_batch")
+    batches = ("long_micro", "long_batch", "short_batch", "s2l_batch", "replay_batch")
     for key in ("steps", "train_len", "short_len", *batches):
         if getattr(c, key) < 1:
             raise ValueError(f"--{key} {getattr(c, key)}: need at least 1")
-    for key in ("short_micro", "s2l_micro", "lr", "weight_decay", "alpha_short", "alpha_s2l"):
+    for key in (
+        "replay_steps",
+        "short_micro",
+        "s2l_micro",
+        "lr",
+        "weight_decay",
+        "alpha_short",
+        "alpha_s2l",
+    ):
         if not 0 <= getattr(c, key) < math.inf:
             raise ValueError(f"--{key} {getattr(c, key)}: need 0 or more")
     if c.distill_layers and not all(1 <= i <= model.n_layers for i in c.distill_layers):
@@ -351,18 +368,31 @@ def open_streams(c: Config, tokenizer: data.Tokenizer) -> dict[str, Stream]:
         "long": (c.long_data, c.long_micro, c.long_batch, c.train_len, c.long_share),
         "short": (c.short_data, c.short_micro, c.short_batch, c.short_len, c.short_share),
         "s2l": (c.s2l_data, c.s2l_micro, c.s2l_batch, c.original_len, c.s2l_share),
+        "replay": (c.replay_data, replay_micro(c), c.replay_batch, c.original_len, 1.0),
     }
-    alpha = {"long": 1.0, "short": c.alpha_short, "s2l": c.alpha_s2l}
+    alpha = {"replay": 1.0, "long": 1.0, "short": c.alpha_short, "s2l": c.alpha_s2l}
     streams = {}
     for name, (specs, micro, batch, seq_len, share) in wanted.items():
         if micro:
             corpus = data.tokenize(specs, tokenizer, c.cache_dir, name, c.skip_bad_lines)
             only_long = (c.min_doc_len, c.length_upsample) if name == "long" else ()
             text = data.Stream(corpus, name, c.seed, batch, seq_len, *only_long)
-            print(text.describe(c.steps * micro))
+            steps = c.replay_steps if name == "replay" else c.steps
+            print(text.describe(steps * micro))
             weight = share * (alpha[name] if c.method == "longred" else 1.0)
             streams[name] = Stream(name, text, micro, batch, seq_len, weight)
     return streams
+
+
+def replay_micro(c: Config) -> int:
+    return c.long_micro if c.replay_steps else 0
+
+
+def learning_rate(c: Config, step: int) -> float:
+    """Constant; over the replay stage from a tenth, LongRecipe's 5e-6 to 5e-5, on a line to 0."""
+    if step < c.steps:
+        return c.lr
+    return 0.1 * c.lr * (c.steps + c.replay_steps - step) / c.replay_steps
 
 
 def skipped_positions(c: Config, index: int, batch: int) -> Tensor:
@@ -403,11 +433,13 @@ def preflight(c: Config, model: ModelConfig) -> None:
     """Refuse what would fail after hours: a run that its disk or its memory cannot hold."""
     n = runs.parameter_count(model)
     export = n * (model.stored_dtype() or torch.float32).itemsize
-    states = max(1, min(3, (c.steps - 1) // c.save_every))  # two are kept, one is being written
+    states = max(
+        1, min(3, (c.steps + c.replay_steps - 1) // c.save_every)
+    )  # two are kept, one is being written
     runs.check_disk(Path(c.out_dir), export, states * 12 * n)  # fp32 weights, AdamW's two moments
     if c.device == "cpu":
         units = (
-            (c.long_batch, c.target_len),
+            (c.long_batch, c.train_len),
             (c.short_batch, c.short_len),
             (c.s2l_batch, c.original_len),
         )
@@ -463,12 +495,14 @@ def train(config: Config) -> Path:
     print_header(c, student, teacher, streams)
 
     recent = deque(maxlen=16)  # seconds of the last steps
+    last = c.steps + c.replay_steps
     with open(out_dir / "log.jsonl", "a") as log, runs.StopSignal() as stop:
-        for step in range(first, c.steps):
+        for step in range(first, last):
             step_began = time.monotonic()
-            losses = {name: 0.0 for name in streams}  # unweighted means over the step
+            active = [s for s in streams.values() if (s.name == "replay") == (step >= c.steps)]
+            losses = {stream.name: 0.0 for stream in active}  # unweighted means over the step
             waited = 0.0  # seconds for data
-            for stream in streams.values():
+            for stream in active:
                 rows = max(1, c.unit_tokens // stream.seq_len)
                 if machine:
                     machine.ready(stream.name)
@@ -492,7 +526,7 @@ def train(config: Config) -> Path:
                             stop_run(c, step, student, optimizer, stop.number)
                         ids = batch[start : start + rows]
                         at = None if positions is None else positions[start : start + rows]
-                        if stream.name == "long" or c.method == "mix_cpt":
+                        if stream.name in ("long", "replay") or c.method == "mix_cpt":
                             loss = long_text_loss(student, ids, at)
                         elif stream.name == "short":
                             loss = short_text_distillation(
@@ -510,17 +544,18 @@ def train(config: Config) -> Path:
                     f"step {step + 1}: loss {losses} and gradient norm {norm} are not finite; "
                     f"try a smaller --lr than {c.lr:g}. {how_to_resume(out_dir)}"
                 )
+            optimizer.param_groups[0]["lr"] = learning_rate(c, step)
             optimizer.step()
             optimizer.zero_grad()
             recent.append(time.monotonic() - step_began)
             line = log_line(c, step + 1, streams, losses, norm, recent[-1], waited)
             log.write(json.dumps(line) + "\n")
             log.flush()
-            left = sum(recent) / len(recent) * (c.steps - step - 1)  # seconds
+            left = sum(recent) / len(recent) * (last - step - 1)  # seconds
             if step == first and left > 600:
                 print(f"about {left / 3600:.1f} hours to go, if every step is like this first one")
             print_step(c, line, left)
-            if (step + 1) % c.save_every == 0 and step + 1 < c.steps:
+            if (step + 1) % c.save_every == 0 and step + 1 < last:
                 save(c, step + 1, student, optimizer)
     student.eval()
     if machine:
@@ -538,7 +573,8 @@ def plan_memory(c: Config, model: ModelConfig, streams: dict[str, Stream]) -> me
     """On a GPU: the memory table and what follows from it, before anything is allocated."""
     if not c.device.startswith("cuda"):
         return None
-    taps = {"long": 0, "short": len(c.distill_layers or ()) or c.n_distill_layers, "s2l": 1}
+    short = len(c.distill_layers or ()) or c.n_distill_layers
+    taps = {"long": 0, "short": short, "s2l": 1, "replay": 0}
     units = []
     for s in streams.values():
         batch = min(s.batch, max(1, c.unit_tokens // s.seq_len))
@@ -599,6 +635,7 @@ def step_tokens(c: Config) -> dict[str, int]:
         "long": c.long_micro * c.long_batch * c.train_len,
         "short": c.short_micro * c.short_batch * c.short_len,
         "s2l": c.s2l_micro * c.s2l_batch * c.original_len,
+        "replay": replay_micro(c) * c.replay_batch * c.original_len,
     }
     return {name: n for name, n in every.items() if n}
 
@@ -626,7 +663,8 @@ def print_header(c: Config, student: Llama, teacher: Llama, streams: dict[str, S
             f"{s.name:>5}: {s.micro} x {s.batch} x {s.seq_len:,} = {tokens:,} tokens a step, "
             f"weight {s.weight:g}"
         )
-    print(f"{c.steps} steps, lr {c.lr:g}, seed {c.seed}, into {c.out_dir}", flush=True)
+    replay = f" + {c.replay_steps} of replay" if c.replay_steps else ""
+    print(f"{c.steps}{replay} steps, lr {c.lr:g}, seed {c.seed}, into {c.out_dir}", flush=True)
 
 
 def log_line(
@@ -643,9 +681,10 @@ def log_line(
         "step": step,
         "loss": sum(streams[name].weight * loss for name, loss in losses.items()),
         **{f"loss_{name}": losses.get(name) for name in ("long", "short", "s2l")},
-        "lr": c.lr,
+        **({"loss_replay": losses["replay"]} if "replay" in losses else {}),
+        "lr": learning_rate(c, step - 1),
         "grad_norm": norm,
-        "tokens": sum(step_tokens(c).values()),
+        "tokens": sum(step_tokens(c)[name] for name in losses),
         "seconds": round(seconds, 3),
         "data_share": round(waited / seconds, 4),
         "peak_gib": round(peak_gib(c.device), 2),
@@ -667,11 +706,12 @@ def peak_gib(device: str) -> float:
 def print_step(c: Config, line: dict, eta: float) -> None:
     losses = "  ".join(
         f"{name} {line[f'loss_{name}']:.4f}"
-        for name in ("long", "short", "s2l")
-        if line[f"loss_{name}"] is not None
+        for name in ("long", "short", "s2l", "replay")
+        if line.get(f"loss_{name}") is not None
     )
+    last = c.steps + c.replay_steps
     print(
-        f"step {line['step']:>{len(str(c.steps))}}/{c.steps}  {losses}  lr {line['lr']:g}  grad "
+        f"step {line['step']:>{len(str(last))}}/{last}  {losses}  lr {line['lr']:g}  grad "
         f"{line['grad_norm']:.2f}  {line['tokens'] / line['seconds']:,.0f} tok/s  peak "
         f"{line['peak_gib']:.1f} GiB  data {line['data_share']:.1%}  "
         f"ETA {eta // 60:.0f}:{eta % 60:02.0f}",
@@ -710,7 +750,8 @@ def report(c: Config, teacher: Llama, student: Llama) -> dict:
             row |= {f"quarter {i + 1}": q.mean() for i, q in enumerate(by_position.chunk(4))}
             curves[name] = [part.mean().item() for part in by_position.chunk(32)]
         rows[name] = {column: float(value) for column, value in row.items()}
-    tokens = {name: c.steps * per_step for name, per_step in step_tokens(c).items()}
+    steps = {"replay": c.replay_steps}
+    tokens = {name: n * steps.get(name, c.steps) for name, n in step_tokens(c).items()}
     lines = [
         f"# {c.method}: {c.original_len:,} -> {c.target_len:,}\n",
         f"{c.ckpt}, {c.steps} steps: "

@@ -2718,8 +2718,31 @@ def test_longred_may_use_the_cheap_long_stream(ckpt, tmp_path):
     assert logs[0]["loss_long"] != logs[1]["loss_long"]
 
 
-def test_a_stopped_run_resumes_bit_for_bit(ckpt, tmp_path, monkeypatch):
-    train(tiny_run(ckpt, tmp_path / "whole", save_every=100))
+def test_replay_follows_at_ordinary_positions_with_its_rate_to_zero(ckpt, tmp_path):
+    c = tiny_run(ckpt, tmp_path / "run", method="longrecipe", steps=1, replay_steps=4, lr=1e-9)
+    c = replace(c, replay_data=[str(ckpt[2])], replay_batch=2, eval_tokens=0)
+    train(c)
+    first, *replay = read_log(tmp_path / "run")
+    assert [line["lr"] for line in replay] == pytest.approx([1e-10, 7.5e-11, 5e-11, 2.5e-11])
+    assert first["lr"] == 1e-9 and "loss_replay" not in first
+    student, tok = load_checkpoint(ckpt[0], rope_theta=3000.0), data.load_tokenizer(ckpt[0])
+    corpus = data.tokenize(c.replay_data, tok, c.cache_dir, "replay")
+    text = data.Stream(corpus, "replay", c.seed, 2, 64)  # the old window
+    for line in replay:
+        at = 2 * (line["step"] - 1)  # two micro-batches a step
+        ids = torch.cat([text.batch(at), text.batch(at + 1)])
+        assert line["loss_replay"] == pytest.approx(long_text_loss(student, ids).item(), rel=1e-5)
+        assert line["loss"] == line["loss_replay"] and line["loss_long"] is None
+        assert line["tokens"] == 2 * 2 * 64
+
+
+RECIPE = dict(method="longrecipe", steps=2, replay_steps=2)
+
+
+@pytest.mark.parametrize("recipe", [{}, RECIPE], ids=["longred", "longrecipe"])
+def test_a_stopped_run_resumes_bit_for_bit(ckpt, tmp_path, monkeypatch, recipe):
+    recipe = recipe and recipe | {"replay_data": [str(ckpt[2])], "replay_batch": 2}
+    train(tiny_run(ckpt, tmp_path / "whole", save_every=100, **recipe))
     print_step = longred.print_step
 
     def stop_after_three(c, line, eta):
@@ -2729,7 +2752,7 @@ def test_a_stopped_run_resumes_bit_for_bit(ckpt, tmp_path, monkeypatch):
 
     monkeypatch.setattr(longred, "print_step", stop_after_three)
     with pytest.raises(SystemExit) as stop:
-        train(tiny_run(ckpt, tmp_path / "parts", save_every=2))
+        train(tiny_run(ckpt, tmp_path / "parts", save_every=2, **recipe))
     assert stop.value.code == 143
     monkeypatch.setattr(longred, "print_step", print_step)
     main(["--resume", str(tmp_path / "parts")])
@@ -2745,13 +2768,10 @@ def test_a_stopped_run_resumes_bit_for_bit(ckpt, tmp_path, monkeypatch):
 
 def test_a_step_does_not_depend_on_how_it_is_cut_into_units(ckpt, tmp_path):
     losses = []
+    changes = dict(steps=2, long_micro=1, long_batch=2, long_position_scheme="pose", eval_tokens=0)
     for units in (64, 32768):
         out = tmp_path / f"units{units}"
-        train(
-            tiny_run(
-                ckpt, out, steps=2, long_micro=1, long_batch=2, unit_tokens=units, eval_tokens=0
-            )
-        )
+        train(tiny_run(ckpt, out, unit_tokens=units, **changes))
         losses.append([(line["loss"], line["grad_norm"]) for line in read_log(out)])
     assert np.allclose(*losses, rtol=1e-5)
 
@@ -2834,6 +2854,7 @@ def bad_inputs(ckpt, tmp_path):
         "text too short": ({"--long_data": tmp_path / "tiny.txt"}, "long: text too short"),
         "target not above": ({"--target_len": 64}, "64 is not above the original window of 64"),
         "train above target": ({"--train_len": 257}, "257 is above --target_len 256"),
+        "replay of nothing": ({"--replay_steps": 2}, "need both or none"),
         "no such layer": ({"--distill_layers": 4}, "hidden states 1 to 3"),
         "loss not finite": ({"--lr": "1e30"}, "step 2: .*not finite"),
         "not a number": ({"--steps": "many"}, "--steps: invalid int value: 'many'"),
@@ -2848,6 +2869,7 @@ CASES = ["unknown flag", "unknown ckpt", "missing file", "truncated weights", "t
 CASES += ["text too short", "target not above", "no such layer", "loss not finite"]
 CASES += ["disk too small", "memory too small"]
 CASES += ["not a number", "resume and more", "no checkpoint", "train above target"]
+CASES += ["replay of nothing"]
 
 
 @pytest.mark.parametrize("case", CASES)
