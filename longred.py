@@ -54,6 +54,7 @@ from model import (
     attention_kl,
     load_checkpoint,
     load_config,
+    merge_weights,
     next_token_loss,
     resolve_checkpoint,
     save_checkpoint,
@@ -149,6 +150,7 @@ class Config:
     replay_data: list[str] | None = opt(None, "text like what the original was trained on")
     replay_steps: int = opt(0, "steps on it, the learning rate falling from lr / 10 to 0")
     replay_batch: int | None = opt(None, "sequences in a micro-batch (131072 / original_len)")
+    merge: float = opt(0.0, "export merge x original + (1 - merge) x trained weights (paper: 0.5)")
     # Optimizer: AdamW, constant learning rate, no warm-up (App. B)
     lr: float = opt(2e-5, "learning rate")
     weight_decay: float = opt(0.1, "decoupled weight decay")
@@ -271,6 +273,10 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
     ):
         if not 0 <= getattr(c, key) < math.inf:
             raise ValueError(f"--{key} {getattr(c, key)}: need 0 or more")
+    if not 0 <= c.merge < 1:
+        raise ValueError(
+            f"--merge {c.merge}: need the original's share, from 0 to below 1; try 0.5"
+        )
     if c.distill_layers and not all(1 <= i <= model.n_layers for i in c.distill_layers):
         raise ValueError(
             f"--distill_layers {c.distill_layers}: this model has hidden states 1 to "
@@ -560,6 +566,8 @@ def train(config: Config) -> Path:
     student.eval()
     if machine:
         machine.finish()
+    if c.merge:
+        merge_weights(student, teacher, c.merge)
     stored = original.stored_dtype() or dtype  # as the original is
     exported = save_checkpoint(student.to(stored), out_dir / "hf", tokenizer_from=source)
     print(f"extended checkpoint: {exported}")

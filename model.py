@@ -633,6 +633,18 @@ def next_token_loss(
 
 
 @torch.no_grad()
+def merge_weights(model: Llama, original: Llama, share: float) -> Llama:
+    """share x original + (1 - share) x model, parameter by parameter, in place; returns model.
+
+    The last stage of LongRecipe (arXiv 2409.00509, share 0.5). Rotary settings stay the model's.
+    """
+    for p, old in zip(model.parameters(), original.parameters(), strict=True):
+        assert p.shape == old.shape, (p.shape, old.shape)
+        p.copy_(torch.lerp(p.float(), old.to(p.device).float(), share))
+    return model
+
+
+@torch.no_grad()
 def attention_kl(a: Llama, b: Llama, input_ids: Tensor) -> Tensor:
     """How far the attention of b has drifted from a's, head by head (LongReD section 3, eq. 6).
 

@@ -2736,6 +2736,20 @@ def test_replay_follows_at_ordinary_positions_with_its_rate_to_zero(ckpt, tmp_pa
         assert line["tokens"] == 2 * 2 * 64
 
 
+def test_merge_averages_original_and_trained_weights_on_export_only(ckpt, tmp_path):
+    weights = [load_file(ckpt[0] / "model.safetensors")]
+    for merge in (0.0, 0.25):
+        c = tiny_run(ckpt, tmp_path / f"{merge}", method="long_cpt", steps=2, merge=merge)
+        weights.append(load_file(train(replace(c, lr=0.1)) / "model.safetensors"))
+        config = json.loads((Path(c.out_dir) / "hf" / "config.json").read_text())
+        assert config["rope_theta"] == 3000.0 and config["max_position_embeddings"] == 256
+    original, trained, merged = weights
+    for name in trained:
+        assert torch.allclose(merged[name], 0.25 * original[name] + 0.75 * trained[name], atol=1e-6)
+        assert (merged[name] - trained[name]).abs().max() > 1e-3
+    assert read_log(tmp_path / "0.25")[1]["loss"] == read_log(tmp_path / "0.0")[1]["loss"]
+
+
 RECIPE = dict(method="longrecipe", steps=2, replay_steps=2)
 
 
@@ -2855,6 +2869,7 @@ def bad_inputs(ckpt, tmp_path):
         "target not above": ({"--target_len": 64}, "64 is not above the original window of 64"),
         "train above target": ({"--train_len": 257}, "257 is above --target_len 256"),
         "replay of nothing": ({"--replay_steps": 2}, "need both or none"),
+        "merge of all": ({"--merge": 1}, "from 0 to below 1"),
         "no such layer": ({"--distill_layers": 4}, "hidden states 1 to 3"),
         "loss not finite": ({"--lr": "1e30"}, "step 2: .*not finite"),
         "not a number": ({"--steps": "many"}, "--steps: invalid int value: 'many'"),
@@ -2869,7 +2884,7 @@ CASES = ["unknown flag", "unknown ckpt", "missing file", "truncated weights", "t
 CASES += ["text too short", "target not above", "no such layer", "loss not finite"]
 CASES += ["disk too small", "memory too small"]
 CASES += ["not a number", "resume and more", "no checkpoint", "train above target"]
-CASES += ["replay of nothing"]
+CASES += ["replay of nothing", "merge of all"]
 
 
 @pytest.mark.parametrize("case", CASES)
