@@ -2,9 +2,11 @@
 
     python evaluate.py --base ORIGINAL --ckpt OUT [OUT ...] --data TEXT... --lengths 512,1024,2048
     python evaluate.py --base DIR --write_samples stories.jsonl --n_samples 400
+    python evaluate.py --base DIR --ckpt DIR --data TEXT... --select_corpus selected.jsonl
 
 The first compares the original with any number of extended checkpoints and leaves report.md,
-results.json and pictures in --out_dir; the second writes short text sampled from a model itself.
+results.json and pictures in --out_dir; the second writes short text sampled from a model itself,
+the third LongRecipe's training text: sentences rich in what the extension changed most.
 
     task        question, and where it is answered
     ----------  ------------------------------------------------------------------------------------
@@ -833,6 +835,126 @@ def write_samples(
     partial.replace(path)
 
 
+# ------------------------------------------------------ LongRecipe's impactful tokens (section 4.1)
+
+
+@torch.no_grad()
+def logit_change(base: Llama, extended: Llama, input_ids: Tensor, rows: int = 256) -> Tensor:
+    """log softmax(S' - S) of each token that came, S and S' the two models' logits (eq. 2).
+
+    input_ids: (T + 1,) int64. Returns (T,) fp32 on the CPU: above -ln V the extension raised the
+    token that came more than the rest of the vocabulary.
+    Differs: eq. 3 sums raw logit changes over samples; logits carry a free constant at each
+    position, which the softmax removes and that sum does not, so scores stay eq. 2's.
+    """
+    parts = []
+    both = (read(model, input_ids[None, :-1]) for model in (base, extended))
+    for (at, hidden), (_, changed) in zip(*both, strict=True):
+        for start in range(0, hidden.shape[1], rows):
+            rise = extended.logits(changed[0, start : start + rows]).float()
+            rise -= base.logits(hidden[0, start : start + rows]).float()  # (rows, V)
+            came = input_ids[at + start + 1 : at + start + 1 + len(rise), None]
+            parts.append(rise.log_softmax(-1).gather(-1, came)[:, 0].cpu())
+    return torch.cat(parts)
+
+
+def token_kinds(tokenizer: data.Tokenizer) -> tuple[np.ndarray, list[str]]:
+    """A kind for every token: ((V,) index into the names, names).
+
+    Differs: the paper counts parts of speech. A tagger would tie us to one language and one way of
+    cutting words, so a kind is the token's own text, case and blanks aside, and all numbers are
+    one: the classes the paper finds (numerals, pronouns, auxiliaries, conjunctions, adpositions)
+    are closed ones, whose frequent words are tokens of their own.
+    """
+    texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+    kinds = ["number" if any(c.isdigit() for c in t) else t.strip().lower() or t for t in texts]
+    names, index = np.unique(kinds, return_inverse=True)
+    return index, names.tolist()
+
+
+def anchor_kinds(
+    scores: np.ndarray, kinds: np.ndarray, n_kinds: int, top: float = 0.2
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The kinds that are frequent among the `top` share of tokens by score: impactful ones.
+
+    scores: (T,) of tokens; kinds: (T,) theirs. Returns (anchors, most frequent first; each kind's
+    share of the impactful tokens; its share of all).
+    "Frequent" is left open in the paper; here: more frequent than among all tokens, and of those
+    kinds the most frequent ones that make up half of the impactful tokens, or all there are.
+    """
+    impactful = kinds[np.argsort(-scores, kind="stable")[: max(1, int(top * len(scores)))]]
+    among, overall = (np.bincount(x, minlength=n_kinds) / len(x) for x in (impactful, kinds))
+    order = np.argsort(-among, kind="stable")
+    order = order[among[order] > overall[order]]
+    covered = np.cumsum(among[order]) - among[order]  # by the kinds before
+    return order[covered < 0.5], among, overall
+
+
+def select_sentences(
+    ids: np.ndarray, starts: np.ndarray, is_anchor: np.ndarray, keep: float
+) -> np.ndarray:
+    """The part of a document to train on: (T,) bool, whole sentences only.
+
+    Sentences without an anchor go; of the others the ones densest in anchors stay, in their order
+    in the text, until they make up `keep` of the document's tokens (the last may exceed it).
+    ids: (T,) int64. starts: data.sentence_starts. is_anchor: (V,) bool.
+    """
+    lengths = np.diff(np.append(starts, len(ids)))
+    anchors = np.add.reduceat(is_anchor[ids].astype(np.int64), starts)
+    order = np.argsort(-anchors / lengths, kind="stable")
+    before = np.cumsum(lengths[order]) - lengths[order]
+    kept = np.zeros(len(starts), bool)
+    kept[order] = (before < keep * len(ids)) & (anchors[order] > 0)
+    return np.repeat(kept, lengths)
+
+
+def select_corpus(a: argparse.Namespace) -> None:
+    """Score a sample of the training part of --data, then select from all of that part.
+
+    The paper filters an 80K sample to the 24K trained on, hence --keep 0.3, document by document.
+    What training holds out is left out here too: selected text has other checksums.
+    """
+    if not a.data or len(a.ckpt) != 1 or not 0 < a.keep <= 1:
+        raise ValueError("--select_corpus needs one --ckpt, --data, and a --keep in (0, 1]")
+    folder = resolve_checkpoint(a.base)
+    tokenizer = data.load_tokenizer(folder)
+    dtype = getattr(torch, a.dtype or ("bfloat16" if "cuda" in a.device else "float32"))
+    base, extended = (load_checkpoint(x, device=a.device, dtype=dtype) for x in (folder, a.ckpt[0]))
+    length = a.length or extended.config.max_position_embeddings
+    corpus = data.tokenize(a.data, tokenizer, a.cache_dir, "data")
+    sample = data.Stream(corpus, "impactful", a.seed, 1, length)
+    n = min(sample.n_sequences, max(1, a.eval_tokens // length))
+    rows = [sample.batch(i)[0] for i in tqdm(range(n), desc="reading", unit="seq", disable=None)]
+    scores = torch.cat([logit_change(base, extended, row.to(a.device)) for row in rows]).numpy()
+    of_token, names = token_kinds(tokenizer)
+    kinds = of_token[torch.cat([row[1:] for row in rows]).numpy()]
+    anchors, among, overall = anchor_kinds(scores, kinds, len(names))
+    is_anchor, ends = np.isin(of_token, anchors), data.sentence_ends(tokenizer)
+    special = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
+    total = kept = documents = 0
+    partial = Path(a.select_corpus + ".partial")
+    with open(partial, "w", encoding="utf-8") as f:
+        for start, size in zip(*corpus.segments(), strict=True):
+            ids = corpus.tokens[start : start + size].astype(np.int64)
+            ids = ids[~np.isin(ids, special)]
+            total += len(ids)
+            if len(ids):
+                ids = ids[select_sentences(ids, data.sentence_starts(ids, ends), is_anchor, a.keep)]
+            if len(ids):
+                f.write(json.dumps({"text": tokenizer.decode(ids)}) + "\n")
+                kept, documents = kept + len(ids), documents + 1
+    partial.replace(a.select_corpus)
+    print(
+        f"{len(anchors)} anchor kinds, from {len(scores):,} tokens read at {length:,}; the most "
+        "frequent, with their share of the impactful fifth and of all:"
+    )
+    print(", ".join(f"{names[k]!r} {among[k]:.3f} {overall[k]:.3f}" for k in anchors[:20]))
+    print(
+        f"kept {kept:,} of {total:,} tokens in {documents:,} of {corpus.n_docs:,} documents: "
+        f"{a.select_corpus}; train on it with --method longrecipe --long_data {a.select_corpus}"
+    )
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -863,6 +985,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
     add("--seed", type=int, default=2024)
     add("--write_samples", metavar="FILE", help="write a .jsonl of the base's own text, and stop")
+    add("--select_corpus", metavar="FILE", help="write impactful text as a .jsonl, and stop")
+    add("--keep", type=float, default=0.3, help="of each document's tokens, there (default: 0.3)")
     add("--n_samples", type=int, default=400, help="texts in it (default: 400)")
     add("--length", type=int, help="most tokens in one (default: the window)")
     add("--temperature", type=float, default=1.0, help="of sampling (default: 1.0)")
@@ -909,6 +1033,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if a.write_samples:
             write_samples(a.base, a.write_samples, a.n_samples, a.length, a.temperature, a.seed)
+        elif a.select_corpus:
+            select_corpus(a)
         else:
             compare(a)
     except (ValueError, OSError) as e:

@@ -3276,3 +3276,62 @@ def test_own_samples_are_text_for_training(ckpt, tmp_path):
     evaluate.main([str(x) for x in argv])
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
     assert len(texts) == 3 and any(texts) and all("\n" not in text for text in texts)
+
+
+def test_logit_change_is_the_softmax_of_the_difference_by_hand():
+    a, b, ids = tiny_llama(), tiny_llama(seed=5), tokens(1, 40)[0]
+    got = evaluate.logit_change(a, b, ids, rows=7)
+    with torch.no_grad():
+        p, q = (m.logits(m(ids[None])[0][0]).softmax(-1) for m in (a, b))
+    for t in range(39):
+        rise = q[t] / p[t]  # softmax(S' - S) is p' / p, normalised
+        assert got[t].item() == pytest.approx(math.log(rise[ids[t + 1]] / rise.sum()), abs=1e-4)
+    assert torch.allclose(evaluate.logit_change(a, a, ids), torch.tensor(-math.log(96.0)))
+
+
+def test_anchors_are_frequent_and_more_so_among_impactful_tokens():
+    kinds = np.repeat([0, 1, 2, 3], [60, 15, 15, 10])
+    scores = np.zeros(100)
+    for start, n in [(0, 6), (60, 7), (75, 4), (90, 3)]:  # the impactful fifth, by kind
+        scores[start : start + n] = 1.0
+    anchors, among, overall = evaluate.anchor_kinds(scores, kinds, 4)
+    assert among.tolist() == [0.3, 0.35, 0.2, 0.15] and overall.tolist() == [0.6, 0.15, 0.15, 0.1]
+    assert anchors.tolist() == [1, 2]  # 0: frequent everywhere; 3: the others make up half
+
+
+def test_selection_keeps_whole_sentences_densest_in_anchors_in_text_order():
+    # 0 ends a sentence, 5 is an anchor
+    ids = np.array([5, 9, 0, 5, 5, 0, 7, 7, 7, 0, 9, 9, 9, 5, 5, 5, 0])
+    ends, is_anchor = np.arange(10) == 0, np.arange(10) == 5
+    starts = data.sentence_starts(ids, ends)
+    assert starts.tolist() == [0, 3, 6, 10]
+    for keep, kept in [
+        (0.1, "5 5 0"),
+        (0.3, "5 5 0 9 9 9 5 5 5 0"),
+        (1, "5 9 0 5 5 0 9 9 9 5 5 5 0"),
+    ]:
+        mask = evaluate.select_sentences(ids, starts, is_anchor, keep)
+        assert " ".join(map(str, ids[mask])) == kept
+
+
+def test_kinds_fold_case_blanks_and_numbers(ckpt):
+    index, names = evaluate.token_kinds(tok := data.load_tokenizer(ckpt[0]))
+    kind = {text: names[index[tok.encode_batch([text])[0][0]]] for text in "aA17.\n"}
+    assert kind == {"a": "a", "A": "a", "1": "number", "7": "number", ".": ".", "\n": "\n"}
+
+
+def test_select_corpus_writes_sentences_of_the_training_part(ckpt, tmp_path, capsys):
+    trained = train(tiny_run(ckpt, tmp_path / "run", method="long_cpt", steps=3, eval_tokens=0))
+    out = tmp_path / "selected.jsonl"
+    flags = ["--base", ckpt[0], "--ckpt", trained, "--data", ckpt[1], "--select_corpus", out]
+    flags += ["--cache_dir", tmp_path / "tokens", "--eval_tokens", 2048, "--device", "cpu"]
+    evaluate.main([str(f) for f in flags])
+    whole = ckpt[1].read_text()
+    text = json.loads(out.read_text())["text"]  # one document
+    sentences = re.findall(r"[^.!?\n]*[.!?\n]", text)
+    assert "".join(sentences) == text and len(sentences) > 100
+    at = 0
+    for sentence in sentences:  # verbatim and in order
+        at = whole.index(sentence, at) + len(sentence)
+    assert at < 0.96 * len(whole) and 0.3 * 0.95 < len(text) / (0.95 * len(whole)) < 0.31
+    assert f"kept {len(text):,} of" in capsys.readouterr().out
