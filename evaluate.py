@@ -43,7 +43,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from model import Llama, attention_kl, load_checkpoint, load_config, resolve_checkpoint
+from model import PCD, Llama, attention_kl, load_checkpoint, load_config, resolve_checkpoint
 
 FORMAT = 1  # of a kept result; raised when what is measured changes
 CHUNK = 8192  # tokens of a sequence read at a time, so that 128K fits one GPU
@@ -500,8 +500,18 @@ class Texts:
     lengths: list[int]
 
 
-def measure(a: argparse.Namespace, texts: Texts, folder: Path, base: Path, out: dict) -> None:
-    """Fill `out` with every task's result for one checkpoint; `out` keeps what Ctrl-C leaves."""
+def measure(
+    a: argparse.Namespace,
+    texts: Texts,
+    folder: Path,
+    base: Path,
+    out: dict,
+    pcd: dict | None = None,
+) -> None:
+    """Fill `out` with every task's result for one checkpoint; `out` keeps what Ctrl-C leaves.
+
+    pcd: of Llama.generate; where given, only the tasks that generate are done.
+    """
     load = functools.cache(lambda path: load_checkpoint(path, device=a.device, dtype=a.dtype))
     cache, identity = Path(a.out_dir) / "cache", fingerprint(folder)
 
@@ -510,7 +520,8 @@ def measure(a: argparse.Namespace, texts: Texts, folder: Path, base: Path, out: 
         return remember(cache, key, compute)
 
     def generate(prompts: Tensor, n_new: int) -> Tensor:
-        return load(folder).generate(prompts.to(a.device), n_new)[:, prompts.shape[1] :].cpu()
+        made = load(folder).generate(prompts.to(a.device), n_new, pcd=pcd)
+        return made[:, prompts.shape[1] :].cpu()
 
     def positions(window: int | None) -> list[float]:
         losses = position_losses(load(folder), texts.long.to(a.device), window)
@@ -525,11 +536,12 @@ def measure(a: argparse.Namespace, texts: Texts, folder: Path, base: Path, out: 
         return found | {"depths": a.depths, "by_depth": (new - seen).tolist()}
 
     text = {"text": _digest(texts.long), "original_len": texts.original_len}
-    if "kept" in a.tasks:
+    tasks = a.tasks if pcd is None else [t for t in a.tasks if t in RULER]
+    if "kept" in tasks:
         both = {"text": _digest(texts.short), "base": fingerprint(base)}
         ids = texts.short.to(a.device)
         out["kept"] = once("kept", lambda: kept(load(base), load(folder), ids), **both)
-    if "position" in a.tasks:
+    if "position" in tasks:
         out["position"] = {
             name: once("position", lambda w=window: {"nll": positions(w)}, window=window, **text)
             for name, window in (("whole", None), ("cut", texts.original_len))
@@ -537,7 +549,9 @@ def measure(a: argparse.Namespace, texts: Texts, folder: Path, base: Path, out: 
     drawn = {**text, "seed": a.seed, "samples": a.samples, "depths": a.depths}
     if texts.source:
         drawn["tokenizer"] = texts.source.tokenizer.fingerprint
-    for task in [t for t in a.tasks if t not in ("kept", "position")]:
+    if pcd is not None:
+        drawn["pcd"] = pcd
+    for task in [t for t in tasks if t not in ("kept", "position")]:
         run = functools.partial(ruler, generate, texts.source, task, a.depths, a.samples, a.seed)
         run = repeat if task == "repeat" else run
         for length in texts.lengths:
@@ -976,6 +990,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--lengths", type=numbers(int), help="tokens (default: original window, doubled to target)")
     add("--original_len", type=int, help="tokens (default: the original's window)")
     add("--tasks", nargs="+", default=TASKS, metavar="TASK", help=f"of {' '.join(TASKS_ALL)}")
+    add("--pcd", action="store_true", help="ask RULER's tasks again, decoding by contrast (PCD)")
     add("--depths", type=numbers(float), default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 to 1")
     add("--samples", type=int, default=10, help="questions or passages a depth (default: 10)")
     add("--eval_tokens", type=int, default=65536, help="of long and of short text (default: 65536)")
@@ -1058,6 +1073,9 @@ def compare(a: argparse.Namespace) -> None:
             print(f"{name}: {folder}, {a.dtype} on {a.device}", flush=True)
             results.append((name, folder, {}))
             measure(a, texts, folder, base, results[-1][2])
+            if a.pcd:
+                results.append((f"{name}, PCD", None, {}))
+                measure(a, texts, folder, base, results[-1][2], PCD)
     except KeyboardInterrupt:
         stopped = True
     print("\n" + write_report(a, texts, results, unfinished), flush=True)

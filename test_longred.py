@@ -3178,6 +3178,21 @@ def test_one_command_leaves_report_numbers_and_pictures(comparison, capsys):
     assert pictures == {"overview", "drift", "training", "needles", "repeat"}
 
 
+def test_pcd_is_one_more_row_asked_by_contrast(comparison, monkeypatch):
+    argv, out = comparison
+    asked, generate = [], Llama.generate
+    monkeypatch.setattr(
+        Llama, "generate", lambda *a, pcd=None: asked.append(pcd) or generate(*a, pcd=pcd)
+    )
+    evaluate.main([*argv, "--pcd"])
+    rows = json.loads((out / "results.json").read_text())["runs"]
+    names = [name + end for name in ("original", "ext", "ext") for end in ("", ", PCD")]
+    assert [row["name"] for row in rows] == names
+    assert all(set(row) == {"name", "checkpoint", "niah_single_2"} for row in rows[1::2])
+    n = len(asked) // 6
+    assert asked == ([None] * n + [model_module.PCD] * n) * 3 and n > 0
+
+
 def count_calls(monkeypatch, done, stop_after=99):
     """Append the name of every measurement begun; Ctrl-C instead of the one after stop_after."""
     for name in ("kept", "position_losses", "repeat_losses", "ask"):
