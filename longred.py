@@ -4,6 +4,7 @@
     python longred.py --ckpt llama3-8b --target_len 32768      the job
     python longred.py --ckpt DIR --target_len N --long_data PATH... --short_data PATH...
     python longred.py --resume OUT_DIR
+    torchrun --nproc_per_node 8 longred.py ...                 many GPUs; --resume too, any number
 
 Rescaling the rotary embedding and training a little on long text gives a model its long window, and
 makes it worse at everything short. LongReD (Dong et al., ACL 2025, arXiv 2502.07365) mixes into
@@ -29,6 +30,7 @@ and a loss that is 0 when nothing was forgotten.
 import argparse
 import json
 import math
+import os
 import platform
 import shutil
 import sys
@@ -79,6 +81,7 @@ class Config:
     original_len: int | None = opt(None, "the old window, in tokens (default: the checkpoint's)")
     out_dir: str | None = opt(None, "default: out/<ckpt name>-<target_len>; demo: out/demo")
     resume: str | None = opt(None, "continue the run in this OUT_DIR; needs no other flag")
+    resume_anyway: bool = opt(False, "with --resume: although config, data or code changed")
     rope_type: str | None = opt(
         None,
         "default: ABF, a larger theta, the checkpoint's own scaling kept; linear (PI), yarn, ntk: "
@@ -161,10 +164,14 @@ class Config:
     device: str | None = opt(None, "cuda or cpu (default: cuda where there is one)")
     unit_tokens: int = opt(32768, "most tokens in one forward pass, at least one sequence")
     recompute: bool = opt(False, "recompute blocks in backward on a CPU; a GPU's plan decides")
+    context: int | None = opt(None, "processes that share each sequence, under torchrun (1)")
     gpu_gib: float | None = opt(None, "GPU memory to plan for (default: all that is free)")
     moments: str = opt("fp32", "AdamW's m and v on a GPU", choices=["fp32", "bf16"])
     compile: bool = opt(False, "torch.compile the blocks on a GPU")
     save_every: int = opt(64, "steps between states that --resume can continue from")
+    save_minutes: float = opt(30.0, "minutes after which one is saved in any case; 0: never")
+    keep: int = opt(2, "states kept; the disk needs room for one more; 0: save none")
+    max_bad_steps: int = opt(3, "stop after so many steps in a row that are not finite")
     eval_tokens: int = opt(65536, "held-out tokens a stream in the closing report; 0: no report")
     seed: int = opt(2024, "of every random choice, each a function of (seed, stream, step)")
 
@@ -179,6 +186,7 @@ class Stream:
     batch: int
     seq_len: int
     weight: float  # share x alpha, on the stream's mean loss
+    waited: float = 0.0  # seconds for data in this step
 
 
 # The paper's base for (theta, window) -> target (App. B, tables 3 and 9); 32000 and 128000 there.
@@ -256,10 +264,12 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
     c.long_batch = c.long_batch or max(1, 131072 // c.target_len)
     c.short_batch = c.short_batch or max(1, 131072 // c.short_len)
     c.s2l_batch = c.s2l_batch or max(1, 131072 // c.original_len)
+    c.context = 1 if c.context is None else c.context
     c.replay_batch = c.replay_batch or max(1, 131072 // c.original_len)
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
     batches = ("long_micro", "long_batch", "short_batch", "s2l_batch", "replay_batch")
-    for key in ("steps", "train_len", "short_len", *batches):
+    others = ("steps", "train_len", "short_len", "save_every", "max_bad_steps", "context")
+    for key in (*others, *batches):
         if getattr(c, key) < 1:
             raise ValueError(f"--{key} {getattr(c, key)}: need at least 1")
     for key in (
@@ -270,6 +280,8 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
         "weight_decay",
         "alpha_short",
         "alpha_s2l",
+        "keep",
+        "save_minutes",
     ):
         if not 0 <= getattr(c, key) < math.inf:
             raise ValueError(f"--{key} {getattr(c, key)}: need 0 or more")
@@ -281,6 +293,12 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
         raise ValueError(
             f"--distill_layers {c.distill_layers}: this model has hidden states 1 to "
             f"{model.n_layers} (the last is after the final norm)"
+        )
+    lengths = c.target_len, c.short_len, c.original_len
+    if any(n % c.context for n in (*lengths, model.n_heads, model.n_kv_heads)):
+        raise ValueError(
+            f"--context {c.context} must divide the lengths {lengths} and the model's "
+            f"{model.n_heads} heads and {model.n_kv_heads} kv heads"
         )
     if c.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {c.device}: torch sees no GPU; pass --device cpu")
@@ -312,7 +330,7 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
 def long_text_loss(student: Llama, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
     """Next-token cross-entropy, mean over tokens, under ordinary positions by default (eq. 18).
 
-    input_ids: (B, T + 1) int64. position_ids: (B, T) int64.
+    input_ids: (B, T + 1) int64. position_ids: (B, T) or (T,) int64.
     """
     hidden, _ = student(input_ids[:, :-1], position_ids)
     nll, count = next_token_loss(hidden, student.lm_head_weight, input_ids[:, 1:])
@@ -320,27 +338,37 @@ def long_text_loss(student: Llama, input_ids: Tensor, position_ids: Tensor | Non
 
 
 def short_text_distillation(
-    student: Llama, teacher: Llama, input_ids: Tensor, layers: list[int]
+    student: Llama,
+    teacher: Llama,
+    input_ids: Tensor,
+    layers: list[int],
+    position_ids: Tensor | None = None,
 ) -> Tensor:
     """Cosine distance of the chosen hidden states, SUM over layers (eq. 8).
 
-    input_ids: (B, T) int64, read by both under positions 0..T-1. No LM head runs in either model.
+    input_ids: (B, T) int64, read by both under positions 0..T-1, or the position_ids (T,) of a part
+    of a text. No LM head runs in either model.
     """
     with torch.no_grad():
-        _, target = teacher(input_ids, taps=layers)
-    _, hidden = student(input_ids, taps=layers)
+        _, target = teacher(input_ids, position_ids, layers)
+    _, hidden = student(input_ids, position_ids, layers)
     return sum(memory.in_chunks(cosine_distance, hidden[i], target[i]) for i in layers)
 
 
 def short_to_long_distillation(
-    student: Llama, teacher: Llama, input_ids: Tensor, position_ids: Tensor
+    student: Llama,
+    teacher: Llama,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    original_ids: Tensor | None = None,
 ) -> Tensor:
     """Cosine distance of the LAST hidden state; only the student sees skipped positions (eq. 17).
 
-    input_ids: (B, T) int64. position_ids: (B, T) int64, spanning the target window.
+    input_ids: (B, T) int64. position_ids: (B, T) int64, spanning the target window. original_ids:
+    (T,), the teacher's, of a part of a text.
     """
     with torch.no_grad():
-        target, _ = teacher(input_ids)
+        target, _ = teacher(input_ids, original_ids)
     hidden, _ = student(input_ids, position_ids)
     return memory.in_chunks(cosine_distance, hidden, target)
 
@@ -439,11 +467,9 @@ def preflight(c: Config, model: ModelConfig) -> None:
     """Refuse what would fail after hours: a run that its disk or its memory cannot hold."""
     n = runs.parameter_count(model)
     export = n * (model.stored_dtype() or torch.float32).itemsize
-    states = max(
-        1, min(3, (c.steps + c.replay_steps - 1) // c.save_every)
-    )  # two are kept, one is being written
+    states = c.keep and min(c.keep + 1, -(-(c.steps + c.replay_steps) // c.save_every))
     runs.check_disk(Path(c.out_dir), export, states * 12 * n)  # fp32 weights, AdamW's two moments
-    if c.device == "cpu":
+    if c.device == "cpu" and "WORLD_SIZE" not in os.environ:
         units = (
             (c.long_batch, c.train_len),
             (c.short_batch, c.short_len),
@@ -454,118 +480,164 @@ def preflight(c: Config, model: ModelConfig) -> None:
         runs.check_memory(20 * n, runs.activation_bytes(model, tokens, c.recompute))
 
 
+def passes(c: Config, stream: Stream, step: int, rows: int, life: runs.Life, ends: np.ndarray):
+    """This process's part of a step's sequences, up to `rows` in each forward and backward pass.
+
+    Yields ids (B, T + 1), their indices in the text (T,), other positions (B, T) or None, and the
+    pass's part of the stream's mean loss; sequences are equally long, so that is one over
+    sequences. With nothing left to do a process repeats a sequence, as part 0: FSDP needs it.
+    """
+    n = stream.micro * stream.batch
+    mine, piece, pieces = life.share(n)
+    size = stream.seq_len // pieces
+    tokens = slice(piece * size, (piece + 1) * size)
+    indices = torch.arange(tokens.start, tokens.stop, device=c.device)
+    micro = -1
+    for start in range(0, len(mine), rows):
+        real = [j for j in mine[start : start + rows] if j < n]
+        ids, positions = [], []
+        for j in real or [n - 1]:
+            if micro != j // stream.batch:
+                micro = j // stream.batch
+                index = step * stream.micro + micro
+                asked = time.monotonic()
+                batch = stream.text.batch(index)
+                stream.waited += time.monotonic() - asked
+                at = None  # (B, T): positions other than a token's own index
+                if stream.name == "s2l" and c.method == "longred":
+                    at = skipped_positions(c, index, stream.batch)
+                elif stream.name == "long":
+                    at = long_positions(c, index, batch[:, :-1], ends)
+            row = j % stream.batch
+            ids.append(batch[row, tokens.start : tokens.stop + 1])
+            positions += [] if at is None else [at[row, tokens]]
+        yield (
+            torch.stack(ids).to(c.device),
+            indices,
+            torch.stack(positions).to(c.device) if positions else None,
+            len(real) / (n * pieces),
+        )
+
+
 def train(config: Config) -> Path:
     """Extend a checkpoint. Returns the exported folder, OUT_DIR/hf.
 
     Raises ValueError, one line, for whatever the user can mend.
     """
+    with runs.Life() as life:  # the lock on OUT_DIR, signals, a save when an error ends the run
+        return extend(config, life)
+
+
+def extend(config: Config, life: runs.Life) -> Path:
+    """`train`, in execution order."""
+    config = runs.after_restart(config)
     run = runs.read_run(config.resume) if config.resume else None
     if run:
-        resumed_from, config = config.resume, Config(**run["config"])
-        config.out_dir = resumed_from
+        config = resumed_config(run, config)
+    life.join(config.device, config.context or 1)
+    if run:
+        life.claim(Path(config.resume), resumed=True)
     if config.ckpt is None:
         raise ValueError("--ckpt is missing: the checkpoint to extend")
     source = resolve_checkpoint(config.ckpt)
     original = load_config(source)
     c = resolve(config, original, source)
     out_dir = Path(c.out_dir)
-    if not run and (out_dir / "longred.json").exists():
-        raise ValueError(
-            f"{out_dir} already holds a run; continue it with --resume {out_dir}, or pass another "
-            "--out_dir"
-        )
+    if not run:
+        life.from_first(lambda: runs.refuse_taken(out_dir))
     preflight(c, original)
     tokenizer = open_tokenizer(c)
     tokenizer.check_fits(original.vocab_size)
+    life.from_first(lambda: open_streams(c, tokenizer) and None)  # one process tokenises
     streams = open_streams(c, tokenizer)
     ends = data.sentence_ends(tokenizer) if c.long_position_scheme == "longrecipe" else None
-    plan = plan_memory(c, original, streams)  # None on a CPU
+    about = {"config": asdict(c), "versions": versions(), "data": fingerprints(streams)}
+    about |= {"weights": runs.weight_fingerprints(source), "code": runs.code_fingerprints()}
+    if run:
+        runs.check_same(run, about, out_dir, c.resume_anyway)
+    choose = c.method == "longred" and "short" in streams and not c.distill_layers
+    if choose and life.size > 1:  # before the models are in shards
+        c.distill_layers = life.from_first(
+            lambda: choose_layers(c, *open_models(c, source), streams["short"])
+        )
+    plan = plan_memory(c, original, streams) if life.size == 1 else None  # None on a CPU
     dtype = torch.bfloat16 if plan else torch.float32
-    teacher = load_checkpoint(source, device=c.device, dtype=dtype).requires_grad_(False)
-    student = load_checkpoint(source, c.rope_theta, rope_scaling(c), c.device, dtype).train()
-    student.config.max_position_embeddings = c.target_len
-    if c.method == "longred" and "short" in streams and not c.distill_layers:
-        c.distill_layers = run["config"]["distill_layers"] if run else None
-        if not c.distill_layers:
-            c.distill_layers = choose_layers(c, teacher, student, streams["short"])
+    teacher, student = open_models(c, source, dtype, life.shard if life.size > 1 else None)
+    if choose and life.size == 1:
+        c.distill_layers = choose_layers(c, teacher, student, streams["short"])
     adamw = c.lr, (c.beta1, c.beta2), 1e-8, c.weight_decay
     machine = memory.Machine(plan, student, teacher, *adamw) if plan else None
     optimizer = machine.optimizer if machine else torch.optim.AdamW(student.parameters(), *adamw)
-    if c.recompute and not machine:
-        memory.use(student, memory.Policy())
-    out_dir.mkdir(parents=True, exist_ok=True)
-    about = {"config": asdict(c), "versions": versions(), "data": fingerprints(streams)}
-    runs.write_json(out_dir / "longred.json", about)
-    first = restore(out_dir, student, optimizer) if run else 0
-    runs.trim_log(out_dir / "log.jsonl", first)
+    if (c.recompute or life.size > 1) and not machine:
+        memory.use(student, memory.Policy())  # every block is recomputed
+    if not run:
+        life.claim(out_dir, resumed=False)
+    life.write_about(about | {"config": asdict(c)})
+    first = life.begin(c, student, optimizer)
+    logged = life.from_first(lambda: runs.trim_log(out_dir / "log.jsonl", first))
+    watch = runs.Watch(logged, c.max_bad_steps)
     print_header(c, student, teacher, streams)
 
     recent = deque(maxlen=16)  # seconds of the last steps
     last = c.steps + c.replay_steps
-    with open(out_dir / "log.jsonl", "a") as log, runs.StopSignal() as stop:
+    with open(os.devnull if life.rank else out_dir / "log.jsonl", "a") as log:
         for step in range(first, last):
             step_began = time.monotonic()
             active = [s for s in streams.values() if (s.name == "replay") == (step >= c.steps)]
             losses = {stream.name: 0.0 for stream in active}  # unweighted means over the step
-            waited = 0.0  # seconds for data
             for stream in active:
-                rows = max(1, c.unit_tokens // stream.seq_len)
+                stream.waited = 0.0
+                rows = min(stream.batch, max(1, c.unit_tokens // stream.seq_len))
                 if machine:
                     machine.ready(stream.name)
                     rows = plan.units[stream.name].batch
-                for m in range(stream.micro):
-                    index = step * stream.micro + m
-                    asked = time.monotonic()
-                    batch = stream.text.batch(index)
-                    waited += time.monotonic() - asked
-                    positions = None
-                    if stream.name == "s2l" and c.method == "longred":
-                        positions = skipped_positions(c, index, stream.batch)
-                    elif stream.name == "long":
-                        positions = long_positions(c, index, batch[:, :-1], ends)
-                    batch = batch.to(c.device)
-                    if positions is not None:
-                        positions = positions.to(c.device)
-                    # A micro-batch goes through in units of whole sequences, to bound memory.
-                    for start in range(0, stream.batch, rows):
-                        if stop.number:
-                            stop_run(c, step, student, optimizer, stop.number)
-                        ids = batch[start : start + rows]
-                        at = None if positions is None else positions[start : start + rows]
-                        if stream.name in ("long", "replay") or c.method == "mix_cpt":
-                            loss = long_text_loss(student, ids, at)
-                        elif stream.name == "short":
-                            loss = short_text_distillation(
-                                student, teacher, ids[:, :-1], c.distill_layers
-                            )
-                        else:
-                            loss = short_to_long_distillation(student, teacher, ids[:, :-1], at)
-                        # Sequences are equally long, so the step's mean is a mean over sequences.
-                        part = len(ids) / (stream.micro * stream.batch)
-                        (loss * (stream.weight * part)).backward()
-                        losses[stream.name] += loss.item() * part
-            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), c.grad_clip).item()
-            if not math.isfinite(norm + sum(losses.values())):
-                raise ValueError(
-                    f"step {step + 1}: loss {losses} and gradient norm {norm} are not finite; "
-                    f"try a smaller --lr than {c.lr:g}. {how_to_resume(out_dir)}"
-                )
-            optimizer.param_groups[0]["lr"] = learning_rate(c, step)
-            optimizer.step()
+                for ids, indices, positions, part in passes(c, stream, step, rows, life, ends):
+                    life.check_stop()
+                    if stream.name in ("long", "replay") or c.method == "mix_cpt":
+                        at = indices if positions is None else positions
+                        loss = long_text_loss(student, ids, at)
+                    elif stream.name == "short":
+                        loss = short_text_distillation(
+                            student, teacher, ids[:, :-1], c.distill_layers, indices
+                        )
+                    else:
+                        loss = short_to_long_distillation(
+                            student, teacher, ids[:, :-1], positions, indices
+                        )
+                    # Parts sum to 1 over all processes, whose gradients FSDP averages.
+                    (loss * (stream.weight * part * life.size)).backward()
+                    losses[stream.name] += loss.item() * part
+            losses = dict(zip(losses, life.total(list(losses.values())), strict=True))
+            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), c.grad_clip)
+            norm = (norm.full_tensor() if life.size > 1 else norm).item()
+            line = log_line(c, step + 1, streams, losses, norm)
+            line["flag"] = watch.flag(line)
+            if line["flag"] != "skipped":
+                with life.update():
+                    optimizer.param_groups[0]["lr"] = learning_rate(c, step)
+                    optimizer.step()
             optimizer.zero_grad()
             recent.append(time.monotonic() - step_began)
-            line = log_line(c, step + 1, streams, losses, norm, recent[-1], waited)
-            log.write(json.dumps(line) + "\n")
+            line["seconds"] = round(recent[-1], 3)
+            waited = sum(stream.waited for stream in streams.values())
+            line["data_share"] = round(waited / recent[-1], 4)
+            log.write(runs.json_line(line))
             log.flush()
             left = sum(recent) / len(recent) * (last - step - 1)  # seconds
             if step == first and left > 600:
                 print(f"about {left / 3600:.1f} hours to go, if every step is like this first one")
             print_step(c, line, left)
-            if (step + 1) % c.save_every == 0 and step + 1 < last:
-                save(c, step + 1, student, optimizer)
+            life.done(step + 1, log, watch.bad)
+            watch.stop_if_lost(line, last, life)
+    life.finish()
     student.eval()
     if machine:
         machine.finish()
+    if life.size > 1:
+        student = runs.gathered(student, life.rank)
+        if life.rank:
+            return out_dir / "hf"
+        student, teacher = student.to(c.device), load_checkpoint(source, device=c.device)
     if c.merge:
         merge_weights(student, teacher, c.merge)
     stored = original.stored_dtype() or dtype  # as the original is
@@ -573,8 +645,32 @@ def train(config: Config) -> Path:
     print(f"extended checkpoint: {exported}")
     if c.eval_tokens:
         about["report"] = report(c, teacher, student.to(dtype))
-    runs.write_json(out_dir / "longred.json", about)
+    life.write_about(about | {"config": asdict(c)})
     return exported
+
+
+def open_models(c: Config, source: Path, dtype=torch.float32, shard=None) -> tuple[Llama, Llama]:
+    """The frozen teacher, and the student with its rotary rescaled."""
+    teacher = load_checkpoint(source, None, None, c.device, dtype, shard).requires_grad_(False)
+    scaling = rope_scaling(c)
+    student = load_checkpoint(source, c.rope_theta, scaling, c.device, dtype, shard).train()
+    student.config.max_position_embeddings = c.target_len
+    return teacher, student
+
+
+def resumed_config(run: dict, given: Config) -> Config:
+    """The config a run began with, for the OUT_DIR it lies in now."""
+    known = {f.name for f in fields(Config)}
+    unknown = sorted(run.get("config", {"config": None}).keys() - known)
+    if unknown:
+        raise ValueError(
+            f"--resume {given.resume}: its setting {unknown[0]} is not known here; resume it with "
+            "the version of longred that began it"
+        )
+    now = {"out_dir": given.resume, "resume": given.resume, "resume_anyway": given.resume_anyway}
+    if given.context:  # the processes may be others than those that began it
+        now["context"] = given.context
+    return Config(**(run["config"] | now))
 
 
 def plan_memory(c: Config, model: ModelConfig, streams: dict[str, Stream]) -> memory.Plan | None:
@@ -604,34 +700,6 @@ def choose_layers(c: Config, teacher: Llama, student: Llama, short: Stream) -> l
     layers = select_distill_layers(teacher, student, ids, c.n_distill_layers)
     print(f"layers to distil, by attention drift on {ids.numel():,} tokens: {layers}")
     return layers
-
-
-def save(c: Config, step: int, student: Llama, optimizer) -> None:
-    state = {"model": student.state_dict(), "optimizer": optimizer.state_dict()}
-    runs.save_state(Path(c.out_dir), step, state)
-
-
-def restore(out_dir: Path, student: Llama, optimizer) -> int:
-    """Load the newest state in place; returns the number of steps it has behind it."""
-    state = runs.load_state(out_dir)
-    if state is None:
-        return 0
-    student.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    print(f"resuming after step {state['step']}")
-    return state["step"]
-
-
-def stop_run(c: Config, step: int, student: Llama, optimizer, number: int) -> None:
-    """Save the last completed step (partial gradients are dropped) and exit as the signal says."""
-    if step:
-        save(c, step, student, optimizer)
-    print(f"\nstopped by signal {number} after step {step}. {how_to_resume(Path(c.out_dir))}")
-    sys.exit(128 + number)
-
-
-def how_to_resume(out_dir: Path) -> str:
-    return f"Continue with: python longred.py --resume {out_dir}"
 
 
 # -------------------------------------------------------------------------------- what is printed
@@ -675,15 +743,7 @@ def print_header(c: Config, student: Llama, teacher: Llama, streams: dict[str, S
     print(f"{c.steps}{replay} steps, lr {c.lr:g}, seed {c.seed}, into {c.out_dir}", flush=True)
 
 
-def log_line(
-    c: Config,
-    step: int,
-    streams: dict,
-    losses: dict,
-    norm: float,
-    seconds: float,
-    waited: float,
-) -> dict:
+def log_line(c: Config, step: int, streams: dict, losses: dict, norm: float) -> dict:
     """One object of log.jsonl. Losses are unweighted means over the step, `loss` their sum."""
     return {
         "step": step,
@@ -693,8 +753,6 @@ def log_line(
         "lr": learning_rate(c, step - 1),
         "grad_norm": norm,
         "tokens": sum(step_tokens(c)[name] for name in losses),
-        "seconds": round(seconds, 3),
-        "data_share": round(waited / seconds, 4),
         "peak_gib": round(peak_gib(c.device), 2),
     }
 
@@ -722,7 +780,8 @@ def print_step(c: Config, line: dict, eta: float) -> None:
         f"step {line['step']:>{len(str(last))}}/{last}  {losses}  lr {line['lr']:g}  grad "
         f"{line['grad_norm']:.2f}  {line['tokens'] / line['seconds']:,.0f} tok/s  peak "
         f"{line['peak_gib']:.1f} GiB  data {line['data_share']:.1%}  "
-        f"ETA {eta // 60:.0f}:{eta % 60:02.0f}",
+        f"ETA {eta // 60:.0f}:{eta % 60:02.0f}"
+        + (f"  {line['flag'].upper()}" if line["flag"] else ""),
         flush=True,
     )
 
@@ -952,10 +1011,8 @@ def main(argv: list[str] | None = None) -> None:
     given = {f.name for f in fields(Config) if getattr(config, f.name) != f.default}
     try:
         if config.resume:
-            if given != {"resume"}:
-                raise ValueError(
-                    f"--resume takes its run's own settings: drop --{min(given - {'resume'})}"
-                )
+            if extra := given - {"resume", "resume_anyway", "context"}:
+                raise ValueError(f"--resume takes its run's own settings: drop --{min(extra)}")
             train(config)
         elif config.ckpt:
             train(config)
@@ -966,6 +1023,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--{extra} needs --ckpt: the checkpoint to extend (none: the demo)")
     except (ValueError, OSError) as e:
         raise SystemExit(f"longred: {e}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
@@ -242,6 +243,8 @@ class KVCache:
 
 
 class Attention(nn.Module):
+    exchange = None  # set by runs.Life.shard where several processes share each sequence
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -262,6 +265,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple, cached: tuple | None = None) -> Tensor:
         q, k, v = self.qkv(x, rope)
+        if self.exchange:  # a part of the tokens, all heads -> all tokens, a part of the heads
+            q, k, v = (self.exchange(t, 2, 1) for t in (q, k, v))
         start = 0
         if cached is not None:
             keys, values, start = cached
@@ -269,8 +274,10 @@ class Attention(nn.Module):
             keys[:, start:end], values[:, start:end] = k, v
             k, v = keys[:, :end], values[:, :end]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, H) views
-        out = _causal_attention(q, k, v, start)
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
+        out = _causal_attention(q, k, v, start).transpose(1, 2)  # (B, T, N, H)
+        if self.exchange:
+            out = self.exchange(out, 1, 2)
+        return self.o_proj(out.flatten(2))  # (B, T, D)
 
 
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
@@ -825,12 +832,14 @@ def load_checkpoint(
     rope_scaling: dict | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    shard=None,
 ) -> Llama:
     """Load a checkpoint into a Llama in eval mode, its rotary embedding rescaled on the way.
 
     path_or_name: folder, OUT_DIR, known name or hub id (see `resolve_checkpoint`).
     rope_theta: replaces the checkpoint's theta (ABF); its own scaling, if any, is kept.
     rope_scaling: replaces "no scaling"; {"rope_type": "default"} removes the checkpoint's own.
+    shard: called with the empty model, before its memory is allocated.
     device, dtype: of the parameters. Each tensor goes straight into place, one in flight.
     Raises ValueError for a tensor missing, extra or misshapen, a damaged file, or two scalings
     on top of each other.
@@ -855,7 +864,7 @@ def load_checkpoint(
         config.rope_scaling = scaling
     load = _load_hf if (folder / "config.json").is_file() else _load_meta
     with torch.no_grad():
-        return load(folder, config, device, dtype).eval()
+        return load(folder, config, device, dtype, shard).eval()
 
 
 def _new_model(folder: Path, config: ModelConfig, n_tensors: int) -> Llama:
@@ -872,16 +881,27 @@ def _new_model(folder: Path, config: ModelConfig, n_tensors: int) -> Llama:
         raise ValueError(f"{folder}: its config asks for matrices beyond any memory") from None
 
 
-def _load_hf(folder: Path, config: ModelConfig, device, dtype: torch.dtype) -> Llama:
+def _load_hf(folder: Path, config: ModelConfig, device, dtype: torch.dtype, shard) -> Llama:
     files = _weight_files(folder)
     model = _new_model(folder, config, len(files))
     _check_tensors(folder, model, files)
-    model.to(dtype).to_empty(device=device)
+    model.to(dtype)
+    if shard:
+        shard(model)
+    model.to_empty(device=device)
     for name, parameter in model.named_parameters():
         # Opened anew for each tensor, so that the pages of a memory-mapped file do not add up.
         with safe_open(files[_hf_name(name)][0], framework="pt") as f:
-            parameter.copy_(f.get_tensor(_hf_name(name)))
+            copy_whole(parameter, f.get_tensor(_hf_name(name)))
     return model
+
+
+def copy_whole(mine: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor, or this process's shard of it where `mine` is sharded."""
+    if isinstance(mine, DTensor):
+        whole = whole.to(mine.device, mine.dtype)
+        whole = distribute_tensor(whole, mine.device_mesh, mine.placements, src_data_rank=None)
+    mine.copy_(whole)
 
 
 def _hf_name(name: str) -> str:
@@ -1061,8 +1081,13 @@ def _config_from_meta(params: dict, first: dict[str, Tensor], n_files: int) -> M
     return config
 
 
-def _load_meta(folder: Path, config: ModelConfig, device, dtype: torch.dtype) -> Llama:
+def _load_meta(folder: Path, config: ModelConfig, device, dtype: torch.dtype, shard) -> Llama:
     """Join the shards of each tensor in place, a block at a time."""
+    if shard:
+        raise ValueError(
+            f"{folder} is in Meta's format, which torchrun does not spread; make a Hugging Face "
+            "folder of it first: save_checkpoint(load_checkpoint(DIR), OUT, tokenizer_from=DIR)"
+        )
     paths = _meta_files(folder)
     shapes = [{name: t.shape for name, t in _open_meta(path).items()} for path in paths]
     model = _new_model(folder, config, len(shapes[0]))

@@ -21,6 +21,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -2638,9 +2639,9 @@ def test_the_teacher_is_frozen_and_kept_out_of_everything(ckpt, tmp_path, monkey
     assert {id(p) for p in optimized} == ours and not ours & {id(p) for p in teacher.parameters()}
     for a, b in zip(teacher.parameters(), load_checkpoint(ckpt[0]).parameters(), strict=True):
         assert torch.equal(a, b)
-    state = runs.load_state(tmp_path / "run")
-    assert state["model"].keys() == dict(student.named_parameters()).keys()
-    assert len(state["optimizer"]["state"]) == len(ours)
+    state = torch.load(runs.newest_state(tmp_path / "run") / "state.pt")
+    named = dict(student.named_parameters()).keys()
+    assert state["model"].keys() == named and state["optimizer"].keys() == named
 
 
 def test_training_lowers_the_loss_and_exports_the_new_window(ckpt, tmp_path):
@@ -2763,6 +2764,7 @@ def test_a_stopped_run_resumes_bit_for_bit(ckpt, tmp_path, monkeypatch, recipe):
         print_step(c, line, eta)
         if line["step"] == 3:
             os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # launchers do
 
     monkeypatch.setattr(longred, "print_step", stop_after_three)
     with pytest.raises(SystemExit) as stop:
@@ -2871,7 +2873,7 @@ def bad_inputs(ckpt, tmp_path):
         "replay of nothing": ({"--replay_steps": 2}, "need both or none"),
         "merge of all": ({"--merge": 1}, "from 0 to below 1"),
         "no such layer": ({"--distill_layers": 4}, "hidden states 1 to 3"),
-        "loss not finite": ({"--lr": "1e30"}, "step 2: .*not finite"),
+        "loss not finite": ({"--lr": "1e30"}, "step 3: .*2 steps in a row not finite"),
         "not a number": ({"--steps": "many"}, "--steps: invalid int value: 'many'"),
         "resume and more": ({"--resume": tmp_path / "void"}, "--resume takes its run's own"),
         "no checkpoint": ({"--ckpt": None}, "--[a-z_0-9]+ needs --ckpt"),
@@ -2959,6 +2961,7 @@ def test_the_small_memory_path_resumes_bit_for_bit(ckpt, tmp_path, small_memory)
     train(tiny_run(ckpt, tmp_path / "whole", save_every=2))
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     shutil.rmtree(tmp_path / "parts" / "hf")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-000004")
     main(["--resume", str(tmp_path / "parts")])
     whole, parts = (
         load_file(tmp_path / n / "hf" / "model.safetensors") for n in ("whole", "parts")
@@ -3350,3 +3353,241 @@ def test_select_corpus_writes_sentences_of_the_training_part(ckpt, tmp_path, cap
         at = whole.index(sentence, at) + len(sentence)
     assert at < 0.96 * len(whole) and 0.3 * 0.95 < len(text) / (0.95 * len(whole)) < 0.31
     assert f"kept {len(text):,} of" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------- runs.py
+
+
+def same_run(a, b):
+    """Two runs ended with the same bits and logged the same steps."""
+    one, two = (load_file(folder / "hf" / "model.safetensors") for folder in (a, b))
+    logs = [[(x["step"], x["loss"], x["grad_norm"]) for x in read_log(f)] for f in (a, b)]
+    return logs[0] == logs[1] and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.fixture(scope="session")
+def whole(ckpt, tmp_path_factory):
+    """An uninterrupted run of 4 steps, saved after 2 and 4."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(tiny_run(ckpt, out, save_every=2))
+    return out
+
+
+@pytest.fixture
+def at_two(whole, tmp_path):
+    """The same run, killed somewhere after its state of step 2 was saved."""
+    out = shutil.copytree(whole, tmp_path / "killed")
+    shutil.rmtree(out / "hf")
+    shutil.rmtree(out / "checkpoints" / "step-000004")
+    return out
+
+
+def test_a_killed_run_resumes_bit_for_bit_with_every_step_logged_once(whole, at_two):
+    with open(at_two / "log.jsonl", "a") as log:
+        log.write('{"step": 5, "lo')  # torn
+    (at_two / "checkpoints" / "step-000004.partial").mkdir()
+    main(["--resume", str(at_two)])
+    assert same_run(whole, at_two)
+    assert not list(at_two.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("name", ["state.pt", "manifest.json"])
+@pytest.mark.parametrize("damage", ["first byte", "middle byte", "last byte", "cut", "gone"])
+def test_a_damaged_state_is_skipped_and_the_one_before_it_taken(
+    whole, tmp_path, capsys, name, damage
+):
+    out = shutil.copytree(whole, tmp_path / "run")
+    path = out / "checkpoints" / "step-000004" / name
+    raw = bytearray(path.read_bytes())
+    if damage.endswith("byte"):
+        raw[{"first": 0, "middle": len(raw) // 2, "last": len(raw) - 1}[damage.split()[0]]] ^= 1
+    path.write_bytes(raw[:-7] if damage == "cut" else raw)
+    if damage == "gone":
+        path.unlink()
+    assert runs.newest_state(out).name == "step-000002"
+    assert "step-000004 is damaged" in capsys.readouterr().err
+    (out / "checkpoints" / "step-000002" / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="none of the 1 saved states is sound; remove"):
+        runs.newest_state(out)
+
+
+def test_an_update_waits_for_the_state_being_saved(whole, ckpt, tmp_path, monkeypatch):
+    write_state = runs.write_state
+    slow = lambda *args: time.sleep(0.3) or write_state(*args)  # noqa: E731
+    monkeypatch.setattr(runs, "write_state", slow)
+    out = tmp_path / "run"
+    train(tiny_run(ckpt, out, save_every=2))
+    shutil.rmtree(out / "checkpoints" / "step-000004")
+    main(["--resume", str(out)])
+    assert same_run(whole, out)
+
+
+def test_a_full_disk_ends_the_run_but_not_its_older_states(whole, at_two, capsys):
+    size = (at_two / "checkpoints" / "step-000002" / "state.pt").stat().st_size
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limit[1]))
+    try:
+        with pytest.raises(SystemExit, match=r"after step 4 .*takes 0.\d+ GiB, .* GiB are free"):
+            main(["--resume", str(at_two)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [p.name for p in (at_two / "checkpoints").iterdir()] == ["step-000002"]
+    main(["--resume", str(at_two)])
+    assert same_run(whole, at_two)
+
+
+def test_an_error_between_updates_saves_the_steps_done(whole, ckpt, tmp_path, monkeypatch):
+    def fail(*args):
+        if len(read_log(out)) == 3:
+            raise RuntimeError("a kernel failed")
+        return short_to_long_distillation(*args)
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(longred, "short_to_long_distillation", fail)
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        train(tiny_run(ckpt, out, save_every=100))
+    assert runs.newest_state(out).name == "step-000003"
+    monkeypatch.setattr(longred, "short_to_long_distillation", short_to_long_distillation)
+    main(["--resume", str(out)])
+    assert same_run(whole, out)
+
+
+def spoil(monkeypatch, out, bad_steps):
+    """Make the long loss of these steps NaN, gradient and all."""
+
+    def loss(*args):
+        step = len(read_log(out)) + 1
+        return long_text_loss(*args) * (math.nan if step in bad_steps else 1.0)
+
+    monkeypatch.setattr(longred, "long_text_loss", loss)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_flagged(ckpt, tmp_path, monkeypatch):
+    out, states = tmp_path / "run", {}
+    spoil(monkeypatch, out, {3})
+
+    def keep_state(life, step, log, bad):
+        states[step] = [t.clone() for t in runs.tensors(runs.run_state(life.model, life.optimizer))]
+        done(life, step, log, bad)
+
+    done = runs.Life.done
+    monkeypatch.setattr(runs.Life, "done", keep_state)
+    train(tiny_run(ckpt, out, save_every=1, keep=9, eval_tokens=0))
+    assert [line["flag"] for line in read_log(out)] == [None, None, "skipped", None]
+    assert read_log(out)[2]["loss"] is None
+    assert all(torch.equal(a, b) for a, b in zip(states[2], states[3], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(states[3], states[4], strict=True))
+    assert not (out / "checkpoints" / "step-000003").exists()
+
+
+def test_bad_steps_in_a_row_end_the_run_with_the_last_good_state(ckpt, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    spoil(monkeypatch, out, {3, 4, 6, 7, 8})
+    with pytest.raises(ValueError, match="step 8: .* 3 steps in a row not finite.* after step 5: "):
+        train(tiny_run(ckpt, out, steps=20, save_every=1))
+    names = sorted(p.name for p in (out / "checkpoints").iterdir())
+    assert names == ["step-000002", "step-000005"] and not (out / "hf").exists()
+
+
+def test_spikes_are_flagged_against_the_median_before_them():
+    watch = runs.Watch([], max_bad=3)
+    steps = [dict(loss=1.0, grad_norm=1.0)] * 8 + [dict(loss=1.0, grad_norm=4.0)]
+    steps += [dict(loss=9.0, grad_norm=1.0), dict(loss=2.0, grad_norm=2.0)]
+    flags = [watch.flag(line) for line in steps]
+    assert flags == [None] * 8 + ["spike", "spike", None] and watch.bad == 0
+
+
+def changed_run(out, ckpt, part):
+    about = json.loads((out / "longred.json").read_text())
+    if part == "config":
+        about["config"]["lr"] = 0.5  # only the saved state still knows better
+    elif part == "code":
+        about["code"]["model.py"] = "0"
+    else:
+        about[part][next(iter(about[part]))] = "0"
+    (out / "longred.json").write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize("part", ["config", "data", "weights", "code"])
+def test_resume_refuses_another_run_and_names_the_difference(at_two, ckpt, part):
+    changed_run(at_two, ckpt, part)
+    with pytest.raises(SystemExit, match=f"{part} [a-z_.]+ was .*, is .*--resume_anyway"):
+        main(["--resume", str(at_two)])
+    main(["--resume", str(at_two), "--resume_anyway"])
+
+
+def test_comments_do_not_change_a_codes_fingerprint(tmp_path, monkeypatch):
+    before = runs.code_fingerprints()
+    for name in before:
+        source = (HERE / name).read_text().replace("import math", "import math  # a comment")
+        (tmp_path / name).write_text("# another\n" + source.replace('"""', '"""More. ', 1))
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    assert runs.code_fingerprints() == before
+    (tmp_path / "data.py").write_text((HERE / "data.py").read_text() + "\nx = 1\n")
+    assert runs.code_fingerprints()["data.py"] != before["data.py"]
+
+
+def test_an_out_dir_that_is_not_ours_is_refused(ckpt, tmp_path, at_two):
+    with pytest.raises(ValueError, match="already holds a run; continue it with --resume"):
+        train(tiny_run(ckpt, at_two))
+    (tmp_path / "other" / "hf").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds another's hf"):
+        train(tiny_run(ckpt, tmp_path / "other"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot write to --out_dir .*: check .*file, or"):
+        train(tiny_run(ckpt, tmp_path / "file" / "run"))
+    with runs.Life() as life:
+        life.claim(at_two, resumed=True)
+        with pytest.raises(SystemExit, match="another process is at work in"):
+            main(["--resume", str(at_two)])
+
+
+def test_too_little_disk_is_told_before_the_first_step(ckpt, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    monkeypatch.setattr(runs, "check_disk", lambda *estimate: None)  # the first guess; this is exact
+    with pytest.raises(ValueError, match=r"e-06 GiB free, need .*--keep 2 \+ 1 states"):
+        train(tiny_run(ckpt, tmp_path / "run"))
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def torchrun(n, flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(n), HERE / "longred.py", *flags], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_processes_that_share_sequences_and_tokens_train_as_one_does(whole, ckpt, tmp_path):
+    out = tmp_path / "run"
+    settings = dataclasses.asdict(tiny_run(ckpt, out, save_every=2, device="cpu"))
+    default = dataclasses.asdict(Config())
+    given = {k: v for k, v in settings.items() if v != default[k]} | {"context": 2}
+    flags = [(f"--{k}", *(v if isinstance(v, list) else [v])) for k, v in given.items()]
+    torchrun(4, [str(x) for flag in flags for x in flag])  # two share each sequence
+    compare = [out]
+    for n, context in ((1, 1), (2, 1)):  # resumed on others than those that saved
+        compare.append(shutil.copytree(out, tmp_path / f"on{n}"))
+        shutil.rmtree(compare[-1] / "hf")
+        shutil.rmtree(compare[-1] / "checkpoints" / "step-000004")
+        resume = ["--resume", str(compare[-1]), "--context", str(context)]
+        main(resume) if n == 1 else torchrun(n, resume)
+    one = load_file(whole / "hf" / "model.safetensors")
+    for folder in compare:
+        for a, b in zip(read_log(whole), read_log(folder), strict=True):
+            for key in ("step", "loss", "loss_long", "loss_short", "loss_s2l", "grad_norm"):
+                assert b[key] == pytest.approx(a[key], rel=1e-5), (folder.name, key)
+        many = load_file(folder / "hf" / "model.safetensors")
+        assert all((one[name] - many[name]).abs().max() < 1e-5 for name in one)
+
+
+@pytest.mark.parametrize("n, size", [(8, 4), (5, 4), (2, 4), (1, 1)])
+def test_every_sequence_of_a_step_goes_to_one_process(n, size):
+    lives = [runs.Life() for _ in range(size)]
+    for rank, life in enumerate(lives):
+        life.rank, life.size = rank, size
+    shares = [list(life.share(n)[0]) for life in lives]
+    assert len({len(share) for share in shares}) == 1  # all take part in every pass
+    assert sorted(j for share in shares for j in share if j < n) == list(range(n))
