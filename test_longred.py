@@ -1217,8 +1217,12 @@ def hostile(root):
         folder = meta_folder(root / f"bomb{i}", tiny_llama(), 1)
         torch.save(content, folder / "consolidated.00.pth")
         cases[folder.name] = folder, "never run"
-    with zipfile.ZipFile(root / "bomb1" / "consolidated.00.pth", "w", zipfile.ZIP_DEFLATED) as z:
-        z.writestr("archive/data.pkl", b"0" * 4 * 10**8)  # half a megabyte, unpacked 400
+    unpacked = io.BytesIO()
+    torch.save({"a": "0" * 200_000_000}, unpacked)
+    packed = zipfile.ZipFile(root / "bomb1" / "consolidated.00.pth", "w", zipfile.ZIP_DEFLATED)
+    with packed, zipfile.ZipFile(unpacked) as plain:  # 200 KB that unpack to 200 MB, held thrice
+        for entry in plain.namelist():
+            packed.writestr(entry, plain.read(entry))
     return cases
 
 
