@@ -1170,6 +1170,8 @@ def save_checkpoint(
         hf = special | hf  # ids that Meta's params.json leaves to the tokenizer
     hf["torch_dtype"] = hf["dtype"] = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     _write_json(partial / "config.json", hf)
+    for shard in partial.glob("*.safetensors"):  # written for the owner's eyes only by safetensors
+        shutil.copymode(partial / "config.json", shard)
     previous = out_dir.with_name(out_dir.name + ".previous")
     shutil.rmtree(previous, ignore_errors=True)
     if out_dir.exists():

@@ -1145,6 +1145,7 @@ def test_an_export_carries_what_stood_beside_the_weights(tmp_path):
     out = save_checkpoint(model, tmp_path / "out", tokenizer_from=source)
     theirs, tokenizer = hf_model(out), transformers.AutoTokenizer.from_pretrained(out)
     assert theirs.generation_config.top_p == 0.9
+    assert len({file.stat().st_mode for file in (out / "config.json", *out.glob("*.safe*"))}) == 1
     assert theirs.generation_config.eos_token_id == [3, 5]
     assert theirs.config.max_position_embeddings == tokenizer.model_max_length == 4096
     assert tokenizer.eos_token == "b" and tokenizer.chat_template == "{{ messages }}"
