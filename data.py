@@ -14,7 +14,7 @@ A document is stored as [BOS] + tokens + [EOS]:
     BOS where the model's tokenizer puts one in front by itself (add_bos_token in
         tokenizer_config.json, else the post-processor of tokenizer.json; Meta's own: always);
     EOS wherever the tokenizer names one: pretraining ends documents with it, whether or not the
-        tokenizer adds it to prompts. For a model trained otherwise: `tokenizer.add_eos = False`.
+        tokenizer adds it to prompts. For a model trained otherwise: `--no-add_eos`.
 
 The held-out part is never trained on:
     with 100 documents or more, a document is held out when the checksum of its text is a multiple
@@ -100,9 +100,10 @@ class Tokenizer:
             )
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
+def load_tokenizer(folder: str | Path, add_eos: bool | None = None) -> Tokenizer:
     """Read tokenizer.json or Meta's tokenizer.model from a checkpoint folder.
 
+    add_eos: whether documents end with EOS; None: where the tokenizer names one.
     Raises: ValueError if there is neither, or it cannot be read.
     """
     for name, load in (("tokenizer.json", _load_json), ("tokenizer.model", _load_model)):
@@ -115,6 +116,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
                     raise
                 raise ValueError(f"cannot use {path}: {error}; fetch it again") from error
             tokenizer.cut = _find_cut(tokenizer)
+            tokenizer.add_eos = tokenizer.add_eos if add_eos is None else add_eos
             return tokenizer
     raise ValueError(
         f"no tokenizer in {folder}: looked for tokenizer.json and tokenizer.model; copy one of "

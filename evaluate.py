@@ -931,7 +931,7 @@ def select_corpus(a: argparse.Namespace) -> None:
     if not a.data or len(a.ckpt) != 1 or not 0 < a.keep <= 1:
         raise ValueError("--select_corpus needs one --ckpt, --data, and a --keep in (0, 1]")
     folder = resolve_checkpoint(a.base)
-    tokenizer = data.load_tokenizer(folder)
+    tokenizer = data.load_tokenizer(folder, a.add_eos)
     dtype = getattr(torch, a.dtype or ("bfloat16" if "cuda" in a.device else "float32"))
     base, extended = (load_checkpoint(x, device=a.device, dtype=dtype) for x in (folder, a.ckpt[0]))
     length = a.length or extended.config.max_position_embeddings
@@ -995,6 +995,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--samples", type=int, default=10, help="questions or passages a depth (default: 10)")
     add("--eval_tokens", type=int, default=65536, help="of long and of short text (default: 65536)")
     add("--out_dir", default="out/evaluate", help="default: out/evaluate")
+    eos = "documents end with EOS (default: where the tokenizer has one)"
+    add("--add_eos", action=argparse.BooleanOptionalAction, default=None, help=eos)
     add("--cache_dir", default="out/tokens", help="tokenised text (default: out/tokens)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
@@ -1028,7 +1030,7 @@ def open_texts(a: argparse.Namespace, base: Path, folders: list[Path]) -> Texts:
         raise ValueError(
             f"need checkpoints of one shape, got {shapes}: vocabulary, layers, heads, D"
         )
-    tokenizer = data.load_tokenizer(base)
+    tokenizer = data.load_tokenizer(base, a.add_eos)
     tokenizer.check_fits(configs[0].vocab_size)
     ids = []
     for name, specs, length in (

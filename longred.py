@@ -389,13 +389,6 @@ def select_distill_layers(teacher: Llama, student: Llama, input_ids: Tensor, n: 
 # ----------------------------------------------------------------------------------------- train
 
 
-def open_tokenizer(c: Config) -> data.Tokenizer:
-    tokenizer = data.load_tokenizer(Path(c.ckpt))
-    if c.add_eos is not None:
-        tokenizer.add_eos = c.add_eos
-    return tokenizer
-
-
 def open_streams(c: Config, tokenizer: data.Tokenizer) -> dict[str, Stream]:
     """Tokenise (once) and open the streams this method reads, in the order a step takes them."""
     wanted = {
@@ -546,9 +539,10 @@ def extend(config: Config, life: runs.Life) -> Path:
     if not run:
         life.from_first(lambda: runs.refuse_taken(out_dir))
     preflight(c, original)
-    tokenizer = open_tokenizer(c)
+    tokenizer = data.load_tokenizer(source, c.add_eos)
     tokenizer.check_fits(original.vocab_size)
-    life.from_first(lambda: open_streams(c, tokenizer) and None)  # one process tokenises
+    if life.size > 1:
+        life.from_first(lambda: open_streams(c, tokenizer) and None)  # one process tokenises
     streams = open_streams(c, tokenizer)
     ends = data.sentence_ends(tokenizer) if c.long_position_scheme == "longrecipe" else None
     about = {"config": asdict(c), "versions": versions(), "data": fingerprints(streams)}
@@ -790,7 +784,7 @@ def report(c: Config, teacher: Llama, student: Llama) -> dict:
     """Compare original and extended model on held-out text; print it and write report.md."""
     from evaluate import kept, position_losses, table
 
-    tokenizer = open_tokenizer(c)
+    tokenizer = data.load_tokenizer(c.ckpt, c.add_eos)
     texts = {}
     for name, specs, seq_len in (
         ("short", c.short_data, c.original_len),
