@@ -300,6 +300,14 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
             f"--context {c.context} must divide the lengths {lengths} and the model's "
             f"{model.n_heads} heads and {model.n_kv_heads} kv heads"
         )
+    if c.device.startswith("cuda"):  # cuDNN's attention is only sound at such lengths
+        for key in ("train_len", "short_len", "original_len"):
+            length = getattr(c, key)
+            if length % 128:
+                raise ValueError(
+                    f"--{key} {length}: attention on a GPU needs a multiple of 128, try "
+                    f"{max(128, length // 128 * 128)}"
+                )
     if c.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {c.device}: torch sees no GPU; pass --device cpu")
     return c

@@ -2854,6 +2854,13 @@ def test_the_memory_estimate_counts_every_parameter_and_the_container(tmp_path, 
         assert 2**20 < runs.available_memory() <= os.sysconf("SC_PHYS_PAGES") * 4096
 
 
+def test_lengths_that_a_gpus_attention_cannot_take_are_refused(ckpt):
+    model = ModelConfig(4096, 32, 32, 8, 128, 14336, 128256, rope_theta=5e5)
+    asked = Config(ckpt="x", target_len=32768, short_len=1000, device="cuda")
+    with pytest.raises(ValueError, match="--short_len 1000: .* multiple of 128, try 896"):
+        resolve(asked, model, ckpt[0])
+
+
 def bad_inputs(ckpt, tmp_path):
     folder, long, short = ckpt
     cut = shutil.copytree(folder, tmp_path / "cut")
