@@ -621,7 +621,7 @@ def extend(config: Config, life: runs.Life) -> Path:
             optimizer.zero_grad()
             recent.append(time.monotonic() - step_began)
             line["seconds"] = round(recent[-1], 3)
-            waited = sum(stream.waited for stream in streams.values())
+            waited = sum(stream.waited for stream in active)
             line["data_share"] = round(waited / recent[-1], 4)
             log.write(runs.json_line(line))
             log.flush()

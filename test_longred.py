@@ -2649,6 +2649,14 @@ def test_the_teacher_is_frozen_and_kept_out_of_everything(ckpt, tmp_path, monkey
     assert state["model"].keys() == named and state["optimizer"].keys() == named
 
 
+def test_every_step_takes_the_learning_rate_that_it_logs(ckpt, tmp_path, monkeypatch):
+    monkeypatch.setattr(longred, "learning_rate", lambda c, step: 0.0)
+    still = load_checkpoint(train(tiny_run(ckpt, tmp_path / "run", steps=2, eval_tokens=0)))
+    assert [line["lr"] for line in read_log(tmp_path / "run")] == [0.0, 0.0]
+    for a, b in zip(still.parameters(), load_checkpoint(ckpt[0]).parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_training_lowers_the_loss_and_exports_the_new_window(ckpt, tmp_path):
     exported = train(tiny_run(ckpt, tmp_path / "run", steps=12, lr=3e-3))
     log = read_log(tmp_path / "run")
