@@ -291,7 +291,12 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
         pinned = sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION])
     with pinned:
         if start == 0:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            width, scale = q.shape[-1], q.shape[-1] ** -0.5
+            if width < 16 and not q.is_cuda:  # torch's CPU kernel: 1.6 x as fast at 16 as at 8
+                q, k, v = (F.pad(t, (0, 16 - width)) for t in (q, k, v))
+            return F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scale, enable_gqa=True
+            )[..., :width]
         # is_causal would align the triangle top-left, which is wrong when there are more keys.
         bias = causal_lower_right(q.shape[2], k.shape[2]) if q.shape[2] > 1 else None
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
