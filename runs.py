@@ -34,6 +34,7 @@ import statistics
 import sys
 import threading
 import time
+import uuid
 import zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -426,6 +427,7 @@ class Life:
         self.out_dir = self.lock = self.state = self.thread = self.failure = None
         self.step, self.sound = 0, False
         self.saved_step, self.saved_at = 0, time.monotonic()
+        self.done_at, self.step_seconds = None, None  # of the last whole step
         self.stop = StopSignal()
 
     def __enter__(self) -> "Life":
@@ -465,8 +467,13 @@ class Life:
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # Tokenising on one process may keep the others waiting; a dead one ends them by torchrun.
+        store = own_names(next(dist.rendezvous("env://"))[0], self.rank, self.size)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=4)
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            timeout=timedelta(hours=4),
+            world_size=self.size,
+            rank=self.rank,
+            store=store,
         )
         kind = "cuda" if cuda else "cpu"
         self.mesh = init_device_mesh(kind, (self.size,))
@@ -594,8 +601,10 @@ class Life:
     def done(self, step: int, log, bad: bool) -> None:
         """`step` is complete and logged: save where one is due. bad: it was skipped."""
         self.step, self.sound = step, True
+        now, before = time.monotonic(), self.done_at
+        self.done_at, self.step_seconds = now, now - before if before else None
         due = step % self.c.save_every == 0 or step == self.c.steps + self.c.replay_steps
-        minutes = (time.monotonic() - self.saved_at) / 60
+        minutes = (now - self.saved_at) / 60
         late = self.from_first(lambda: 0 < self.c.save_minutes <= minutes)
         if (due or late) and not bad:
             if self.rank == 0:
@@ -653,8 +662,7 @@ class Life:
             publish(partial, final, self.c.keep)
 
         self.from_first(finish)
-        seconds = time.monotonic() - self.saved_at
-        print(f"saved the state after step {self.step} in {seconds:.1f} s", flush=True)
+        self._say_saved(time.monotonic() - self.saved_at)
 
     def finish(self) -> None:
         """All steps are done and on disk; from here on signals act as usual."""
@@ -672,10 +680,13 @@ class Life:
         self.thread = None
         if self.failure:
             raise self.failure
-        now = time.monotonic()
+        self._say_saved(time.monotonic() - began)
+
+    def _say_saved(self, waited: float) -> None:
+        share = f", {waited / self.step_seconds:.1%} of a step" if self.step_seconds else ""
         print(
-            f"saved the state after step {self.saved_step} in {now - self.saved_at:.1f} s, "
-            f"of which training waited {now - began:.1f} s",
+            f"saved the state after step {self.saved_step} in "
+            f"{time.monotonic() - self.saved_at:.1f} s; training waited {waited:.2f} s{share}",
             flush=True,
         )
 
@@ -687,6 +698,29 @@ def _causes(e: BaseException):
         while error is not None:
             yield error
             error = error.__cause__ or error.__context__
+
+
+def own_names(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """torchrun's store, under a prefix that only the processes of this start share.
+
+    It outlives torchrun's restarts, so a restarted process may find a dead one's address in it, and
+    its count of restarts may differ from node to node. Hence each process says who it is this time,
+    and the first one answers it with the prefix, until all have taken that up.
+    """
+    mine = uuid.uuid4().hex
+    if rank:
+        store.set(f"here/{rank}", mine)
+        prefix = store.get(f"prefix/{mine}").decode()  # waits for it
+        store.set(f"{prefix}/{rank}", "taken up")
+        return dist.PrefixStore(prefix, store)
+    missing = set(range(1, size))
+    while missing:
+        missing = {r for r in missing if not store.check([f"{mine}/{r}"])}
+        for r in missing:
+            if store.check([f"here/{r}"]):  # perhaps the dead one's: then ask again
+                store.set(f"prefix/{store.get(f'here/{r}').decode()}", mine)
+        time.sleep(0.02)
+    return dist.PrefixStore(mine, store)
 
 
 class _Exchange(torch.autograd.Function):

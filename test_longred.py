@@ -32,6 +32,7 @@ import weakref
 import zipfile
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -40,6 +41,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
@@ -3569,6 +3571,19 @@ def test_too_little_disk_is_told_before_the_first_step(ckpt, tmp_path, monkeypat
     with pytest.raises(ValueError, match=r"e-06 GiB free, need .*--keep 2 \+ 1 states"):
         train(tiny_run(ckpt, tmp_path / "run"))
     assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_restarted_processes_do_not_read_what_dead_ones_left_in_the_store():
+    # torchrun's store outlives a restart: in three starts on one, none finds an older one's names.
+    store, seen = dist.HashStore(), []
+    store.set("here/1", "of a process killed before it was answered")
+    for start in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            named = list(pool.map(lambda rank: runs.own_names(store, rank, 3), range(3)))
+        assert not any(own.check(["address"]) for own in named)
+        named[0].set("address", str(start))
+        seen.append([own.get("address") for own in named])
+    assert seen == [[str(start).encode()] * 3 for start in range(3)]
 
 
 def torchrun(n, flags):
