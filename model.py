@@ -19,9 +19,10 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Callable, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import groupby
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -74,53 +75,42 @@ class ModelConfig:
         hf: the parsed dict. Raises ValueError naming the entry that is missing, absurd or that
         describes something this Llama does not compute (sliding windows, partial rotary, ...).
         """
-        if not isinstance(hf, dict):
-            raise ValueError(f"config.json holds a {type(hf).__name__}, need an object")
-        family = hf.get("model_type", "llama")
-        if not isinstance(family, str) or family not in FAMILIES:
-            known = ", ".join(FAMILIES)
-            raise ValueError(f"model_type is {_shown(family)}, need one of {known}")
-        d_model = _count(hf, "hidden_size", most=2**20)
-        n_heads = _count(hf, "num_attention_heads")
-        n_kv_heads = _count(hf, "num_key_value_heads", n_heads)
+        family = str(hf.get("model_type", "llama"))
+        if family not in FAMILIES:
+            raise ValueError(f"model_type is {family:.60}, need one of {', '.join(FAMILIES)}")
+        n_layers = _number(hf, "num_hidden_layers", most=1000)
+        _refuse_unsupported(hf, family, n_layers)
+        d_model = _number(hf, "hidden_size")
+        n_heads = _number(hf, "num_attention_heads")
+        n_kv_heads = _number(hf, "num_key_value_heads", n_heads)
         if n_heads % n_kv_heads:
             raise ValueError(
-                f"num_attention_heads {n_heads} is not a multiple of "
-                f"num_key_value_heads {n_kv_heads}; config.json is damaged or not a Llama's"
+                f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads "
+                f"{n_kv_heads}; config.json is damaged or not a Llama's"
             )
-        if hf.get("head_dim") is None and d_model % n_heads:
-            raise ValueError(
-                f"hidden_size {d_model} is not a multiple of num_attention_heads {n_heads} and "
-                "config.json gives no head_dim"
-            )
-        _refuse_unsupported(hf, family)
-        theta, scaling = _rope_from_hf(hf)
+        head_dim = _number(hf, "head_dim", d_model // n_heads)
+        window = _number(hf, "max_position_embeddings", 2048, most=2**40)
+        theta, scaling = _rope_from_hf(hf, window)
+        rope_frequencies(head_dim, theta, scaling)  # a bad theta or scaling ends here, explained
         bias = family == "llama" and bool(hf.get("attention_bias", False))
-        config = cls(
+        return cls(
             d_model=d_model,
-            n_layers=_count(hf, "num_hidden_layers"),
+            n_layers=n_layers,
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
-            head_dim=_count(hf, "head_dim", d_model // n_heads, most=2**16),
-            d_ff=_count(hf, "intermediate_size"),
-            vocab_size=_count(hf, "vocab_size"),
-            norm_eps=_positive(hf, "rms_norm_eps", 1e-6),
+            head_dim=head_dim,
+            d_ff=_number(hf, "intermediate_size"),
+            vocab_size=_number(hf, "vocab_size"),
+            norm_eps=_number(hf, "rms_norm_eps", 1e-6, most=1, kind=float),
             rope_theta=theta,
             rope_scaling=scaling,
-            max_position_embeddings=_count(hf, "max_position_embeddings", 2048),
+            max_position_embeddings=window,
             tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
             qkv_bias=bias or FAMILIES[family][1],
             o_bias=bias,
             mlp_bias=family == "llama" and bool(hf.get("mlp_bias", False)),
             hf=dict(hf),
         )
-        if scaling and scaling["rope_type"] == "yarn":  # unwritten, it is the window itself
-            scaling.setdefault("original_max_position_embeddings", config.max_position_embeddings)
-        try:
-            rope_frequencies(config.head_dim, theta, scaling)  # a bad scaling ends here, explained
-        except OverflowError:
-            raise ValueError(f"rotary theta {theta:g} with {scaling} is out of range") from None
-        return config
 
     def to_hf(self) -> dict:
         """Return config.json's content: what was read, with this shape, rotary and window in it.
@@ -128,11 +118,9 @@ class ModelConfig:
         Rotary is written in transformers 4's spelling (rope_theta, rope_scaling); 5 reads it too.
         "ntk" has no name there and becomes the larger theta that it is.
         """
-        hf = dict(self.hf)
+        hf = {"model_type": "llama", "hidden_act": "silu"} | self.hf
         hf.pop("rope_parameters", None)
-        family = "qwen2" if self.qkv_bias and not self.o_bias else "llama"
-        family = hf.setdefault("model_type", family)
-        hf.setdefault("architectures", [FAMILIES[family][0]])
+        hf.setdefault("architectures", [FAMILIES[hf["model_type"]][0]])
         theta, scaling = self.rope_theta, self.rope_scaling
         if scaling and scaling["rope_type"] == "ntk":
             theta, scaling = ntk_theta(self.head_dim, theta, scaling["factor"]), None
@@ -147,86 +135,73 @@ class ModelConfig:
             rms_norm_eps=self.norm_eps,
             rope_theta=theta,
             rope_scaling=scaling,
-            max_position_embeddings=self.max_position_embeddings,
             tie_word_embeddings=self.tie_embeddings,
-            hidden_act="silu",
         )
-        if family == "llama":
+        if self.max_position_embeddings:
+            hf["max_position_embeddings"] = self.max_position_embeddings
+        if hf["model_type"] == "llama":
             hf.update(attention_bias=self.qkv_bias, mlp_bias=self.mlp_bias)
-        if family == "mistral":
-            hf.setdefault("sliding_window", None)
-        return {k: v for k, v in hf.items() if (k, v) != ("max_position_embeddings", None)}
+        return hf
 
     def stored_dtype(self) -> torch.dtype | None:
         """The dtype that the checkpoint's config names for its weights, None if it names none."""
-        name = self.hf.get("dtype") or self.hf.get("torch_dtype")
+        name = str(self.hf.get("dtype") or self.hf.get("torch_dtype"))
         names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-        return names.get(name) if isinstance(name, str) else None
+        return names.get(name)
 
 
-def _count(hf: dict, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
-    value = hf.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
-        raise ValueError(f"{key} is {_shown(value)}, need a whole number from 1 to {most}")
+def _number(hf: dict, key: str, default=None, most: int = 2**20, kind: type = int):
+    """An entry of somebody's config.json. 2^20 is far above any Llama, and no product overflows."""
+    value = default if hf.get(key) is None else hf[key]
+    if type(value) is not kind or not 0 < value <= most:
+        need = f"a number ({kind.__name__}) above 0, at most {most}"
+        raise ValueError(f"{key} is {value!r:.60}, need {need}")
     return value
 
 
-def _positive(hf: dict, key: str, default: float) -> float:
-    value = hf.get(key, default)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < 1e300:  # also refuses nan, and whole numbers beyond floats
-        raise ValueError(f"{key} is {_shown(value)}, need a number above 0")
-    return float(value)
-
-
-def _shown(value) -> str:
-    """A value from somebody's file, short enough for a one-line message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-def _refuse_unsupported(hf: dict, family: str) -> None:
-    window = hf.get(
-        "sliding_window", 4096 if family == "mistral" else None
-    )  # transformers' default
-    if family == "qwen2" and not hf.get("use_sliding_window", False):
-        window = None
-    kinds = hf.get("layer_types") or []
-    unsupported = {
-        "sliding_window": window is not None,
-        "layer_types": not isinstance(kinds, list) or any(k != "full_attention" for k in kinds),
-        "hidden_act": hf.get("hidden_act", "silu") != "silu",
-        "partial_rotary_factor": hf.get("partial_rotary_factor", 1.0) not in (None, 1.0),
-        "quantization_config": hf.get("quantization_config") is not None,
-    }
-    for key, bad in unsupported.items():
-        if bad:
-            shown = window if key == "sliding_window" else hf.get(key)
+def _refuse_unsupported(hf: dict, family: str, n_layers: int) -> None:
+    """What this model computes: each entry and the values it may have. Absent ones are fine."""
+    if family == "mistral":
+        hf = {"sliding_window": 4096} | hf  # transformers' default
+    if family == "qwen2" and not hf.get("use_sliding_window"):
+        hf = hf | {"sliding_window": None}
+    for key, computed in {
+        "sliding_window": (None,),
+        "layer_types": (None, ["full_attention"] * n_layers),
+        "hidden_act": (None, "silu"),
+        "partial_rotary_factor": (None, 1.0),
+        "quantization_config": (None,),
+    }.items():
+        if hf.get(key) not in computed:
             raise ValueError(
-                f"{key} is {_shown(shown)}, which this model does not compute; it needs full "
+                f"{key} is {hf[key]!r:.60}, which this model does not compute; it needs full "
                 "attention, SiLU, full rotary and plain weights"
             )
 
 
-def _rope_from_hf(hf: dict) -> tuple[float, dict | None]:
-    """(theta, scaling) from transformers 4's two keys or 5's one; scaling None means unscaled."""
+def _rope_from_hf(hf: dict, window: int) -> tuple[float, dict | None]:
+    """(theta, scaling) from transformers 4's two keys or 5's one."""
     scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
-        raise ValueError(f"rope_scaling is {_shown(scaling)}, need an object or null")
+        raise ValueError(f"rope_scaling is {scaling!r:.60}, need an object or null")
     scaling = dict(scaling)
     theta = scaling.pop("rope_theta", None)
     theta = hf.get("rope_theta") if theta is None else theta
     if theta is None:
         print("the config gives no rope_theta: using 10,000, as the first Llama 2 releases meant")
         theta = 10_000.0
+    return theta, _scaling(scaling, window)
+
+
+def _scaling(scaling: dict, window: int | None) -> dict | None:
+    """The scaling as ModelConfig keeps it: None for none, every key under its newest name."""
+    scaling = dict(scaling)
     kind = scaling.pop("type", None)  # the key's name before transformers 4.43
-    scaling.setdefault("rope_type", kind or "default")
-    return _positive({"rope_theta": theta}, "rope_theta", 0), _scaling_or_none(scaling)
-
-
-def _scaling_or_none(scaling: dict | None) -> dict | None:
-    return None if not scaling or scaling.get("rope_type", "default") == "default" else scaling
+    if scaling.setdefault("rope_type", kind or "default") == "default":
+        return None
+    if scaling["rope_type"] == "yarn":  # unwritten, it is the window itself
+        scaling.setdefault("original_max_position_embeddings", window)
+    return scaling
 
 
 # ----------------------------------------------------------------------------------------- model
@@ -805,15 +780,16 @@ def load_config(folder: Path) -> ModelConfig:
     folder = Path(folder)
     meta = not (folder / "config.json").is_file() and (folder / "params.json").is_file()
     path = folder / ("params.json" if meta else "config.json")
-    content = _read_json(path)
-    files = _meta_files(folder) if meta else []
-    first = _open_meta(files[0]) if meta else {}
+    hf = _read_json(path)
+    if meta:
+        hf = _hf_from_meta(folder, hf)
     try:
-        if meta:
-            return _config_from_meta(content, first, len(files))
-        return ModelConfig.from_hf(content)
+        config = ModelConfig.from_hf(hf)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
+    if meta:  # unknown, rather than transformers' default
+        config.max_position_embeddings = hf.get("max_position_embeddings")
+    return config
 
 
 def _read_json(path: Path) -> dict:
@@ -852,53 +828,28 @@ def load_checkpoint(
     folder = resolve_checkpoint(path_or_name)
     config = load_config(folder)
     if rope_theta is not None:
-        config.rope_theta = _positive({"rope_theta": rope_theta}, "rope_theta", 0)
+        config.rope_theta = rope_theta
     if rope_scaling is not None:
-        scaling = _scaling_or_none(rope_scaling)
+        scaling = _scaling(rope_scaling, config.max_position_embeddings)
         if scaling and config.rope_scaling:
             raise ValueError(
                 f"{folder} is already scaled by {config.rope_scaling}, on top of which "
-                f"{rope_scaling['rope_type']!r} is not defined; raise rope_theta instead, or "
+                f"{scaling['rope_type']!r} is not defined; raise rope_theta instead, or "
                 'remove the scaling first with rope_type "default"'
             )
-        if scaling and scaling["rope_type"] == "yarn":
-            scaling = {
-                "original_max_position_embeddings": config.max_position_embeddings,
-                **scaling,
-            }
         config.rope_scaling = scaling
-    load = _load_hf if (folder / "config.json").is_file() else _load_meta
-    with torch.no_grad():
-        return load(folder, config, device, dtype, shard).eval()
-
-
-def _new_model(folder: Path, config: ModelConfig, n_tensors: int) -> Llama:
-    """The model that the config asks for, on the meta device: names and shapes, no memory."""
-    if config.n_layers * 9 > n_tensors:
-        raise ValueError(
-            f"{folder}: {config.n_layers} layers cannot come from {n_tensors} tensors; its config "
-            "and its weights do not belong together"
-        )
-    try:
-        with torch.device("meta"):
-            return Llama(config)
-    except (RuntimeError, OverflowError):
-        raise ValueError(f"{folder}: its config asks for matrices beyond any memory") from None
-
-
-def _load_hf(folder: Path, config: ModelConfig, device, dtype: torch.dtype, shard) -> Llama:
-    files = _weight_files(folder)
-    model = _new_model(folder, config, len(files))
-    _check_tensors(folder, model, files)
+    with torch.device("meta"):
+        model = Llama(config)  # names and shapes, no memory
+    tensors = _hf_tensors if (folder / "config.json").is_file() else _meta_tensors
+    read = tensors(folder, model)
     model.to(dtype)
     if shard:
         shard(model)
     model.to_empty(device=device)
-    for name, parameter in model.named_parameters():
-        # Opened anew for each tensor, so that the pages of a memory-mapped file do not add up.
-        with safe_open(files[_hf_name(name)][0], framework="pt") as f:
-            copy_whole(parameter, f.get_tensor(_hf_name(name)))
-    return model
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            copy_whole(parameter, read(name))
+    return model.eval()
 
 
 def copy_whole(mine: Tensor, whole: Tensor) -> None:
@@ -913,34 +864,56 @@ def _hf_name(name: str) -> str:
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
+def _hf_tensors(folder: Path, model: Llama) -> Callable[[str], Tensor]:
+    """Check a Hugging Face folder's tensors by name, shape and dtype; return what reads one."""
+    expected = {_hf_name(n): list(p.shape) for n, p in model.named_parameters()}
+    files = _weight_files(folder)
+    ignored = {n for n in files if n.endswith(("rotary_emb.inv_freq", "rope.freqs"))}
+    if model.config.tie_embeddings:
+        ignored.add("lm_head.weight")  # some writers store the tied matrix twice
+    _check_names(folder, expected.keys(), files.keys() - ignored)
+    for name, shape in expected.items():
+        path, entry = files[name]
+        if entry["shape"] != shape or entry["dtype"] not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(
+                f"{path}: {name} is {entry['dtype']} {entry['shape']}, need F32, F16 or BF16 "
+                f"{shape} by config.json; weights of another model, or quantised ones"
+            )
+
+    def read(name: str) -> Tensor:
+        # Opened anew for each tensor, so that the pages of a memory-mapped file do not add up.
+        with safe_open(files[_hf_name(name)][0], framework="pt") as f:
+            return f.get_tensor(_hf_name(name))
+
+    return read
+
+
 def _weight_files(folder: Path) -> dict[str, tuple[Path, dict]]:
     """{tensor name: (file, its dtype and shape)}, from the headers alone."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
-        paths = [single]
+        names = [single.name]
     elif index.is_file():
         names = _read_json(index).get("weight_map")
-        names = list(names.values()) if isinstance(names, dict) else [names]
-        if any(not isinstance(n, str) or Path(n).name != n for n in names):
-            raise ValueError(f"{index}: its weight_map must name files of this folder")
-        paths = [folder / n for n in sorted(set(names))]
+        if not isinstance(names, dict):
+            raise ValueError(f"{index} is damaged: it has no weight_map; fetch it again")
+        names = sorted({Path(str(n)).name for n in names.values()})  # of this folder, no other
     else:
         raise ValueError(
             f"{folder} holds neither model.safetensors nor model.safetensors.index.json; download "
             "the weights, or convert .bin files with transformers' save_pretrained"
         )
     files = {}
-    for path in paths:
+    for path in (folder / n for n in names):
         try:
             header = _safetensors_header(path)
         except (SafetensorError, OSError, ValueError, RecursionError) as e:
             raise ValueError(
                 f"{path} is missing, truncated or damaged ({e}); fetch it again"
             ) from None
-        for name, entry in header.items():
-            if name in files:
-                raise ValueError(f"{name} stands in both {files[name][0]} and {path}")
-            files[name] = path, entry
+        if twice := files.keys() & header.keys():
+            raise ValueError(f"{min(twice)} stands in both {files[min(twice)][0]} and {path}")
+        files |= {name: (path, entry) for name, entry in header.items()}
     return files
 
 
@@ -955,65 +928,32 @@ def _safetensors_header(path: Path) -> dict[str, dict]:
             raise ValueError(f"a header of {size:,} bytes, need at most {MOST_JSON:,}")
         text = f.read(size)
     with safe_open(path, framework="pt"):
-        header = json.loads(text, object_pairs_hook=_without_repeats)
+        pairs = json.loads(text, object_pairs_hook=list)
+    header = {name: dict(entry) for name, entry in pairs}
+    if len(header) < len(pairs):
+        raise ValueError("a name stands twice in its header")
     header.pop("__metadata__", None)
     return header
 
 
-def _without_repeats(pairs: list[tuple]) -> dict:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name stands twice in its header")
-    return dict(pairs)
-
-
-def _check_names(folder: Path, expected: set, found: set) -> None:
+def _check_names(place: Path, expected: Set[str], found: Set[str]) -> None:
     """Tensor names, after those that may be ignored were taken out of `found`."""
-    for problem, names in (
-        ("lacks", expected - found),
-        ("has the unknown", found - expected),
-    ):
+    for problem, names in (("lacks", expected - found), ("has the unknown", found - expected)):
         if names:
-            some = ", ".join(_shown(n)[1:-1] for n in sorted(names)[:3])
-            some += ", ..." if len(names) > 3 else ""
+            some = sorted(map(str, names))[:3]
             raise ValueError(
-                f"{folder} {problem} {len(names)} tensor(s): {some}; its config and its weights "
-                "do not belong together"
-            )
-
-
-def _check_tensors(folder: Path, model: Llama, files: dict[str, tuple[Path, dict]]) -> None:
-    """The checkpoint's tensors must be the model's, by name, shape and dtype."""
-    expected = {_hf_name(n): list(p.shape) for n, p in model.named_parameters()}
-    ignored = {n for n in files if n.endswith(("rotary_emb.inv_freq", "rope.freqs"))}
-    if model.config.tie_embeddings:
-        ignored.add("lm_head.weight")  # some writers store the tied matrix twice
-    _check_names(folder, expected.keys(), files.keys() - ignored)
-    for name, shape in expected.items():
-        path, entry = files[name]
-        if entry["shape"] != shape:
-            raise ValueError(
-                f"{path}: {name} has shape {tuple(entry['shape'])}, config.json asks for "
-                f"{tuple(shape)}; they do not belong together"
-            )
-        if entry["dtype"] not in ("F64", "F32", "F16", "BF16"):
-            raise ValueError(
-                f"{path}: {name} is stored as {entry['dtype']}, need F32, F16 or BF16; quantised "
-                "weights must be dequantised first"
+                f"{place} {problem} {len(names)} tensor(s), {some!r:.200}; its config and its "
+                "weights do not belong together"
             )
 
 
 def _meta_files(folder: Path) -> list[Path]:
     """consolidated.00.pth and on: one file for each rank of Meta's model parallelism."""
     paths = sorted(folder.glob("consolidated.*.pth"))
-    if not paths or [p.name for p in paths] != [_meta_file(i) for i in range(len(paths))]:
-        raise ValueError(
-            f"{folder}: need {_meta_file(0)} and on, got {[p.name for p in paths]}; fetch the rest"
-        )
+    got = [path.name for path in paths]
+    if not got or got != [f"consolidated.{i:02d}.pth" for i in range(len(got))]:
+        raise ValueError(f"{folder}: need consolidated.00.pth and on, got {got}; fetch the rest")
     return paths
-
-
-def _meta_file(rank: int) -> str:
-    return f"consolidated.{rank:02d}.pth"
 
 
 def _open_meta(path: Path) -> dict[str, Tensor]:
@@ -1028,52 +968,48 @@ def _open_meta(path: Path) -> dict[str, Tensor]:
             f"{path} is truncated, damaged, or a pickle of more than tensors, which is never run "
             f"({type(e).__name__}); fetch it again from where the weights are published"
         ) from None
+    floats = torch.float32, torch.float16, torch.bfloat16
     good = isinstance(tensors, dict) and all(
-        isinstance(k, str)
-        and isinstance(t, Tensor)
-        and t.is_floating_point()
-        and t.element_size() > 1
-        for k, t in tensors.items()
+        isinstance(t, Tensor) and t.dtype in floats for t in tensors.values()
     )
     if not good:
         raise ValueError(f"{path} is no plain dict of tensors in fp32, fp16 or bf16")
     return tensors
 
 
-def _config_from_meta(params: dict, first: dict[str, Tensor], n_files: int) -> ModelConfig:
-    """params.json and the first file's shapes as a config; the window is known for Llama 3 only."""
+def _hf_from_meta(folder: Path, params: dict) -> dict:
+    """params.json as a config.json; widths that it leaves out come from the first file's shapes."""
+    files = _meta_files(folder)
+    first = _open_meta(files[0])
     embedding, output = first.get("tok_embeddings.weight"), first.get("output.weight")
     gate = first.get("layers.0.feed_forward.w1.weight")
     if embedding is None or gate is None:
-        raise ValueError(f"{_meta_file(0)} lacks tok_embeddings or layers.0.feed_forward.w1")
+        raise ValueError(f"{files[0]} lacks tok_embeddings or layers.0.feed_forward.w1")
     # Llama 3.2 ties the two, and may store both. The first row tells for all others, cheaply.
     tied = output is None or (
-        output.shape == embedding.shape
-        and torch.equal(output[0], embedding[0])
-        and torch.equal(output, embedding)
+        torch.equal(output[0], embedding[0]) and torch.equal(output, embedding)
     )
-    rows = (embedding if output is None else output).shape[0] * n_files
-    declared = params.get("vocab_size", -1)  # -1 in Llama 2: as many as the tokenizer has
-    vocab = rows if declared == -1 else declared
-    llama3, scaled = vocab == 128256, bool(params.get("use_scaled_rope", False))
+    vocab = params.get("vocab_size", -1)  # -1 in Llama 2: as many as the tokenizer has
+    if vocab == -1:
+        vocab = (embedding if output is None else output).shape[0] * len(files)
     hf = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": _count(params, "dim", most=2**20),
-        "num_hidden_layers": _count(params, "n_layers"),
-        "num_attention_heads": _count(params, "n_heads"),
+        "hidden_size": params.get("dim"),
+        "num_hidden_layers": params.get("n_layers"),
+        "num_attention_heads": params.get("n_heads"),
         "num_key_value_heads": params.get("n_kv_heads"),
         "head_dim": params.get("head_dim"),
-        "intermediate_size": gate.shape[0] * n_files,
+        "intermediate_size": gate.shape[0] * len(files),
         "vocab_size": vocab,
         "rms_norm_eps": params.get("norm_eps", 1e-5),
         "rope_theta": params.get("rope_theta"),
+        "sliding_window": params.get("sliding_window"),  # Mistral 0.1; refused by from_hf
         "tie_word_embeddings": tied,
         "torch_dtype": str(embedding.dtype).removeprefix("torch."),
     }
-    if params.get("sliding_window") is not None:  # Mistral 0.1; refused by from_hf
-        hf["sliding_window"] = params["sliding_window"]
-    if scaled:  # Llama 3.1 on; 3.2, the tied one, divides by 32
+    if vocab == 128256:  # Llama 3; no other params.json tells the window
+        hf["max_position_embeddings"] = 8192
+    if params.get("use_scaled_rope"):  # Llama 3.1 on; 3.2, the tied one, divides by 32
+        hf["max_position_embeddings"] = 131072
         hf["rope_scaling"] = {
             "rope_type": "llama3",
             "factor": params.get("rope_scaling_factor", 32.0 if tied else 8.0),
@@ -1081,43 +1017,33 @@ def _config_from_meta(params: dict, first: dict[str, Tensor], n_files: int) -> M
             "high_freq_factor": params.get("rope_high_freq_factor", 4.0),
             "original_max_position_embeddings": 8192,
         }
-    config = ModelConfig.from_hf(hf)
-    config.max_position_embeddings = 131072 if scaled else 8192 if llama3 else None
-    return config
+    return {key: value for key, value in hf.items() if value is not None}
 
 
-def _load_meta(folder: Path, config: ModelConfig, device, dtype: torch.dtype, shard) -> Llama:
-    """Join the shards of each tensor in place, a block at a time."""
-    if shard:
-        raise ValueError(
-            f"{folder} is in Meta's format, which torchrun does not spread; make a Hugging Face "
-            "folder of it first: save_checkpoint(load_checkpoint(DIR), OUT, tokenizer_from=DIR)"
-        )
-    paths = _meta_files(folder)
+def _meta_tensors(folder: Path, model: Llama) -> Callable[[str], Tensor]:
+    """Check the shards of Meta's tensors by name and shape; return what reads one and joins it."""
+    paths, half = _meta_files(folder), model.config.head_dim // 2
+    expected = {_meta_name(n): p.shape for n, p in model.named_parameters()}
+    ignored = {"rope.freqs"} | ({"output.weight"} if model.config.tie_embeddings else set())
     shapes = [{name: t.shape for name, t in _open_meta(path).items()} for path in paths]
-    model = _new_model(folder, config, len(shapes[0]))
-    expected = {_meta_name(n) for n, _ in model.named_parameters()}
-    ignored = {"rope.freqs"} | ({"output.weight"} if config.tie_embeddings else set())
     for path, found in zip(paths, shapes, strict=True):
-        _check_names(path, expected, found.keys() - ignored)
-    split = {
-        n: _split_dim(folder, n, p.shape, [s[_meta_name(n)] for s in shapes])
-        for n, p in model.named_parameters()
-    }
-    model.to(dtype).to_empty(device=device)
+        _check_names(path, expected.keys(), found.keys() - ignored)
+    split = {n: _split_dim(folder, n, s, [f[n] for f in shapes]) for n, s in expected.items()}
+
     # Opened anew for each block, so that the pages of the memory-mapped files do not add up.
-    for _, block in groupby(model.named_parameters(), lambda item: item[0].split(".")[:2]):
-        shards = [_open_meta(path) for path in paths]
-        for name, parameter in block:
-            dim, half = split[name], config.head_dim // 2
-            parts = [shard[_meta_name(name)] for shard in shards]
-            targets = [parameter] if dim is None else parameter.chunk(len(parts), dim)
-            for target, part in zip(targets, parts, strict=False):  # a copy in each: one is enough
-                if "q_proj" in name or "k_proj" in name:  # neighbours (2j, 2j + 1) -> halves
-                    target = target.unflatten(0, (-1, 2, half))  # (heads, 2, H/2, D), a view
-                    part = part.unflatten(0, (-1, half, 2)).transpose(1, 2)
-                target.copy_(part)
-    return model
+    @lru_cache(1)
+    def shards(block: str) -> list[dict[str, Tensor]]:
+        return [_open_meta(path) for path in paths]
+
+    def read(name: str) -> Tensor:
+        theirs = _meta_name(name)
+        parts = [shard[theirs] for shard in shards(".".join(name.split(".")[:2]))]
+        whole = parts[0] if split[theirs] is None else torch.cat(parts, split[theirs])
+        if "q_proj" in name or "k_proj" in name:  # neighbours (2j, 2j + 1) -> halves
+            whole = whole.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
+        return whole
+
+    return read
 
 
 def _meta_name(name: str) -> str:
@@ -1131,15 +1057,14 @@ def _split_dim(folder: Path, name: str, whole: tuple, parts: list[tuple]) -> int
 
     By shape, because it differs: Llama 3 cuts the token embedding's rows, Llama 2 its columns.
     """
-    if all(part == whole for part in parts):
-        return None
-    for dim in range(len(whole)):
-        cut = [n // len(parts) if i == dim else n for i, n in enumerate(whole)]
-        if cut[dim] * len(parts) == whole[dim] and all(list(part) == cut for part in parts):
-            return dim
+    for cut in (None, *range(len(whole))):
+        size = tuple(n // len(parts) if i == cut else n for i, n in enumerate(whole))
+        rest = whole[cut] % len(parts) if cut is not None else 0
+        if not rest and all(tuple(part) == size for part in parts):
+            return cut
     raise ValueError(
-        f"{folder}: {_meta_name(name)} is {[tuple(p) for p in parts]} in {len(parts)} files, "
-        f"params.json asks for {tuple(whole)}; a file is missing, or they do not belong together"
+        f"{folder}: {name} is {[tuple(p) for p in parts]} in {len(parts)} files, params.json asks "
+        f"for {tuple(whole)}; a file is missing, or they do not belong together"
     )
 
 

@@ -73,13 +73,13 @@ def rope_frequencies(
     rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
     if rope_type not in ROPE_TYPES:
         known = ", ".join(ROPE_TYPES)
-        raise ValueError(f"rope_type: got {rope_type!r}, need one of {known}, try 'default'")
+        raise ValueError(f"rope_type: got {rope_type!r:.60}, need one of {known}, try 'default'")
     if not isinstance(head_dim, int) or head_dim < 2 or head_dim % 2:
         raise ValueError(f"head_dim: got {head_dim!r}, need an even number above 0, try 64 or 128")
     partial = scaling.get("partial_rotary_factor")
     if partial not in (None, 1.0):
         raise ValueError(
-            f"partial_rotary_factor: got {partial!r}, need 1.0 (whole heads), try another model"
+            f"partial_rotary_factor: got {partial!r:.60}, need 1.0 (whole heads), try another model"
         )
     theta = _number("rope_theta", rope_theta, 1.0, "10000 or 500000", above=True)
 
@@ -129,7 +129,7 @@ def _yarn(inv_freq, scaling, factor, original, head_dim, theta):
 
     def optional(key, default):
         value = scaling.get(key)
-        return _number(key, value, 0.0, str(default), above=True) if value else default
+        return _number(key, value, 1e-30, str(default)) if value else default
 
     def plane(turns):  # fractional index of the plane that makes so many turns
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -161,12 +161,12 @@ def _required(scaling, rope_type, key, least, example, above=False):
 
 
 def _number(name, value, least, example, above=False):
-    """value as a float; above refuses least itself."""
-    number = float(value) if isinstance(value, (int, float)) else math.nan
-    if not math.isfinite(number) or number < least or (above and number == least):
+    """value as a float; above refuses least itself. No power of what passes overflows."""
+    number = isinstance(value, (int, float)) and least <= value <= 1e30
+    if not number or (above and value == least):
         bound = f"above {least:g}" if above else f"of {least:g} or more"
-        raise ValueError(f"{name}: got {value!r}, need a finite number {bound}, try {example}")
-    return number
+        raise ValueError(f"{name}: got {value!r:.60}, need a finite number {bound}, try {example}")
+    return float(value)
 
 
 # ------------------------------------------------------------------------------------------------
