@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -1078,7 +1077,7 @@ def save_checkpoint(
     tokenizer_from: folder (or whatever --ckpt takes) whose tokenizer and generation_config files
         are carried over, with the new window.
     """
-    from huggingface_hub import split_torch_state_dict_into_shards
+    from huggingface_hub import save_torch_state_dict
 
     out_dir = Path(out_dir)
     if out_dir.exists() and not (out_dir / "config.json").is_file() and any(out_dir.iterdir()):
@@ -1087,13 +1086,7 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     state = {_hf_name(n): p.detach() for n, p in model.named_parameters()}
-    split = split_torch_state_dict_into_shards(state, max_shard_size=SHARD_SIZE)
-    for filename, names in split.filename_to_tensors.items():
-        shard = {n: state[n].to("cpu").contiguous() for n in names}
-        save_file(shard, partial / filename, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        _write_json(partial / "model.safetensors.index.json", index)
+    save_torch_state_dict(state, partial, max_shard_size=SHARD_SIZE)
     hf = model.config.to_hf()
     if tokenizer_from is not None:
         special = _carry_tokenizer(Path(tokenizer_from), partial, hf.get("max_position_embeddings"))
@@ -1121,10 +1114,8 @@ def _carry_tokenizer(source: Path, out_dir: Path, window: int | None) -> dict:
     found = {name for name in TOKENIZER_FILES if (source / name).is_file()}
     special = {}
     if "tokenizer.model" in found and "tokenizer.json" not in found:
-        special, sentencepiece = _convert_tokenizer(source, out_dir)
-        # Meta's Llama 3 file goes no further: readers of Hugging Face folders take anything of
-        # that name for a sentencepiece model, and break on it.
-        found -= set() if sentencepiece else {"tokenizer.model"}
+        special = _convert_tokenizer(source, out_dir)
+        found.remove("tokenizer.model")
     for name in (*found, "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, out_dir / name)
@@ -1134,10 +1125,10 @@ def _carry_tokenizer(source: Path, out_dir: Path, window: int | None) -> dict:
     return special
 
 
-def _convert_tokenizer(source: Path, out_dir: Path) -> tuple[dict, bool]:
+def _convert_tokenizer(source: Path, out_dir: Path) -> dict:
     """Write Meta's tokenizer.model as a tokenizer.json that encodes alike; refuse if it does not.
 
-    Returns config.json's ids of begin and end of text, and whether the model is sentencepiece's.
+    Returns config.json's ids of begin and end of text.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
     from tokenizers import pre_tokenizers as cutters
@@ -1153,40 +1144,34 @@ def _convert_tokenizer(source: Path, out_dir: Path) -> tuple[dict, bool]:
         spell = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
         vocab = {"".join(spell[b] for b in token): rank for token, rank in ranks.items()}
         special = llama3_special_tokens(len(ranks))
-        model = models.BPE(vocab=vocab, merges=_merges(vocab), ignore_merges=True)
+        merges = _merges(vocab, sorted(vocab, key=vocab.get))
+        converted = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
         cut = cutters.Split(Regex(LLAMA3_PATTERN), "isolated")
         level = cutters.ByteLevel(add_prefix_space=False, use_regex=False)
-        pre_tokenizer, normalizer = cutters.Sequence([cut, level]), None
-        decoder = decoders.ByteLevel()
+        converted.pre_tokenizer = cutters.Sequence([cut, level])
+        converted.decoder = decoders.ByteLevel()
     else:
         from sentencepiece import SentencePieceProcessor
 
         sp, blank = SentencePieceProcessor(model_file=str(path)), "\u2581"
-        pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
-        vocab = {piece: i for i, piece in enumerate(pieces)}
-        special = {p: i for p, i in vocab.items() if sp.is_control(i) or sp.is_unknown(i)}
-        merged = {p: i for p, i in vocab.items() if sp.get_score(i) or len(p) > 1}
-        merged = {p: i for p, i in merged.items() if p not in special and not sp.is_byte(i)}
-        model = models.BPE(
-            vocab=vocab,
-            merges=_merges(vocab, sorted(merged, key=lambda p: -sp.get_score(vocab[p]))),
-            unk_token=sp.id_to_piece(sp.unk_id()),
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-        pre_tokenizer = None
-        normalizer = [normalizers.Prepend(blank), normalizers.Replace(" ", blank)]
-        normalizer = normalizers.Sequence(normalizer)
+        vocab = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
+        special = [p for p, i in vocab.items() if sp.is_control(i) or sp.is_unknown(i)]
+        merged = [p for p, i in vocab.items() if p not in special and not sp.is_byte(i)]
+        merges = _merges(vocab, sorted(merged, key=lambda p: -sp.get_score(vocab[p])))
+        unknown = sp.id_to_piece(sp.unk_id())
+        bytes_too = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": True}
+        converted = Tokenizer(models.BPE(vocab, merges, **bytes_too))
+        spaces = [normalizers.Prepend(blank), normalizers.Replace(" ", blank)]
+        converted.normalizer = normalizers.Sequence(spaces)
         decoder = [decoders.Replace(blank, " "), decoders.ByteFallback(), decoders.Fuse()]
-        decoder = decoders.Sequence([*decoder, decoders.Strip(" ", 1, 0)])
-    converted = Tokenizer(model)
-    converted.normalizer, converted.pre_tokenizer = normalizer, pre_tokenizer
-    converted.decoder = decoder
+        converted.decoder = decoders.Sequence([*decoder, decoders.Strip(" ", 1, 0)])
+        # Llama 3's file of that name is left behind: readers of Hugging Face folders take it for a
+        # sentencepiece model, and break on it.
+        shutil.copyfile(path, out_dir / path.name)
     converted.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     bos, eos = (converted.id_to_token(i) for i in (original.bos_id, original.eos_id))
-    converted.post_processor = TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, original.bos_id)]
-    )
+    begin = [(bos, original.bos_id)]
+    converted.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=begin)
     probe = ["It's 12,345.67\n\n  \tdef f(x):  # \u00e9\u4e16\u754c \U0001f600 don't  ", " a", ""]
     for text, want in zip(probe, original.encode_batch(probe), strict=True):
         if converted.encode(text, add_special_tokens=False).ids != list(want):
@@ -1195,16 +1180,16 @@ def _convert_tokenizer(source: Path, out_dir: Path) -> tuple[dict, bool]:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
     settings |= {"clean_up_tokenization_spaces": False, "model_max_length": 10**30}
     _write_json(out_dir / "tokenizer_config.json", settings)
-    return {"bos_token_id": original.bos_id, "eos_token_id": original.eos_id}, not ranks
+    return {"bos_token_id": original.bos_id, "eos_token_id": original.eos_id}
 
 
-def _merges(vocab: dict[str, int], order: list[str] | None = None) -> list[tuple[str, str]]:
+def _merges(vocab: dict[str, int], order: list[str]) -> list[tuple[str, str]]:
     """Every pair of tokens that make a third, in the order in which BPE prefers the result.
 
-    Ranked vocabularies keep no pairs: any two neighbours merge whose union is a token.
+    Neither kind of file keeps the pairs: any two neighbours merge whose union is a token.
     """
     merges = []
-    for token in order or sorted(vocab, key=vocab.get):
+    for token in order:
         pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
         pairs = [(a, b) for a, b in pairs if a in vocab and b in vocab]
         merges += sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
