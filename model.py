@@ -489,7 +489,9 @@ class Llama(nn.Module):
         out = torch.cat([input_ids, input_ids.new_zeros(batch, max_new_tokens)], dim=1)
         caches = [self.new_cache(batch, length + max_new_tokens)]
         if pcd is not None:
-            pcd = pcd_settings(pcd)
+            if not pcd.keys() <= PCD.keys():
+                raise ValueError(f"pcd: got {', '.join(pcd)}, need some of {', '.join(PCD)}")
+            pcd = PCD | pcd
             caches.append(self.new_cache(batch, length + max_new_tokens))
             local = local_frequencies(self.inv_freq, pcd["alpha"], pcd["base_ratio"])
             caches[1].inv_freq = local.to(input_ids.device)
@@ -513,18 +515,6 @@ class Llama(nn.Module):
 # ------------------------------------------------------------ positional contrastive decoding (PCD)
 
 PCD = {"alpha": 0.2, "beta": 2.5, "base_ratio": 1e-4, "gamma": 30}  # the paper's best
-
-
-def pcd_settings(pcd: dict) -> dict:
-    """PCD with the entries of `pcd` in place of its own. Raises ValueError for what cannot be."""
-    unknown = sorted(pcd.keys() - PCD.keys())
-    if unknown:
-        raise ValueError(f"pcd: {unknown[0]!r} is no setting, need some of {', '.join(PCD)}")
-    pcd = PCD | pcd
-    for key, low in (("alpha", 0), ("beta", 0), ("base_ratio", 1e-30), ("gamma", 1)):
-        if not low <= pcd[key] < math.inf:
-            raise ValueError(f"pcd: {key} is {pcd[key]}, need {low} or more, try {PCD[key]}")
-    return pcd
 
 
 def local_frequencies(inv_freq: Tensor, alpha: float, base_ratio: float) -> Tensor:
@@ -685,15 +675,9 @@ HUB_NAMES = {
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
 }
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+    "tokenizer.json tokenizer_config.json special_tokens_map.json tokenizer.model vocab.json "
+    "merges.txt added_tokens.json chat_template.jinja"
+).split()
 SHARD_SIZE = "5GB"
 # Bytes of JSON read at most: the largest real header is below 1 MB, and a parse takes many times
 # the text, so that a forged one could take all memory.
@@ -721,17 +705,15 @@ def resolve_checkpoint(path_or_name: str | os.PathLike) -> Path:
     """
     text = str(path_or_name)
     folder = Path(text).expanduser()
-    if folder.is_dir():
-        for candidate in (folder, folder / "hf"):
-            if (candidate / "config.json").is_file() or (candidate / "params.json").is_file():
-                return candidate
+    for candidate in (folder, folder / "hf"):
+        if (candidate / "config.json").is_file() or (candidate / "params.json").is_file():
+            return candidate
+    if folder.exists():
         raise ValueError(
             f"{folder} holds no config.json (nor does {folder / 'hf'}): need a Hugging Face folder "
             "with config.json, model.safetensors and tokenizer.json, or Meta's with params.json, "
             "consolidated.00.pth and tokenizer.model"
         )
-    if folder.exists():
-        raise ValueError(f"{folder} is a file, need the folder of a checkpoint around it")
     repo = HUB_NAMES.get(text.lower(), text)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.startswith((".", "/")):
         raise ValueError(
@@ -759,11 +741,8 @@ def _download(name: str, repo: str) -> Path:
     except RepositoryNotFoundError:
         reason = f"the hub has no such repository, or it is private and {login}"
     except Exception as e:  # a dozen network errors from three libraries
-        answers = [getattr(error, "response", None) for error in (e, e.__cause__)]
-        status = next((answer.status_code for answer in answers if answer is not None), None)
-        reason = f"the hub could not be reached ({type(e).__name__}) and no local copy is cached"
-        if status is not None:
-            reason = login if status in (401, 403) else f"the hub answered with HTTP {status}"
+        said = " ".join(str(e.__cause__ or e).split())
+        reason = f"nothing is cached, the hub refused or is out of reach ({said:.100}), and {login}"
     raise ValueError(
         f"cannot get {name!r} from the hub as {repo}: {reason}. Either run `hf auth login` and `hf "
         f"download {repo} --exclude 'original/*'` where there is a network, or pass the folder: "
