@@ -202,22 +202,21 @@ def test_ids_may_be_one_row_for_all_and_int32(path):
         assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
+LAYOUTS = {
+    "part of a fused qkv": lambda x: torch.cat((x, x * torch.nan), dim=2)[:, :, : x.shape[2]],
+    "heads before tokens": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "last stride 2": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+}
+
+
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("layout", ["fused qkv", "heads before tokens", "last stride 2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_strided_views_rotate_as_contiguous_tensors_do(path, layout):
     q, k, ids, inv_freq = random_qk((2, 5, 6, 2, 64))
-    if layout == "fused qkv":
-        fused = torch.cat((q, k, torch.full_like(k, torch.nan)), dim=2).detach()  # v: never read
-        views = fused[:, :, :6], fused[:, :, 6:8]
-    elif layout == "heads before tokens":
-        views = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
-    else:
-        views = [x.detach().repeat_interleave(2, dim=-1)[..., ::2] for x in (q, k)]
+    views = [LAYOUTS[layout](x.detach()) for x in (q, k)]
     assert not any(view.is_contiguous() for view in views)
-    for out, expected in zip(
-        rotate(path, *views, ids, inv_freq), rotate(path, q, k, ids, inv_freq), strict=True
-    ):
-        assert torch.equal(out, expected)
+    got, want = rotate(path, *views, ids, inv_freq), rotate(path, q, k, ids, inv_freq)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -275,33 +274,22 @@ def test_gradient_of_the_gradient_is_the_rotation_itself():
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_compiles_as_one_graph_forward_and_backward(path):
+def test_composes_with_compile_as_one_graph_and_with_checkpointing(path):
     q, k, ids, inv_freq = random_qk((2, 5, 6, 2, 64))
     # On a CPU inductor adds a C++ compiler and half a minute; graph and gradient are the same.
     backend = "inductor" if DEVICE == "cuda" else "aot_eager"
 
     def score(q, k):
-        q, k = rotate(path, 2 * q, 2 * k, ids, inv_freq, 1.1)
+        q, k = rotate(path, q.sin(), k.sin(), ids, inv_freq, 1.1)
         return (q[:, :, :2] * k).square().sum() + q.square().sum()
 
-    compiled = torch.compile(score, fullgraph=True, backend=backend)
     expected = torch.autograd.grad(score(q, k), (q, k))
-    grads = torch.autograd.grad(compiled(q, k), (q, k))
-    torch.testing.assert_close(grads, expected, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_checkpointing_changes_no_bit(path):
-    q, k, ids, inv_freq = random_qk((2, 5, 6, 2, 64))
-
-    def score(q, k):
-        q, k = rotate(path, q.sin(), k.sin(), ids, inv_freq)
-        return q.square().sum() + (q[:, :, :2] * k).sum()
-
-    kept = torch.autograd.grad(score(q, k), (q, k))
     again = torch.utils.checkpoint.checkpoint(score, q, k, use_reentrant=False)
     again = torch.autograd.grad(again, (q, k))
-    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+    compiled = torch.compile(score, fullgraph=True, backend=backend)
+    grads = torch.autograd.grad(compiled(q, k), (q, k))
+    torch.testing.assert_close(grads, expected, rtol=1e-5, atol=1e-4)
 
 
 POSITION = st.integers(0, 2**20)
@@ -361,7 +349,6 @@ def test_batch_rows_are_independent(batch, n_tokens, heads, path, half, seed):
 )
 @pytest.mark.parametrize("head_dim, theta", [(64, 1e4), (128, 5e5), (80, 2e7)])
 def test_scalings_match_transformers(scaling, head_dim, theta):
-    transformers = pytest.importorskip("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     config = transformers.LlamaConfig(
@@ -560,51 +547,23 @@ def test_logits_and_every_hidden_state_equal_transformers(tmp_path, tie, skipped
     assert last is hidden[3]
 
 
-@pytest.mark.parametrize(
-    "extension",
-    [
-        {"rope_theta": 9000.0},
-        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-        {"rope_scaling": {"rope_type": "ntk", "factor": 4.0}},
-    ],
-)
-def test_transformers_opens_what_we_save_after_an_extension(tmp_path, extension):
-    save_checkpoint(tiny_llama(), tmp_path / "original")
-    model = load_checkpoint(tmp_path / "original", **extension)
-    theirs = hf_model(save_checkpoint(model, tmp_path / "extended"))
-    ours, ids = load_checkpoint(tmp_path / "extended"), tokens(length=201)
-    with torch.no_grad():
-        want = theirs(ids).logits
-        plain = load_checkpoint(tmp_path / "original")
-        assert rel(model.logits(model(ids)[0]), want) < 1e-4
-        assert rel(ours.logits(ours(ids)[0]), want) < 1e-4
-        assert rel(plain.logits(plain(ids)[0]), want) > 1e-2  # the extension did something
-
-
-def test_we_open_what_transformers_saves_sharded_or_not(tmp_path):
+def test_shards_are_read_as_transformers_writes_them_and_written_as_it_reads_them(
+    tmp_path, monkeypatch
+):
     config = transformers.LlamaConfig(**tiny_config().to_hf(), initializer_range=0.2)
     theirs = transformers.LlamaForCausalLM(config).eval()
-    theirs.save_pretrained(tmp_path / "one")
-    theirs.save_pretrained(tmp_path / "many", max_shard_size="60KB")
-    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
-    ids = tokens()
-    for folder in ("one", "many"):
-        ours = load_checkpoint(tmp_path / folder)
-        with torch.no_grad():
-            assert rel(ours.logits(ours(ids)[0]), theirs(ids).logits) < 1e-4
-    assert load_config(tmp_path / "one").rope_theta == 500.0
-
-
-def test_a_sharded_save_loads_again(tmp_path, monkeypatch):
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 2
+    model, ids = load_checkpoint(tmp_path / "theirs"), tokens()
     monkeypatch.setattr(model_module, "SHARD_SIZE", 60_000)
-    model = tiny_llama()
-    save_checkpoint(model, tmp_path / "hf")
-    assert (tmp_path / "hf" / "model.safetensors.index.json").is_file()
-    again = load_checkpoint(tmp_path / "hf")
+    save_checkpoint(model, tmp_path / "ours")
+    assert (tmp_path / "ours" / "model.safetensors.index.json").is_file()
+    again = load_checkpoint(tmp_path / "ours")
     for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
-    assert rel(hf_model(tmp_path / "hf")(tokens()).logits, model.logits(model(tokens())[0])) < 1e-4
+    with torch.no_grad():
+        assert rel(model.logits(model(ids)[0]), theirs(ids).logits) < 1e-4
+        assert rel(hf_model(tmp_path / "ours")(ids).logits, theirs(ids).logits) < 1e-4
 
 
 def test_rotary_frequencies_survive_casts_of_the_module():
@@ -659,15 +618,7 @@ def test_cached_generation_equals_uncached_and_transformers(tmp_path):
     assert torch.equal(got, theirs.generate(ids, max_new_tokens=20, do_sample=False))
 
 
-def test_a_prompt_may_be_read_in_pieces():
-    model, ids = tiny_llama(), tokens()
-    cache = model.new_cache(2, 33)
-    with torch.no_grad():
-        pieces = [model(part, cache=cache)[0] for part in ids.split([10, 1, 22], dim=1)]
-        assert rel(torch.cat(pieces, 1), model(ids)[0]) < 1e-5
-
-
-@pytest.mark.parametrize("chunk_len", [1, 5, 32, 33, 64])
+@pytest.mark.parametrize("chunk_len", [1, 5, 32])
 def test_a_prompt_read_in_chunks_continues_token_for_token(chunk_len):
     model, ids = tiny_llama(), tokens()
     assert torch.equal(model.generate(ids, 12, chunk_len=chunk_len), model.generate(ids, 12))
@@ -718,14 +669,6 @@ def test_pcd_equals_two_separate_models_without_a_cache(changes):
     assert not torch.equal(near.generate(ids, 24), want)
 
 
-def test_pcd_without_contrast_is_greedy_and_top_1_forbids_every_change():
-    model, ids = tiny_llama(), tokens(length=17)
-    greedy = model.generate(ids, 16)
-    assert torch.equal(model.generate(ids, 16, pcd={"beta": 0.0}), greedy)
-    assert torch.equal(model.generate(ids, 16, pcd={"gamma": 1}), greedy)
-    assert torch.equal(model.generate(ids, 16, pcd={"alpha": 0.0}), greedy)  # T = 1: L* = L
-
-
 def test_pcds_slowest_plane_turns_1918_times_faster_in_llama_3():
     own = rope_frequencies(128, 5e5)[0]
     ratio = model_module.local_frequencies(own, 0.2, 1e-4) / own
@@ -770,6 +713,7 @@ def edit_weights(folder, change):
     [
         (lambda t: t.pop("model.norm.weight"), "lacks 1 tensor.*model.norm.weight"),
         (lambda t: t.update(extra=torch.ones(2)), "unknown 1 tensor.*extra"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(48).char()}), "norm.weight is I8"),
         (lambda t: t.update({"lm_head.weight": torch.ones(3, 48)}), r"lm_head.* F32 \[3, 48\]"),
     ],
 )
@@ -789,16 +733,6 @@ def test_what_old_writers_leave_in_the_file_is_ignored(tmp_path):
 
     edit_weights(folder, change)
     assert load_checkpoint(folder).config.tie_embeddings
-
-
-@pytest.mark.parametrize("damage", ["truncated", "header", "empty"])
-def test_damaged_weights_are_named(tmp_path, damage):
-    path = save_checkpoint(tiny_llama(), tmp_path / "hf") / "model.safetensors"
-    raw = path.read_bytes()
-    kept = {"truncated": raw[: len(raw) // 2], "header": b"\xff" * 8 + raw[8:], "empty": b""}
-    path.write_bytes(kept[damage])
-    with pytest.raises(ValueError, match="model.safetensors is missing, truncated or damaged"):
-        load_checkpoint(path.parent)
 
 
 def test_two_scalings_on_top_of_each_other_are_refused(tmp_path):
@@ -860,6 +794,7 @@ EXTENSIONS = {
     "theta": {"rope_theta": 9000.0},
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "ntk": {"rope_scaling": {"type": "ntk", "factor": 4.0}},
 }
 
 
@@ -888,9 +823,11 @@ def test_families_equal_transformers_both_ways_after_each_extension(tmp_path, fa
         ours = load_checkpoint(tmp_path / "hf", **extension)
         ours.config.max_position_embeddings = 256
         again = hf_model(save_checkpoint(ours, tmp_path / name))
+        reread = load_checkpoint(tmp_path / name)
         with torch.no_grad():
             got, before = ours.logits(ours(ids)[0]), theirs(ids).logits
             assert rel(got, again(ids).logits) < 1e-4, name
+            assert rel(reread.logits(reread(ids)[0]), got) < 1e-5, name
             assert (rel(got, before) < 1e-4) == (name == "none"), name
         assert type(again) is type(theirs) and again.config.max_position_embeddings == 256
         assert again.config.tie_word_embeddings == theirs.config.tie_word_embeddings
@@ -1060,17 +997,11 @@ class Hub(BaseHTTPRequestHandler):
         repo = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
         status, error = {
             "meta-llama/Meta-Llama-3-8B": (401, "GatedRepo"),
-            "some/gated": (403, "GatedRepo"),
-            "some/private": (401, "RepoNotFound"),
-            "some/forbidden": (403, ""),
             "some/broken": (500, ""),
             "some/model": (200, ""),
         }.get(repo, (404, "RepoNotFound"))
-        sha, body, names = (
-            "a" * 40,
-            b"",
-            sorted(p.relative_to(self.files) for p in self.files.rglob("*")),
-        )
+        sha, body = "a" * 40, b""
+        names = sorted(p.relative_to(self.files) for p in self.files.rglob("*"))
         if status == 200 and "tree" in parts:
             body = [dict(type="file", path=str(n), oid="b" * 40, size=1) for n in names]
         elif status == 200 and parts[0] == "api":
@@ -1102,9 +1033,6 @@ def test_the_hub_is_asked_for_what_is_needed_and_refusals_are_explained(tmp_path
     said = {
         "some/model": "loaded",
         "llama3-8b": "licence must be accepted at .*Meta-Llama-3-8B, and you are not logged in",
-        "some/gated": "licence must be accepted",
-        "some/private": "no such repository, or it is private",
-        "some/forbidden": "you are not logged in",
         "some/broken": "out of reach .*500.* you are not logged in",
         "no/body": "no such repository",
     }
@@ -1186,26 +1114,28 @@ NUMBERS = {
     "rope_scaling": ({"rope_type": "spiral"}, "rope_type: got 'spiral'"),
     "model_type": ([], "model_type is \\[\\]"),
     "intermediate_size": (True, "intermediate_size is True"),
+    "quantization_config": ({"bits": 4}, "quantization_config is .* does not compute"),
+    "sliding_window": (64, "sliding_window is 64"),
 }
 
 
 def hostile(root):
     """{name: (folder, what is said of it)}"""
     good = save_checkpoint(tiny_llama(), root / "good")
+    whole = (good / "model.safetensors").read_bytes()
+    weights = WEIGHTS | {"truncated": whole[: len(whole) // 2]}
+    config = json.loads((good / "config.json").read_text())
+    sys.set_int_max_str_digits(5000)
+    numbers = {k: (json.dumps(config | {k: v}), said) for k, (v, said) in NUMBERS.items()}
+    texts = {"deep": "[" * 10**6, "large": " " * 2**23 + "{}", "list": "[]"}
+    texts = {k: (text, "config.json .*(damaged|holds a list)") for k, text in texts.items()}
     cases = {}
-    for name, raw in WEIGHTS.items():
-        folder = shutil.copytree(good, root / name)
-        (folder / "model.safetensors").write_bytes(raw)
-        cases[name] = folder, "model.safetensors is missing, truncated or damaged"
-    for key, (value, said) in NUMBERS.items():
-        folder = shutil.copytree(good, root / key)
-        content = json.loads((good / "config.json").read_text()) | {key: value}
-        sys.set_int_max_str_digits(5000)
-        (folder / "config.json").write_text(json.dumps(content))
-        cases[key] = folder, said
-    for name, text in {"deep": "[" * 10**6, "large": " " * 2**23 + "{}", "list": "[]"}.items():
-        (shutil.copytree(good, root / name) / "config.json").write_text(text)
-        cases[name] = root / name, "config.json .*(damaged|holds a list)"
+    for name, raw in weights.items():
+        cases[name] = shutil.copytree(good, root / name), "safetensors is missing, truncated or dam"
+        (root / name / "model.safetensors").write_bytes(raw)
+    for name, (text, said) in (numbers | texts).items():
+        cases[name] = shutil.copytree(good, root / name), said
+        (root / name / "config.json").write_text(text)
     for name in ("config.json", "model.safetensors"):
         folder = shutil.copytree(good, root / f"{name} loop")
         (folder / name).unlink()
