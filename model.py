@@ -620,17 +620,20 @@ def merge_weights(model: Llama, original: Llama, share: float) -> Llama:
     return model
 
 
+KL_NUMBERS = 2**26  # of an attention map that exist at a time
+
+
 @torch.no_grad()
 def attention_kl(a: Llama, b: Llama, input_ids: Tensor) -> Tensor:
     """How far the attention of b has drifted from a's, head by head (LongReD section 3, eq. 6).
 
     input_ids: (B, T) int64, read by both under ordinary positions.
     Returns (n_layers, n_heads) fp32: KL(attention of a || attention of b), mean over positions.
-    The two run in lockstep and the (T, T) maps exist only as chunks of rows of at most 2^26
+    The two run in lockstep and the (T, T) maps exist only as chunks of rows of KL_NUMBERS
     numbers, so an 8B model reads 8,192 tokens in about 1.5 GiB beyond the weights.
     """
     batch, length = input_ids.shape
-    rows = max(1, 2**26 // (batch * a.config.n_heads * length))
+    rows = max(1, KL_NUMBERS // (batch * a.config.n_heads * length))
     positions = torch.arange(length, device=input_ids.device)
     hidden = [m.embed_tokens(input_ids) for m in (a, b)]
     ropes = [(positions, m.inv_freq.to(input_ids.device), m.attention_factor) for m in (a, b)]
