@@ -277,6 +277,8 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
 
 
 class MLP(nn.Module):
+    recomputing = False  # set by memory.use while a block runs again only for what it saves
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
@@ -284,8 +286,6 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
         # Set by memory.use. rows: tokens in a tile of _TiledMLP, 0: all at once by plain autograd.
         self.rows, self.keep = 0, False
-
-    recomputing = False  # set by memory.use while a block runs again only for what it saves
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rows:
@@ -1038,10 +1038,11 @@ def _split_dim(folder: Path, name: str, whole: tuple, parts: list[tuple]) -> int
 
     By shape, because it differs: Llama 3 cuts the token embedding's rows, Llama 2 its columns.
     """
-    for cut in (None, *range(len(whole))):
-        size = tuple(n // len(parts) if i == cut else n for i, n in enumerate(whole))
-        rest = whole[cut] % len(parts) if cut is not None else 0
-        if not rest and all(tuple(part) == size for part in parts):
+    if all(part == whole for part in parts):
+        return None
+    for cut, n in enumerate(whole):
+        size = (*whole[:cut], n // len(parts), *whole[cut + 1 :])
+        if n % len(parts) == 0 and all(part == size for part in parts):
             return cut
     raise ValueError(
         f"{folder}: {name} is {[tuple(p) for p in parts]} in {len(parts)} files, params.json asks "

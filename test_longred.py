@@ -518,10 +518,10 @@ def tokens(batch=2, length=33, vocab=96, seed=1):
     return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def hf_model(folder, **more):
+def hf_model(folder):
     """The folder as transformers reads it, in fp32."""
     return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", **more
+        folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
 
 
