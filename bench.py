@@ -10,6 +10,7 @@ Every run prints a table and writes it to results/ as JSON, with device, version
 """
 
 import argparse
+import contextlib
 import functools
 import gc
 import json
@@ -28,6 +29,7 @@ import weakref
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -36,10 +38,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
+import longred
 import memory
 import model as model_module
-from longred import cosine_distance
-from model import Llama, ModelConfig, next_token_loss
+from longred import long_text_loss, short_text_distillation
+from model import Llama, ModelConfig
 from rope_kernels import apply_rope, rope_backend, rope_frequencies
 
 # ------------------------------------------------------------------------------------------------
@@ -345,22 +348,17 @@ class Trainer:
         }
 
     def unit(self, unit):
-        """Forward and backward of one unit, as longred.train does it."""
-        ids = self.ids[unit.name]
-        if not unit.taps:
-            hidden, _ = self.student(ids[:, :-1])
-            nll, count = next_token_loss(hidden, self.student.lm_head_weight, ids[:, 1:])
-            del hidden
-            (nll / count).backward()
-            return
-        n = self.config.n_layers
-        taps = tuple(range(n - unit.taps + 1, n + 1))
-        with torch.no_grad():
-            _, target = self.teacher(ids[:, :-1], taps=taps)
-        _, hidden = self.student(ids[:, :-1], taps=taps)
-        loss = sum(memory.in_chunks(cosine_distance, hidden[i], target[i]) for i in taps)
-        del hidden, target
-        loss.backward()
+        """Forward and backward of one unit."""
+        loss(self.student, self.teacher, self.ids[unit.name], unit).backward()
+
+
+def loss(student, teacher, ids, unit):
+    """What longred.train computes for one unit; a tapped one compares the last hidden states."""
+    if not unit.taps:
+        return long_text_loss(student, ids)
+    n = student.config.n_layers
+    layers = list(range(n - unit.taps + 1, n + 1))
+    return short_text_distillation(student, teacher, ids[:, :-1], layers)
 
 
 def random_llama(config, device, seed):
@@ -666,51 +664,40 @@ def traced_peak(config, unit, policy):
     The code that trains runs here at full size in seconds, without memory or GPU. Rotary, RMSNorm
     and fp32 products have stand-ins that allocate what the GPU kernels do; CPU paths take more.
     """
-    stand_ins = {
-        (model_module, "apply_rope"): lambda q, k, *_: _FakeKernel.apply((), q, k),
-        (F, "rms_norm"): lambda x, *_: _FakeKernel.apply((x, x.new_empty(*x.shape[:-1], 2)), x),
-        (model_module, "fp32_product"): lambda a, b: torch.empty(a.shape[0], b.shape[1]),
-        (memory, "host_buffer"): lambda n, pin: torch.empty(n, dtype=torch.uint8),
-    }
-    real = {key: getattr(*key) for key in stand_ins}
-    for (module, name), stand_in in stand_ins.items():
-        setattr(module, name, stand_in)
-    torch.set_default_dtype(torch.bfloat16)  # fake parameters cannot be cast in place
-    try:
-        with FakeTensorMode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # Offload compares addresses, here all 0
-            student = Llama(config)
-            torch.set_default_dtype(torch.float32)
-            x_bytes = 2 * unit.tokens * config.d_model
-            offload = memory.Offload(config.n_layers, x_bytes, torch.device("cpu"))
-            memory.use(student, policy, offload)
-            ids = torch.zeros(unit.batch, unit.seq_len + 1, dtype=torch.int64)
-            known = [offload.host, *student.parameters()]
-            for p in student.parameters():
-                p.grad_dtype = torch.float32
-                p.grad = torch.zeros(p.shape)
-                known.append(p.grad)
-            taps = tuple(range(config.n_layers - unit.taps + 1, config.n_layers + 1))
-            with CountBytes(known) as count:
-                if unit.taps:
-                    shape = (unit.batch, unit.seq_len, config.d_model)
-                    target = {i: torch.zeros(shape, dtype=torch.bfloat16) for i in taps}
-                    _, hidden = student(ids[:, :-1], taps=taps)
-                    compare = functools.partial(memory.in_chunks, cosine_distance)
-                    loss = sum(compare(hidden[i], target[i]) for i in taps)
-                    del target
-                else:
-                    hidden, _ = student(ids[:, :-1])
-                    rows = memory.CE_ROWS
-                    nll, n = next_token_loss(hidden, student.lm_head_weight, ids[:, 1:], rows)
-                    loss = nll / n
-                del hidden
-                loss.backward()
-        return count.peak
-    finally:
+    next_token_loss = functools.partial(model_module.next_token_loss, chunk_rows=memory.CE_ROWS)
+    stand_ins = [
+        (model_module, "apply_rope", lambda q, k, *_: _FakeKernel.apply((), q, k)),
+        (F, "rms_norm", lambda x, *_: _FakeKernel.apply((x, x.new_empty(*x.shape[:-1], 2)), x)),
+        (model_module, "fp32_product", lambda a, b: torch.empty(a.shape[0], b.shape[1])),
+        (memory, "host_buffer", lambda n, pin: torch.empty(n, dtype=torch.uint8)),
+        (longred, "next_token_loss", next_token_loss),  # in a GPU's chunks
+    ]
+    with contextlib.ExitStack() as stack:
+        for stand_in in stand_ins:
+            stack.enter_context(mock.patch.object(*stand_in))
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", UserWarning)  # Offload compares addresses, here all 0
+        stack.callback(torch.set_default_dtype, torch.float32)
+        torch.set_default_dtype(torch.bfloat16)  # fake parameters cannot be cast in place
+        student = Llama(config)
         torch.set_default_dtype(torch.float32)
-        for (module, name), function in real.items():
-            setattr(module, name, function)
+        hidden = torch.Size((unit.batch, unit.seq_len, config.d_model))
+        offload = memory.Offload(config.n_layers, 2 * hidden.numel(), torch.device("cpu"))
+        memory.use(student, policy, offload)
+        known = [offload.host, *student.parameters()]
+        for p in student.parameters():
+            p.grad_dtype = torch.float32
+            p.grad = torch.zeros(p.shape)
+            known.append(p.grad)
+        ids = torch.zeros(unit.batch, unit.seq_len + 1, dtype=torch.int64)
+
+        def teacher(_ids, _positions, taps):
+            return None, {i: torch.zeros(hidden, dtype=torch.bfloat16) for i in taps}
+
+        with CountBytes(known) as count:
+            loss(student, teacher, ids, unit).backward()
+    return count.peak
 
 
 def add_commands(commands):
