@@ -586,7 +586,8 @@ def activation_memory(config: ModelConfig, unit: Unit, policy: Policy) -> dict[s
     in_mlp = tiles * 2 * min(policy.mlp_rows, m) * f + 4 * 4 * f * d + 2 * x
     in_attention = 2 * m * (4 * q + 2 * kv) - x
     backward = max(in_mlp, in_attention) + (0 if policy.unchecked else block)
-    in_block = backward + unit.taps * x  # gradients of the hidden states compared
+    # Gradients of the hidden states compared; the last one's is used up before any block's.
+    in_block = backward + max(0, unit.taps - 1) * x
     if unit.taps:  # the teacher's hidden states, and ours unless they are inputs counted below
         compared = (2 if policy.offload else 1) * unit.taps * x
         at_loss = 2 * x + compared + 40 * min(8192, m) * d + x  # ten fp32 copies of a chunk
