@@ -13,24 +13,29 @@ import argparse
 import contextlib
 import functools
 import gc
+import itertools
 import json
+import multiprocessing
 import os
 import platform
 import re
+import resource
 import shlex
 import statistics
-import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 import warnings
 import weakref
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from unittest import mock
 
+import tiktoken
+import tokenizers
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -731,116 +736,101 @@ def add_commands(commands):
 # data
 # ------------------------------------------------------------------------------------------------
 
-# Runs alone in a process, so that its peak memory and its processor time are its own.
-_TOKENISE = """
-import json, os, resource, sys, time
-import data
-mode, folder, cache, *specs = sys.argv[1:]
-tokenizer = data.load_tokenizer(folder)
-tokenizer.encode(["warm up"] * 8)
-texts, n_tokens, wall, cpu = [], 0, 0.0, 0.0
-def timed(work):
-    global wall, cpu
-    t, c = time.perf_counter(), time.process_time()
-    result = work()
-    wall, cpu = wall + time.perf_counter() - t, cpu + time.process_time() - c
-    return result
-def encode():
-    global n_tokens
-    n_tokens += sum(map(len, timed(lambda: library(texts))))
-if mode == "ours":
-    corpus = timed(lambda: data.tokenize(specs, tokenizer, cache, "ours", log=lambda line: None))
-    n_tokens = len(corpus.tokens) - corpus.n_docs * (tokenizer.add_bos + tokenizer.add_eos)
-else:
-    if not os.path.exists(folder + "/tokenizer.json"):
-        import tiktoken
-        ranks = data.read_ranks(data.Path(folder) / "tokenizer.model")
-        coder = tiktoken.Encoding("", pat_str=data.LLAMA3_PATTERN, mergeable_ranks=ranks,
-                                  special_tokens={})
-        library = lambda texts: coder.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+
+def tokenise(mode: str, folder: Path, cache: str, specs: list[str]) -> dict:
+    """Seconds, processor seconds, tokens and peak memory of data.tokenize or of a library's call.
+
+    mode: "ours", or one of library_calls. To be run alone in a process, whose peak memory it takes.
+    """
+    tokenizer = data.load_tokenizer(folder)
+    tokenizer.encode(["warm up"] * 8)
+    n_tokens, wall, cpu = 0, 0.0, 0.0
+
+    def measured(work, *args, **kwargs):
+        nonlocal wall, cpu
+        before = time.perf_counter(), time.process_time()
+        result = work(*args, **kwargs)
+        wall, cpu = wall + time.perf_counter() - before[0], cpu + time.process_time() - before[1]
+        return result
+
+    if mode == "ours":
+        log = dict(log=lambda line: None)
+        corpus = measured(data.tokenize, specs, tokenizer, cache, "ours", **log)
+        n_tokens = len(corpus.tokens) - corpus.n_docs * (tokenizer.add_bos + tokenizer.add_eos)
     else:
-        from tokenizers import Tokenizer
-        raw = Tokenizer.from_file(folder + "/tokenizer.json")
+        library = library_calls(folder)[mode]
+        texts = library_texts(specs)
+        while some := list(itertools.islice(texts, 1000)):
+            n_tokens += sum(map(len, measured(library, some)))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"wall": wall, "cpu": cpu, "tokens": n_tokens, "peak_mb": peak}
+
+
+def library_calls(folder: Path) -> dict:
+    """name -> the batch call of the library behind a folder's tokenizer, special tokens aside."""
+    if (folder / "tokenizer.json").exists():
+        raw = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         raw.encode_special_tokens = True
-        call = getattr(raw, mode, raw.encode_batch)
-        library = lambda texts: call(texts, add_special_tokens=False)
+        calls = {"encode_batch": raw.encode_batch, "encode_batch_fast": raw.encode_batch_fast}
+        return {k: functools.partial(f, add_special_tokens=False) for k, f in calls.items()}
+    ranks = data.read_ranks(folder / "tokenizer.model")
+    coder = tiktoken.Encoding(
+        "", pat_str=data.LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
+    encode = coder.encode_ordinary_batch
+    return {"encode_ordinary_batch": functools.partial(encode, num_threads=os.cpu_count())}
+
+
+def library_texts(specs: list[str]):
+    """Every document whole."""
     for file in data.find_files(specs, {}):
         with data._open(file) as (stream, _):
-            for document in data._documents(file, stream, False):
-                texts.append("".join(document))
-                if len(texts) == 1000:
-                    encode()
-                    texts.clear()
-    encode()
-print(json.dumps({"wall": wall, "cpu": cpu, "tokens": n_tokens,
-                  "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
-"""
+            yield from map("".join, data._documents(file, stream, False))
 
 
-def bench_data(args: argparse.Namespace) -> dict:
-    """Print and return MB/s of data.tokenize and of the tokenizer library over the same text.
+def bench_data(args):
+    """MB/s of data.tokenize and of the tokenizer library over the same text.
 
-    args.data: specs (default: the standard library's sources). args.ckpt: a folder with a tokenizer
-    (default: a byte-level BPE of 32,000 tokens trained on them). args.rounds: runs of each, in
-    turn, the best of each counted. The library gets whole documents, 1,000 at once, read before;
-    ours reads, checks, cuts, tokenises and writes. Processor time is given too: on a busy machine
-    it is the fairer comparison.
+    args.rounds: runs of each, in turn, the best of each counted. The library gets whole documents,
+    1,000 at once, read before; ours reads, checks, cuts, tokenises and writes. Processor time is
+    given too: on a busy machine it is the fairer comparison.
     """
     stdlib = sysconfig.get_paths()["stdlib"]
     specs = args.data or [f"{stdlib}/*.py", f"{stdlib}/[a-r]*/**/*.py"]
+    spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = args.ckpt or _train_bpe(Path(folder), specs)
-        modes = ["encode_batch", "encode_batch_fast", "ours"]
-        if not os.path.exists(f"{tokenizer}/tokenizer.json"):
-            modes.remove("encode_batch_fast")
-        results = {mode: [] for mode in modes}
+        tokenizer = Path(args.ckpt) if args.ckpt else _train_bpe(Path(folder), specs)
+        results = {mode: [] for mode in (*library_calls(tokenizer), "ours")}
         for turn in range(args.rounds):
-            for mode in modes:
-                command = [
-                    sys.executable,
-                    "-c",
-                    _TOKENISE,
-                    mode,
-                    tokenizer,
-                    f"{folder}/{turn}",
-                    *specs,
-                ]
-                out = subprocess.run(
-                    list(map(str, command)),
-                    check=True,
-                    capture_output=True,
-                    cwd=Path(__file__).parent,
-                )
-                results[mode].append(json.loads(out.stdout))
+            for mode, runs in results.items():
+                with ProcessPoolExecutor(1, mp_context=spawn) as alone:
+                    cache = f"{folder}/{turn}"
+                    runs.append(alone.submit(tokenise, mode, tokenizer, cache, specs).result())
     size = sum(os.path.getsize(file.path) for file in data.find_files(specs, {})) / 1e6
     tokens = {r["tokens"] for rs in results.values() for r in rs}
     print(f"{size:,.1f} MB, {sorted(tokens)} tokens, {os.cpu_count()} cores, {args.rounds} rounds")
-    print(f"{'':18} {'MB/s':>7} {'MB/cpu-s':>9} {'peak MB':>8}")
+    print(f"{'':21} {'MB/s':>7} {'MB/cpu-s':>9} {'peak MB':>8}")
     table = {}
     for mode, runs in results.items():
         wall, cpu = (size / min(r[k] for r in runs) for k in ("wall", "cpu"))
         table[mode] = {"mb_s": wall, "mb_cpu_s": cpu, "peak_mb": max(r["peak_mb"] for r in runs)}
-        print(f"{mode:18} {wall:7.2f} {cpu:9.2f} {table[mode]['peak_mb']:8.0f}")
+        print(f"{mode:21} {wall:7.2f} {cpu:9.2f} {table[mode]['peak_mb']:8.0f}")
     for key, unit in (("mb_s", "wall clock"), ("mb_cpu_s", "processor time")):
-        best = max(table[mode][key] for mode in modes if mode != "ours")
+        best = max(row[key] for mode, row in table.items() if mode != "ours")
         print(f"ours / the library's best, by {unit}: {table['ours'][key] / best:.0%} (need 90%)")
     # Tokenising is the processor's work wherever it runs: a result, not a smoke test.
     about = describe(torch.device("cpu")) | {"smoke_test": False, "cores": os.cpu_count()}
     write_result(about | {"MB": size, "rounds": args.rounds, "rows": table}, args.out_dir, "data")
-    return table
 
 
 def _train_bpe(folder: Path, specs: list[str]) -> Path:
     """A byte-level BPE of 32,000 tokens, trained on at most 10 MB of the specs' files."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tk = Tokenizer(models.BPE())
-    tk.pre_tokenizer, tk.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=32_000, initial_alphabet=alphabet, show_progress=False)
+    tk = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tk.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tk.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    quiet = dict(initial_alphabet=alphabet, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=32_000, **quiet)
     files, size = [], 0
     for file in data.find_files(specs, {}):
         if (size := size + os.path.getsize(file.path)) < 10_000_000:
