@@ -621,45 +621,35 @@ def write_report(a: argparse.Namespace, texts: Texts, results: list, unfinished:
         "deviation over the runs of one name.\n"
     ]
     for title, rows in named.items():
-        columns = list(dict.fromkeys(c for row in rows.values() for c in row))
-        shown = {
-            name: {
-                c: _number(statistics.mean(row[c]), _deviation(row[c])) if c in row else "-"
-                for c in columns
-            }
-            for name, row in rows.items()
-        }
-        nothing = "RULER" in title and not any(sum(v) for r in rows.values() for v in r.values())
-        lines += [f"## {title}\n", ("0 everywhere" if nothing else table(shown)) + "\n"]
+        lines += [f"## {title}\n", table(rows) + "\n"]
     lines += [f"{name}: {why}" for name, why in unfinished]
     report = "\n".join(lines)
     out_dir = Path(a.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "report.md").write_text(report + "\n", encoding="utf-8")
-    settings = {k: str(v) if k == "dtype" else v for k, v in vars(a).items()}
     runs = [{"name": n, "checkpoint": str(f), **r} for n, f, r in results]
-    content = {"settings": settings, "tables": named, "runs": runs, "unfinished": unfinished}
-    (out_dir / "results.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    content = {"settings": vars(a), "tables": named, "runs": runs, "unfinished": unfinished}
+    text = json.dumps(content, indent=1, default=str)  # str: of dtypes
+    (out_dir / "results.json").write_text(text, encoding="utf-8")
     return report
 
 
-def _deviation(values: list[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
-
-
-def _number(value: float, spread: float | None = None) -> str:
-    form = ".3f" if value == 0 or abs(value) >= 0.01 else ".1e"
-    return f"{value:{form}}" + ("" if spread is None else f" +- {spread:{form}}")
-
-
-def table(rows: dict[str, dict[str, float | str]]) -> str:
-    """{row: {column: number or text}} as a Markdown table."""
-    columns = list(next(iter(rows.values())))
-    head = ["| model | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+def table(rows: dict[str, dict[str, float | list[float]]]) -> str:
+    """{row: {column: a number, or one from each run}} as a Markdown table."""
+    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+    lines = ["| model | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for name, row in rows.items():
-        cells = [row[c] if isinstance(row[c], str) else _number(row[c]) for c in columns]
-        head.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(head)
+        cells = [_cell(row[c]) if c in row else "-" for c in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value: float | list[float]) -> str:
+    values = value if isinstance(value, list) else [value]
+    mean = statistics.mean(values)
+    form = ".3f" if mean == 0 or abs(mean) >= 0.01 else ".1e"
+    spread = f" +- {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{mean:{form}}{spread}"
 
 
 # ----------------------------------------------------------------------------------- pictures
@@ -707,10 +697,10 @@ def _draw_overview(plt, results: list, style: dict, original_len: int, target_le
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=[1, 2])
     for i, name in enumerate(style):
         losses = [r["kept"]["loss"] for n, _, r in results if n == name]
-        mean, spread = statistics.mean(losses), _deviation(losses)
+        mean, spread = statistics.mean(losses), statistics.stdev(losses) if losses[1:] else 0
         left.errorbar(i, mean, yerr=spread, fmt="o", ms=9, color=style[name]["color"])
         label = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
-        left.annotate(f"{mean:.3f}", (i, mean + (spread or 0)), **label)
+        left.annotate(f"{mean:.3f}", (i, mean + spread), **label)
         if i == 0:
             left.axhline(mean, color=style[name]["color"], lw=0.8, ls=":")
     left.set_xticks(range(len(style)), list(style), rotation=30, ha="right")

@@ -3106,7 +3106,8 @@ def test_one_command_leaves_report_numbers_and_pictures(comparison, capsys):
     assert report in printed and "late: unfinished, 2 of 9 steps" in report
     content = json.loads((out / "results.json").read_text())
     assert [run["name"] for run in content["runs"]] == ["original", "ext", "ext"]
-    assert "RULER's tasks at 600, % answered in full\n\n0 everywhere" in report
+    assert "RULER's tasks at 600, % answered in full\n\n| model | niah_single_2 | mean |" in report
+    assert "\n| ext | 0.000 +- 0.000 | 0.000 +- 0.000 |\n" in report
     losses = [run["kept"]["loss"] for run in content["runs"]]
     mean, spread = np.mean(losses[1:]), np.std(losses[1:], ddof=1)
     assert f"| original | {losses[0]:.3f} | 0.000 | 100.000 |" in report
