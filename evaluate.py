@@ -23,6 +23,7 @@ task's settings: a stopped command continues, and one more --ckpt costs only its
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -109,21 +110,19 @@ def position_losses(
     """
     length = input_ids.shape[1] - 1
     total = torch.zeros(length, dtype=torch.float64)
-    whole = window is None or length <= window
-    ends = [length] if whole else [*range(window, length, max(1, window // 4)), length]
-    name = "loss by position" if whole else f"the same, window {window}"
-    with tqdm(total=len(input_ids), desc=name, unit="seq", leave=False, disable=None) as bar:
-        for ids in input_ids:
-            done = 0  # positions scored
-            for end in ends:
-                start = 0 if whole else end - window
-                for at, hidden in read(model, ids[None, start:end]):
-                    skip = max(0, done - start - at)  # read for context alone
-                    first = start + at + skip
-                    nll = token_losses(model, hidden[0, skip:], ids[first + 1 :], rows)
-                    total[first : first + len(nll)] += nll
-                done = end
-            bar.update()
+    window = min(window or length, length)
+    ends = [*range(window, length, max(1, window // 4)), length]
+    name = "loss by position" + (f", window {window}" if window < length else "")
+    for ids in tqdm(input_ids, desc=name, unit="seq", leave=False, disable=None):
+        done = 0  # positions scored
+        for end in ends:
+            start = end - window
+            for at, hidden in read(model, ids[None, start:end]):
+                skip = max(0, done - start - at)  # read for context alone
+                first = start + at + skip
+                nll = token_losses(model, hidden[0, skip:], ids[first + 1 :], rows)
+                total[first : first + len(nll)] += nll
+            done = end
     return total / len(input_ids)
 
 
@@ -473,6 +472,16 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:24]
 
 
+@contextlib.contextmanager
+def whole_file(path: str | Path):
+    """A text file to write, which gets its name when it is complete."""
+    partial = Path(f"{path}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with open(partial, "w", encoding="utf-8") as f:
+        yield f
+    partial.replace(path)
+
+
 def remember(folder: Path, key: dict, compute: Callable[[], dict]) -> dict:
     """compute(), or what it returned when it was last called under this key."""
     text = json.dumps({"format": FORMAT, **key}, sort_keys=True)
@@ -482,10 +491,8 @@ def remember(folder: Path, key: dict, compute: Callable[[], dict]) -> dict:
     except (FileNotFoundError, ValueError):  # ValueError: cut short by a crash
         print("  measuring", key["task"], key.get("length", ""), flush=True)
         value = compute()
-    partial = path.with_suffix(".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps({"key": key, "value": value}), encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as f:
+        json.dump({"key": key, "value": value}, f)
     return value
 
 
@@ -827,8 +834,7 @@ def write_samples(
         raise ValueError(f"{base}: its tokenizer has neither BOS nor EOS to start a text from")
     length = length or model.config.max_position_embeddings
     generator = torch.Generator().manual_seed(seed)
-    partial = Path(path + ".partial")
-    with open(partial, "w", encoding="utf-8") as f, tqdm(total=n_samples, unit="text") as bar:
+    with whole_file(path) as f, tqdm(total=n_samples, unit="text") as bar:
         for start in range(0, n_samples, 50):
             batch = torch.full((min(50, n_samples - start), 1), first)
             texts = model.generate(batch, length - 1, temperature, generator=generator)
@@ -836,7 +842,6 @@ def write_samples(
                 ends = [i for i, t in enumerate(ids) if t in (tokenizer.eos_id, first)]
                 f.write(json.dumps({"text": tokenizer.decode(ids[: (ends + [None])[0]])}) + "\n")
             bar.update(len(batch))
-    partial.replace(path)
 
 
 # ------------------------------------------------------ LongRecipe's impactful tokens (section 4.1)
@@ -922,8 +927,8 @@ def select_corpus(a: argparse.Namespace) -> None:
         raise ValueError("--select_corpus needs one --ckpt, --data, and a --keep in (0, 1]")
     folder = resolve_checkpoint(a.base)
     tokenizer = data.load_tokenizer(folder, a.add_eos)
-    dtype = getattr(torch, a.dtype or ("bfloat16" if "cuda" in a.device else "float32"))
-    base, extended = (load_checkpoint(x, device=a.device, dtype=dtype) for x in (folder, a.ckpt[0]))
+    where = dict(device=a.device, dtype=a.dtype)
+    base, extended = (load_checkpoint(x, **where) for x in (folder, a.ckpt[0]))
     length = a.length or extended.config.max_position_embeddings
     corpus = data.tokenize(a.data, tokenizer, a.cache_dir, "data")
     sample = data.Stream(corpus, "impactful", a.seed, 1, length)
@@ -936,8 +941,7 @@ def select_corpus(a: argparse.Namespace) -> None:
     is_anchor, ends = np.isin(of_token, anchors), data.sentence_ends(tokenizer)
     special = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
     total = kept = documents = 0
-    partial = Path(a.select_corpus + ".partial")
-    with open(partial, "w", encoding="utf-8") as f:
+    with whole_file(a.select_corpus) as f:
         for start, size in zip(*corpus.segments(), strict=True):
             ids = corpus.tokens[start : start + size].astype(np.int64)
             ids = ids[~np.isin(ids, special)]
@@ -947,7 +951,6 @@ def select_corpus(a: argparse.Namespace) -> None:
             if len(ids):
                 f.write(json.dumps({"text": tokenizer.decode(ids)}) + "\n")
                 kept, documents = kept + len(ids), documents + 1
-    partial.replace(a.select_corpus)
     print(
         f"{len(anchors)} anchor kinds, from {len(scores):,} tokens read at {length:,}; the most "
         "frequent, with their share of the impactful fifth and of all:"
@@ -979,7 +982,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--short_data", nargs="+", help="short text, for what was kept (default: --data)")
     add("--lengths", type=numbers(int), help="tokens (default: original window, doubled to target)")
     add("--original_len", type=int, help="tokens (default: the original's window)")
-    add("--tasks", nargs="+", default=TASKS, metavar="TASK", help=f"of {' '.join(TASKS_ALL)}")
+    tasks = f"of {' '.join(TASKS_ALL)}"
+    add("--tasks", nargs="+", default=TASKS, choices=TASKS_ALL, metavar="TASK", help=tasks)
     add("--pcd", action="store_true", help="ask RULER's tasks again, decoding by contrast (PCD)")
     add("--depths", type=numbers(float), default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 to 1")
     add("--samples", type=int, default=10, help="questions or passages a depth (default: 10)")
@@ -997,23 +1001,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--n_samples", type=int, default=400, help="texts in it (default: 400)")
     add("--length", type=int, help="most tokens in one (default: the window)")
     add("--temperature", type=float, default=1.0, help="of sampling (default: 1.0)")
-    return parser.parse_args(argv)
+    a = parser.parse_args(argv)
+    a.dtype = getattr(torch, a.dtype or ("bfloat16" if "cuda" in a.device else "float32"))
+    return a
 
 
 def open_texts(a: argparse.Namespace, base: Path, folders: list[Path]) -> Texts:
-    """Check the settings, tokenise and take the held-out parts. Turns a.dtype into a dtype."""
+    """Check the settings, tokenise and take the held-out parts."""
     configs = [load_config(folder) for folder in (base, *folders)]
-    a.dtype = getattr(torch, a.dtype or ("bfloat16" if "cuda" in a.device else "float32"))
     original_len = a.original_len or configs[0].max_position_embeddings
     longest = max(c.max_position_embeddings for c in configs)
     doubled = [original_len * 2**i for i in range(40) if original_len * 2**i <= longest]
     lengths = sorted(set(a.lengths or [*doubled, longest]))
     shapes = [(c.vocab_size, c.n_layers, c.n_heads, c.d_model) for c in configs]
-    wrong = [t for t in a.tasks if t not in TASKS_ALL]
     if not a.data:
         raise ValueError("--data is missing: pass long text, files or folders, to be scored")
-    if wrong:
-        raise ValueError(f"--tasks {' '.join(wrong)}: need some of {' '.join(TASKS_ALL)}")
     if lengths[0] < 64 or a.samples < 1 or not all(0 <= d <= 1 for d in a.depths):
         raise ValueError("need --lengths of 64 at least, --samples of 1, and --depths from 0 to 1")
     if len(set(shapes)) > 1:

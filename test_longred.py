@@ -3205,7 +3205,7 @@ def test_pictures_of_the_demo_need_losses_only(tmp_path):
 
 
 BAD_COMPARISONS = {
-    "--tasks": ("passkey", "--tasks passkey: need some of kept position repeat niah_single_1"),
+    "--tasks": ("passkey", "argument --tasks: invalid choice: 'passkey'"),
     "--lengths": ("many", "argument --lengths: invalid"),
     "--depths": ("0,2", "--depths from 0 to 1"),
     "--data": ("nowhere.txt", "no file at nowhere.txt"),
