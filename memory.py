@@ -21,6 +21,7 @@ import mmap
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -605,22 +606,25 @@ def activation_memory(config: ModelConfig, unit: Unit, policy: Policy) -> dict[s
     }
 
 
-def best_policy(config: ModelConfig, unit: Unit, room: int, offload: bool, compile: bool):
-    """The fastest (seconds a step, unit, policy) whose activations fit in `room` bytes, or None."""
+def best_policy(config: ModelConfig, unit: Unit, room: int, offload: bool):
+    """The fastest (seconds a step, unit, policy) whose activations fit in `room` bytes, or None.
+
+    offload: whether inputs may wait in host memory, for units that gain by it.
+    """
     best = None
-    for batch in sorted({max(1, unit.batch >> i) for i in range(6)}):  # fewer a pass, more passes
+    batches = sorted({max(1, unit.batch >> i) for i in range(6)})  # fewer a pass, more passes
+    for away, batch, rows in product((False, True)[: 1 + offload], batches, (8192, 16384, 32768)):
         part = replace(unit, batch=batch, count=unit.count * -(-unit.batch // batch))
-        for rows in (8192, 16384, 32768):
-            for unchecked in range(config.n_layers + 1 - offload):
-                policy = Policy(unchecked, 0, offload, rows, compile)
-                left = room - sum(activation_memory(config, part, policy).values())
-                if left < 0:
-                    break
-                kept = 2 * part.tokens * config.n_heads * (config.head_dim + 2)
-                policy.attention = min(config.n_layers - unchecked, left // kept)
-                seconds = part.count * unit_seconds(config, part, policy)
-                if best is None or seconds < best[0]:
-                    best = seconds, part, policy
+        for unchecked in range(config.n_layers + 1 - away):
+            policy = Policy(unchecked, 0, away, rows)
+            left = room - sum(activation_memory(config, part, policy).values())
+            if left < 0:
+                break
+            kept = 2 * part.tokens * config.n_heads * (config.head_dim + 2)
+            policy.attention = min(config.n_layers - unchecked, left // kept)
+            seconds = part.count * unit_seconds(config, part, policy)
+            if best is None or seconds < best[0]:
+                best = seconds, part, policy
     return best
 
 
@@ -637,21 +641,22 @@ def make_plan(
     gpu_bytes, host_bytes: free now, for all of the run; a spare part of each is left alone.
     Raises ValueError where none fits, saying what is missing and which flags would save how much.
     """
-    plan = _fastest(config, units, gpu_bytes, host_bytes, moments, compile)
+    plan = _fastest(config, units, gpu_bytes, host_bytes, moments)
     if plan is None:
         raise ValueError(_advice(config, units, gpu_bytes, host_bytes, moments))
+    for policy in plan.policies.values():
+        policy.compile = compile
     return plan
 
 
-def _fastest(config, units, gpu_bytes, host_bytes, moments, compile=False) -> Plan | None:
+def _fastest(config, units, gpu_bytes, host_bytes, moments) -> Plan | None:
     n = parameter_count(config)
     state_bytes = n * (2 + 2 * moments.itemsize)
     parked = 2 * n  # the teacher, with its LM head: the closing report needs it
     visiting = 2 * parameter_count(config, lm_head=False)
     gpu_room = int(gpu_bytes * (1 - GPU_SPARE_FRACTION) - GPU_SPARE)
     best = None
-    for choice in range(8):
-        host_state, swapped, offload = (bool(choice & bit) for bit in (1, 2, 4))
+    for offload, swapped, host_state in product((False, True), repeat=3):
         host = {
             "AdamW's state": state_bytes if host_state else 0,
             "teacher": parked if swapped else 0,
@@ -667,14 +672,7 @@ def _fastest(config, units, gpu_bytes, host_bytes, moments, compile=False) -> Pl
                 "AdamW's state": 0 if host_state else state_bytes,
                 "teacher, bf16": (visiting if unit.taps else 0) if swapped else parked,
             }
-            room = gpu_room - sum(fixed.values())
-            found = best_policy(config, unit, room, False, compile)
-            if offload:  # for the units that gain by it
-                found = min(
-                    filter(None, [found, best_policy(config, unit, room, True, compile)]),
-                    key=lambda pair: pair[0],
-                    default=None,
-                )
+            found = best_policy(config, unit, gpu_room - sum(fixed.values()), offload)
             if found is None:
                 break
             cost, part, policy = found
@@ -684,11 +682,11 @@ def _fastest(config, units, gpu_bytes, host_bytes, moments, compile=False) -> Pl
             if policy.offload:
                 slot_bytes = max(slot_bytes, 2 * part.tokens * config.d_model)
                 host["block inputs"] = config.n_layers * slot_bytes
-        fits = len(policies) == len(units) and sum(host.values()) <= max(0, host_bytes - HOST_SPARE)
-        if fits and (best is None or seconds < best.seconds):
-            best = Plan(
-                host_state, not swapped, moments, parts, policies, gpu, host, slot_bytes, seconds
-            )
+        else:
+            fits = sum(host.values()) <= max(0, host_bytes - HOST_SPARE)
+            if fits and (best is None or seconds < best.seconds):
+                where = host_state, not swapped
+                best = Plan(*where, moments, parts, policies, gpu, host, slot_bytes, seconds)
     return best
 
 
