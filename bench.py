@@ -46,6 +46,7 @@ import data
 import longred
 import memory
 import model as model_module
+import runs
 from longred import long_text_loss, short_text_distillation
 from model import Llama, ModelConfig
 from rope_kernels import apply_rope, rope_backend, rope_frequencies
@@ -353,7 +354,7 @@ def rooms(args, device):
     if gpu:  # a smaller GPU is a real limit, not a promise
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, gpu / total), device)
-    return gpu or memory.gpu_room(), host or memory.host_room()
+    return gpu or memory.gpu_room(), host or runs.available_memory()
 
 
 def release_host():
@@ -728,18 +729,18 @@ def bench_data(args):
         tokenizer = Path(args.ckpt) if args.ckpt else _train_bpe(Path(folder), specs)
         results = {mode: [] for mode in (*library_calls(tokenizer), "ours")}
         for turn in range(args.rounds):
-            for mode, runs in results.items():
+            for mode, found in results.items():
                 with ProcessPoolExecutor(1, mp_context=spawn) as alone:
                     cache = f"{folder}/{turn}"
-                    runs.append(alone.submit(tokenise, mode, tokenizer, cache, specs).result())
+                    found.append(alone.submit(tokenise, mode, tokenizer, cache, specs).result())
     size = sum(os.path.getsize(file.path) for file in data.find_files(specs, {})) / 1e6
     tokens = {r["tokens"] for rs in results.values() for r in rs}
     print(f"{size:,.1f} MB, {sorted(tokens)} tokens, {os.cpu_count()} cores, {args.rounds} rounds")
     print(f"{'':21} {'MB/s':>7} {'MB/cpu-s':>9} {'peak MB':>8}")
     table = {}
-    for mode, runs in results.items():
-        wall, cpu = (size / min(r[k] for r in runs) for k in ("wall", "cpu"))
-        table[mode] = {"mb_s": wall, "mb_cpu_s": cpu, "peak_mb": max(r["peak_mb"] for r in runs)}
+    for mode, found in results.items():
+        wall, cpu = (size / min(r[k] for r in found) for k in ("wall", "cpu"))
+        table[mode] = {"mb_s": wall, "mb_cpu_s": cpu, "peak_mb": max(r["peak_mb"] for r in found)}
         print(f"{mode:21} {wall:7.2f} {cpu:9.2f} {table[mode]['peak_mb']:8.0f}")
     for key, unit in (("mb_s", "wall clock"), ("mb_cpu_s", "processor time")):
         best = max(row[key] for mode, row in table.items() if mode != "ours")

@@ -689,7 +689,7 @@ def plan_memory(c: Config, model: ModelConfig, streams: dict[str, Stream]) -> me
         units.append(memory.Unit(s.name, batch, s.seq_len, passes, compared))
     room = int(c.gpu_gib * memory.GIB) if c.gpu_gib else memory.gpu_room()
     moments = torch.bfloat16 if c.moments == "bf16" else torch.float32
-    plan = memory.make_plan(model, units, room, memory.host_room(), moments, c.compile)
+    plan = memory.make_plan(model, units, room, runs.available_memory(), moments, c.compile)
     print(plan.table(), flush=True)
     return plan
 

@@ -22,7 +22,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -747,13 +746,3 @@ class Machine:
 def gpu_room() -> int:
     """Bytes of the current GPU that are free for this run."""
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-
-
-def host_room() -> int:
-    """Bytes of host memory free for this run, within the container's limit where there is one."""
-    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    room = int(meminfo["MemAvailable"].split()[0]) * 1024
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.exists() and limit.read_text().strip() != "max":
-        room = min(room, int(limit.read_text()) - int(used.read_text()))
-    return room
