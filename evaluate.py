@@ -32,6 +32,7 @@ import re
 import statistics
 import sys
 import zlib
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -416,31 +417,23 @@ def ask(generate: Callable, samples: list[Sample], tokenizer: data.Tokenizer) ->
     return scores
 
 
-def ruler(
-    generate: Callable,
-    source: Source,
-    task: str,
-    depths: list[float],
-    n_samples: int,
-    seed: int,
-    length: int,
-) -> dict:
-    """A task at one length, n_samples at each depth: share answered in full, and of all answers.
+def ruler(a: Namespace, generate: Callable, source: Source, task: str, length: int) -> dict:
+    """A task at one length, a.samples at each of a.depths: share answered in full, and of all.
 
     Returns {"skipped": why} where the task does not fit the length.
     """
     samples = []
     try:
-        for i in tqdm(range(len(depths) * n_samples), desc="write", leave=False, disable=None):
-            rng = np.random.default_rng([seed, zlib.crc32(task.encode()), length, i])
-            samples.append(make_sample(source, task, length, depths[i // n_samples], rng))
+        for i in tqdm(range(len(a.depths) * a.samples), desc="write", leave=False, disable=None):
+            rng = np.random.default_rng([a.seed, zlib.crc32(task.encode()), length, i])
+            samples.append(make_sample(source, task, length, a.depths[i // a.samples], rng))
     except ValueError as e:
         return {"skipped": str(e)}
     scores = ask(generate, samples, source.tokenizer)
-    exact = np.array([score == 1 for score in scores], dtype=float).reshape(len(depths), -1)
+    exact = np.array([score == 1 for score in scores], dtype=float).reshape(len(a.depths), -1)
     by_depth = None if samples[0].depth is None else exact.mean(1).tolist()
     found = {"exact": exact.mean().item(), "part": statistics.mean(scores)}
-    return found | {"depths": depths, "by_depth": by_depth}
+    return found | {"depths": a.depths, "by_depth": by_depth}
 
 
 # ------------------------------------------------------------------------------- a comparison
@@ -508,12 +501,7 @@ class Texts:
 
 
 def measure(
-    a: argparse.Namespace,
-    texts: Texts,
-    folder: Path,
-    base: Path,
-    out: dict,
-    pcd: dict | None = None,
+    a: Namespace, texts: Texts, folder: Path, base: Path, out: dict, pcd: dict | None = None
 ) -> None:
     """Fill `out` with every task's result for one checkpoint; `out` keeps what Ctrl-C leaves.
 
@@ -559,10 +547,10 @@ def measure(
     if pcd is not None:
         drawn["pcd"] = pcd
     for task in [t for t in tasks if t not in ("kept", "position")]:
-        run = functools.partial(ruler, generate, texts.source, task, a.depths, a.samples, a.seed)
+        run = functools.partial(ruler, a, generate, texts.source, task)
         run = repeat if task == "repeat" else run
         for length in texts.lengths:
-            result = once(task, lambda f=run, n=length: f(n), length=length, **drawn)
+            result = once(task, functools.partial(run, length), length=length, **drawn)
             out.setdefault(task, {})[str(length)] = result
 
 
@@ -612,7 +600,7 @@ def summarize(result: dict, original_len: int, lengths: list[int]) -> dict[str, 
     return {t: {c: float(v) for c, v in row.items()} for t, row in tables.items() if row}
 
 
-def write_report(a: argparse.Namespace, texts: Texts, results: list, unfinished: list) -> str:
+def write_report(a: Namespace, texts: Texts, results: list, unfinished: list) -> str:
     """report.md and results.json in a.out_dir; returns the report."""
     named = {}
     for name, _, result in results:
@@ -820,24 +808,19 @@ def _draw_maps(plt, results: list, tasks, title: str, most: float | None = None)
 # ------------------------------------------------------------------------------- samples, main
 
 
-def write_samples(
-    base: str, path: str, n_samples: int, length: int | None, temperature: float, seed: int
-) -> None:
-    """Sample texts from the model, each from its BOS token (else EOS) to its EOS token.
-
-    path: a .jsonl of {"text": ...}; length: most tokens in one, default the model's window.
-    """
-    model = load_checkpoint(base)
-    tokenizer = data.load_tokenizer(resolve_checkpoint(base))
+def write_samples(a: Namespace) -> None:
+    """Sample texts from the model, each from its BOS token (else EOS) to its EOS token."""
+    model = load_checkpoint(a.base)
+    tokenizer = data.load_tokenizer(resolve_checkpoint(a.base))
     first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     if first is None:
-        raise ValueError(f"{base}: its tokenizer has neither BOS nor EOS to start a text from")
-    length = length or model.config.max_position_embeddings
-    generator = torch.Generator().manual_seed(seed)
-    with whole_file(path) as f, tqdm(total=n_samples, unit="text") as bar:
-        for start in range(0, n_samples, 50):
-            batch = torch.full((min(50, n_samples - start), 1), first)
-            texts = model.generate(batch, length - 1, temperature, generator=generator)
+        raise ValueError(f"{a.base}: its tokenizer has neither BOS nor EOS to start a text from")
+    length = a.length or model.config.max_position_embeddings
+    generator = torch.Generator().manual_seed(a.seed)
+    with whole_file(a.write_samples) as f, tqdm(total=a.n_samples, unit="text") as bar:
+        for start in range(0, a.n_samples, 50):
+            batch = torch.full((min(50, a.n_samples - start), 1), first)
+            texts = model.generate(batch, length - 1, a.temperature, generator=generator)
             for ids in texts[:, 1:].tolist():
                 ends = [i for i, t in enumerate(ids) if t in (tokenizer.eos_id, first)]
                 f.write(json.dumps({"text": tokenizer.decode(ids[: (ends + [None])[0]])}) + "\n")
@@ -917,7 +900,7 @@ def select_sentences(
     return np.repeat(kept, lengths)
 
 
-def select_corpus(a: argparse.Namespace) -> None:
+def select_corpus(a: Namespace) -> None:
     """Score a sample of the training part of --data, then select from all of that part.
 
     The paper filters an 80K sample to the 24K trained on, hence --keep 0.3, document by document.
@@ -962,7 +945,7 @@ def select_corpus(a: argparse.Namespace) -> None:
     )
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         "evaluate.py", description=__doc__, formatter_class=formatter, allow_abbrev=False
@@ -1006,7 +989,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return a
 
 
-def open_texts(a: argparse.Namespace, base: Path, folders: list[Path]) -> Texts:
+def open_texts(a: Namespace, base: Path, folders: list[Path]) -> Texts:
     """Check the settings, tokenise and take the held-out parts."""
     configs = [load_config(folder) for folder in (base, *folders)]
     original_len = a.original_len or configs[0].max_position_embeddings
@@ -1041,7 +1024,7 @@ def main(argv: list[str] | None = None) -> None:
     a = parse_args(argv)
     try:
         if a.write_samples:
-            write_samples(a.base, a.write_samples, a.n_samples, a.length, a.temperature, a.seed)
+            write_samples(a)
         elif a.select_corpus:
             select_corpus(a)
         else:
@@ -1050,7 +1033,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"evaluate: {e}") from None
 
 
-def compare(a: argparse.Namespace) -> None:
+def compare(a: Namespace) -> None:
     """Measure the original and every checkpoint, then leave report, JSON and pictures."""
     base = resolve_checkpoint(a.base)
     found = [find_run(spec) for spec in a.ckpt]
