@@ -116,7 +116,7 @@ N_HEADS, N_KV_HEADS, HEAD_DIM, THETA = 32, 8, 128, 500_000.0
 COPY, OURS = "copy of the same bytes", "longred"
 
 
-def rope(args):
+def bench_rope(args):
     """Time and error of rotating q and k, forward and backward."""
     device = torch.device(args.device)
     lengths = args.lengths or ([64, 256] if device.type == "cpu" else [8192, 32768, 131072])
@@ -207,19 +207,18 @@ def rope_peers(n_tokens, device):
         return turned(q), turned(k)
 
     peers = {OURS: lambda q, k: apply_rope(q, k, ids, inv_freq), "eager": heads_first(eager)}
-    if device.type == "cuda":
-        torch.compiler.reset()  # each length is compiled for itself
-        peers["torch.compile"] = heads_first(torch.compile(eager, dynamic=False))
-    else:
-        print("torch.compile: left out, half a minute of C++ compiler on a CPU")
+    if device.type == "cpu":
+        print("torch.compile (half a minute of C++ compiler) and Liger-Kernel: left out on a CPU")
+        return peers
+    torch.compiler.reset()  # each length is compiled for itself
+    peers["torch.compile"] = heads_first(torch.compile(eager, dynamic=False))
     try:
         # Liger's autograd rotates q, k and their gradients in place, where it can.
         from liger_kernel.transformers.rope import liger_rotary_pos_emb
     except ImportError:
         print("Liger-Kernel: left out, not installed (pip install liger-kernel)")
     else:
-        if device.type == "cuda":
-            peers["Liger"] = heads_first(lambda q, k: liger_rotary_pos_emb(q, k, cos, sin))
+        peers["Liger"] = heads_first(lambda q, k: liger_rotary_pos_emb(q, k, cos, sin))
     return peers
 
 
@@ -365,6 +364,17 @@ def release_host():
         torch.cuda.cudart().cudaHostUnregister(memory._PINNED.pop().data_ptr())
 
 
+def speed(config, unit, seconds):
+    """A unit's seconds in the terms of the table."""
+    work = memory.model_flops(config, unit)
+    return {
+        "seconds": seconds,
+        "tokens_per_s": unit.tokens / seconds,
+        "model_tflops": work / seconds / 1e12,
+        "mfu_percent": 100 * work / seconds / PEAK,
+    }
+
+
 def reset_peak(device):
     gc.collect()
     if device.type == "cuda":
@@ -426,12 +436,8 @@ def our_step(config, plan, rounds, device):
         seconds, first = timed(run, rounds, device)
         peak = peak_bytes(device)
         shares = kernel_shares(run) if device.type == "cuda" else {}
-        policy, work = plan.policies[unit.name], memory.model_flops(config, unit)
-        numbers = {
-            "seconds": seconds,
-            "tokens_per_s": unit.tokens / seconds,
-            "model_tflops": work / seconds / 1e12,
-            "mfu_percent": 100 * work / seconds / PEAK,
+        policy = plan.policies[unit.name]
+        numbers = speed(config, unit, seconds) | {
             "roofline_percent": 100 * memory.unit_seconds(config, unit, policy) / seconds,
             "peak_gib": peak / GIB,
             "planned_gib": sum(plan.gpu[unit.name].values()) / GIB,
@@ -506,10 +512,7 @@ def peer_step(name, config, unit, rounds, device):
         seconds, _ = timed(lambda: peer(input_ids=ids, labels=ids).loss.backward(), rounds, device)
     except torch.cuda.OutOfMemoryError:
         return {"out of memory": f"at {unit.batch} x {unit.seq_len}"}
-    return {
-        "seconds": seconds,
-        "tokens_per_s": unit.tokens / seconds,
-        "mfu_percent": 100 * memory.model_flops(config, unit) / seconds / PEAK,
+    return speed(config, unit, seconds) | {
         "peak_gib": peak_bytes(device) / GIB,
         "static_gib": static,
         "version": transformers.__version__,
@@ -540,8 +543,7 @@ def bench_memory(args):
             trainer.machine.ready("long")
             reset_peak(device)
             seconds, _ = timed(functools.partial(trainer.unit, unit), args.rounds, device)
-            row |= {"peak_gib": peak_bytes(device) / GIB, "seconds": seconds}
-            row["tokens_per_s"] = unit.tokens / seconds
+            row |= {"peak_gib": peak_bytes(device) / GIB} | speed(LLAMA3_8B, unit, seconds)
             del trainer
             release_host()
         else:
@@ -791,7 +793,7 @@ def main(argv=None):
         add("--rounds", type=int, default=rounds, help=f"runs of each (default: {rounds})")
         return add
 
-    add = command("rope", rope, 25, "rotary kernel against peers and a copy; medians")
+    add = command("rope", bench_rope, 25, "rotary kernel against peers and a copy; medians")
     lengths = "tokens, comma-separated (default: 8192,32768,131072; on a CPU 64,256)"
     add("--lengths", type=integers, help=lengths)
     step = command("step", bench_step, 2, "one LongReD step of Llama-3-8B, by its units, and peers")

@@ -805,7 +805,7 @@ def _draw_maps(plt, results: list, tasks, title: str, most: float | None = None)
     return figure
 
 
-# ------------------------------------------------------------------------------- samples, main
+# ------------------------------------------------------------------------- a model's own text
 
 
 def write_samples(a: Namespace) -> None:
@@ -943,6 +943,9 @@ def select_corpus(a: Namespace) -> None:
         f"kept {kept:,} of {total:,} tokens in {documents:,} of {corpus.n_docs:,} documents: "
         f"{a.select_corpus}; train on it with --method longrecipe --long_data {a.select_corpus}"
     )
+
+
+# ---------------------------------------------------------------------------------- the command
 
 
 def parse_args(argv: list[str] | None) -> Namespace:

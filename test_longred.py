@@ -3082,13 +3082,11 @@ def comparison(ckpt, sentences, tmp_path, monkeypatch):
     (tmp_path / "late").mkdir()
     (tmp_path / "late" / "longred.json").write_text('{"config": {"steps": 9}}')
     (tmp_path / "late" / "log.jsonl").write_text("{}\n{}\n")
-    flags = {"--base": folder, "--data": sentences, "--short_data": short, "--lengths": "128,600"}
-    flags |= {"--tasks": "kept position repeat niah_single_2", "--samples": 1, "--depths": "0,1"}
-    flags |= {"--eval_tokens": 1300, "--cache_dir": tmp_path / "tokens"}
-    flags |= {"--out_dir": tmp_path / "o"}
-    argv = [word for flag, value in flags.items() for word in (flag, *str(value).split())]
-    names = [f"ext={tmp_path / 'run0'}", f"ext={tmp_path / 'run1'}", str(tmp_path / "late")]
-    return [*argv, "--ckpt", *names], tmp_path / "o"
+    argv = f"--base {folder} --data {sentences} --short_data {short} --lengths 128,600 --samples 1"
+    argv += " --tasks kept position repeat niah_single_2 --depths 0,1 --eval_tokens 1300"
+    argv += f" --cache_dir {tmp_path}/tokens --out_dir {tmp_path}/o"
+    argv += f" --ckpt ext={tmp_path}/run0 ext={tmp_path}/run1 {tmp_path}/late"
+    return argv.split(), tmp_path / "o"
 
 
 def test_one_command_leaves_report_numbers_and_pictures(comparison, capsys, monkeypatch):
