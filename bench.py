@@ -297,22 +297,17 @@ class Trainer:
     """A student and its teacher under a plan, with random weights made on the device."""
 
     def __init__(self, config, plan, device):
-        self.config = config
         self.student, self.teacher = (random_llama(config, device, seed) for seed in (0, 1))
         self.teacher.requires_grad_(False)
         adamw = 2e-5, (0.9, 0.95), 1e-8, 0.1
         self.machine = memory.Machine(plan, self.student, self.teacher, *adamw)
-        generator = torch.Generator(device).manual_seed(2)
-        self.ids = {
-            u.name: torch.randint(
-                config.vocab_size, (u.batch, u.seq_len + 1), generator=generator, device=device
-            )
-            for u in plan.units.values()
-        }
+        tokens = dict(generator=torch.Generator(device).manual_seed(2), device=device)
+        self.draw = functools.partial(torch.randint, config.vocab_size, **tokens)
 
     def unit(self, unit):
-        """Forward and backward of one unit."""
-        loss(self.student, self.teacher, self.ids[unit.name], unit).backward()
+        """Forward and backward of one unit, over random tokens."""
+        ids = self.draw((unit.batch, unit.seq_len + 1))
+        loss(self.student, self.teacher, ids, unit).backward()
 
 
 def loss(student, teacher, ids, unit):
