@@ -36,10 +36,10 @@ import shutil
 import sys
 import sysconfig
 import time
-import typing
 from collections import deque
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import get_args, get_origin
 
 import numpy as np
 import torch
@@ -66,9 +66,9 @@ from rope_kernels import rope_backend
 # ---------------------------------------------------------------------------------------- config
 
 
-def opt(default, help: str, **more):
-    """A field of Config and its command-line flag: default, help text, argparse's extras."""
-    return field(default=default, metadata={"help": help, **more})
+def opt(default, help: str, least: float | None = None, choices: list[str] | None = None):
+    """A field of Config and its command-line flag. least: the smallest value that makes sense."""
+    return field(default=default, metadata={"help": help, "least": least, "choices": choices})
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Config:
     # What to extend, and where to
     ckpt: str | None = opt(None, "folder, OUT_DIR, known name or hub id; none: the demo")
     target_len: int | None = opt(None, "the new window, in tokens")
-    original_len: int | None = opt(None, "the old window, in tokens (default: the checkpoint's)")
+    original_len: int | None = opt(None, "the old window (the checkpoint's)", least=32)
     out_dir: str | None = opt(None, "default: out/<ckpt name>-<target_len>; demo: out/demo")
     resume: str | None = opt(None, "continue the run in this OUT_DIR; needs no other flag")
     resume_anyway: bool = opt(False, "with --resume: although config, data or code changed")
@@ -96,8 +96,8 @@ class Config:
         "longrecipe: on text of --train_len with gaps between sentences",
         choices=["longred", "long_cpt", "mix_cpt", "longrecipe"],
     )
-    alpha_short: float | None = opt(None, "weight of short-text distillation (5; 2 from 128K on)")
-    alpha_s2l: float | None = opt(None, "weight of short-to-long distillation (10; 15 from 128K)")
+    alpha_short: float | None = opt(None, "weight of short-text distillation (5; 128K: 2)", least=0)
+    alpha_s2l: float | None = opt(None, "weight of short-to-long distillation (10; 15)", least=0)
     distill_layers: list[int] | None = opt(None, "hidden states to distil; 1 = output of block 1")
     n_distill_layers: int | None = opt(None, "how many to choose by drift (6; 3 from factor 16 on)")
     position_scheme: str | None = opt(
@@ -111,7 +111,7 @@ class Config:
         choices=["ordinary", "pose", "longrecipe"],
     )
     train_len: int | None = opt(
-        None, "tokens in a long text (target_len; under skipped positions 0.3 x target_len)"
+        None, "tokens in a long text (target_len; if positions are skipped 0.3 of it)", least=1
     )
     # Text
     long_data: list[str] | None = opt(
@@ -133,30 +133,25 @@ class Config:
         1.0, "weight of documents of train_len tokens or more in the long stream, within a source"
     )
     skip_bad_lines: bool = opt(False, "leave out and count malformed records, do not stop at them")
-    short_len: int | None = opt(None, "tokens in a short text (1024, at most original_len)")
-    add_eos: bool | None = opt(
-        None, "end documents with EOS (default: where the tokenizer has one)"
-    )
+    short_len: int | None = opt(None, "tokens in a short text (1024; <= original_len)", least=1)
+    add_eos: bool | None = opt(None, "end documents with EOS (where the tokenizer has one)")
     cache_dir: str = opt("out/tokens", "where tokenised text is kept, for all runs")
-    # A step: shares 8 : 6 : 2 of the paper's 16 micro-batches, 131,072 tokens in each
-    steps: int = opt(512, "optimizer steps")
-    long_micro: int | None = opt(None, "long micro-batches a step (8; long_cpt: 16)")
-    long_batch: int | None = opt(None, "sequences in each (131072 / target_len)")
-    short_micro: int = opt(6, "short-text micro-batches a step; 0 drops the loss")
-    short_batch: int | None = opt(None, "sequences in each (131072 / short_len)")
-    s2l_micro: int = opt(2, "short-to-long micro-batches a step; 0 drops the loss")
-    s2l_batch: int | None = opt(None, "sequences in each (131072 / original_len)")
-    long_share: float = opt(8 / 16, "the long stream's part of the loss, whatever its batches")
-    short_share: float = opt(6 / 16, "the short stream's part")
-    s2l_share: float = opt(2 / 16, "the short-to-long stream's part")
+    # A step: the paper's 16 micro-batches, 131,072 tokens in each
+    steps: int = opt(512, "optimizer steps", least=1)
+    long_micro: int | None = opt(None, "long micro-batches a step (8; long_cpt: 16)", least=1)
+    long_batch: int | None = opt(None, "sequences in each (131072 / target_len)", least=1)
+    short_micro: int = opt(6, "short-text micro-batches a step; 0 drops the loss", least=0)
+    short_batch: int | None = opt(None, "sequences in each (131072 / short_len)", least=1)
+    s2l_micro: int = opt(2, "short-to-long micro-batches a step; 0 drops the loss", least=0)
+    s2l_batch: int | None = opt(None, "sequences in each (131072 / original_len)", least=1)
     # LongRecipe's second stage, after `steps`: cross-entropy, ordinary positions, the old window
     replay_data: list[str] | None = opt(None, "text like what the original was trained on")
-    replay_steps: int = opt(0, "steps on it, the learning rate falling from lr / 10 to 0")
-    replay_batch: int | None = opt(None, "sequences in a micro-batch (131072 / original_len)")
+    replay_steps: int = opt(0, "steps on it, the learning rate falling from lr / 10 to 0", least=0)
+    replay_batch: int | None = opt(None, "sequences in each (131072 / original_len)", least=1)
     merge: float = opt(0.0, "export merge x original + (1 - merge) x trained weights (paper: 0.5)")
     # Optimizer: AdamW, constant learning rate, no warm-up (App. B)
-    lr: float = opt(2e-5, "learning rate")
-    weight_decay: float = opt(0.1, "decoupled weight decay")
+    lr: float = opt(2e-5, "learning rate", least=0)
+    weight_decay: float = opt(0.1, "decoupled weight decay", least=0)
     beta1: float = opt(0.9, "AdamW's first decay")
     beta2: float = opt(0.95, "AdamW's second decay")
     grad_clip: float = opt(1.0, "largest global gradient norm")
@@ -164,14 +159,14 @@ class Config:
     device: str | None = opt(None, "cuda or cpu (default: cuda where there is one)")
     unit_tokens: int = opt(32768, "most tokens in one forward pass, at least one sequence")
     recompute: bool = opt(False, "recompute blocks in backward on a CPU; a GPU's plan decides")
-    context: int | None = opt(None, "processes that share each sequence, under torchrun (1)")
+    context: int | None = opt(None, "processes to a sequence, under torchrun (1)", least=1)
     gpu_gib: float | None = opt(None, "GPU memory to plan for (default: all that is free)")
     moments: str = opt("fp32", "AdamW's m and v on a GPU", choices=["fp32", "bf16"])
     compile: bool = opt(False, "torch.compile the blocks on a GPU")
-    save_every: int = opt(64, "steps between states that --resume can continue from")
-    save_minutes: float = opt(30.0, "minutes after which one is saved in any case; 0: never")
-    keep: int = opt(2, "states kept; the disk needs room for one more; 0: save none")
-    max_bad_steps: int = opt(3, "stop after so many steps in a row that are not finite")
+    save_every: int = opt(64, "steps between states that --resume can continue from", least=1)
+    save_minutes: float = opt(30.0, "minutes until one is saved anyway; 0: never", least=0)
+    keep: int = opt(2, "states kept; the disk needs room for one more; 0: save none", least=0)
+    max_bad_steps: int = opt(3, "stop after so many steps in a row that are not finite", least=1)
     eval_tokens: int = opt(65536, "held-out tokens a stream in the closing report; 0: no report")
     seed: int = opt(2024, "of every random choice, each a function of (seed, stream, step)")
 
@@ -185,6 +180,7 @@ class Stream:
     micro: int
     batch: int
     seq_len: int
+    rows: int  # sequences in one forward pass
     weight: float  # share x alpha, on the stream's mean loss
     waited: float = 0.0  # seconds for data in this step
 
@@ -195,7 +191,6 @@ PAPER_THETA = {
     (500_000.0, 8192, 131072): 1e8,
     (1_000_000.0, 32768, 131072): 2e7,
 }
-FROM_128K = 128_000  # tokens; the paper's second set of settings applies from here on
 
 
 def default_theta(theta: float, original_len: int, target_len: int) -> float:
@@ -212,16 +207,31 @@ def default_theta(theta: float, original_len: int, target_len: int) -> float:
     return float(f"{theta**ratio:.1e}")
 
 
+def long_alone(c: Config) -> bool:
+    """A baseline that reads no other stream."""
+    return c.method in ("long_cpt", "longrecipe")
+
+
+def fill(c: Config, **defaults) -> None:
+    """Set the fields that were left to us."""
+    for name, value in defaults.items():
+        if getattr(c, name) is None:
+            setattr(c, name, value)
+
+
 def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
     """Fill in what was left to us and refuse what cannot work, before anything is allocated."""
-    c = Config(**asdict(config))
-    c.ckpt = str(ckpt.resolve())
-    c.original_len = c.original_len or model.max_position_embeddings
+    c = replace(config, ckpt=str(ckpt.resolve()))
+    fill(c, original_len=model.max_position_embeddings)
     if c.original_len is None:
         raise ValueError(
             "--original_len is missing: Meta's params.json does not say it; pass 4096 for Llama 2, "
             "2048 for Llama 1"
         )
+    for f in fields(Config):
+        value, least = getattr(c, f.name), f.metadata["least"]
+        if None not in (value, least) and not least <= value < math.inf:
+            raise ValueError(f"--{f.name} {value}: need at least {least}")
     if c.target_len is None:
         raise ValueError("--target_len is missing: how many tokens the extended model should read")
     if c.target_len <= c.original_len:
@@ -229,87 +239,65 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
             f"--target_len {c.target_len} is not above the original window of {c.original_len}; "
             "pass a longer one (or the true --original_len)"
         )
-    if c.original_len < 32:
-        raise ValueError(f"--original_len {c.original_len} is below 32 tokens, no window to extend")
-    if c.method in ("long_cpt", "longrecipe"):
+    if long_alone(c):
         c.short_micro = c.s2l_micro = 0
-        c.long_share = 1.0
-    # Short-to-long wants text like the short stream's; a user's own long text is near at hand.
-    c.s2l_data = c.s2l_data or c.long_data or c.short_data or data.DEFAULT_SHORT
-    c.long_data = c.long_data or data.DEFAULT_LONG
-    c.short_data = c.short_data or data.DEFAULT_SHORT
-    if bool(c.replay_data) != (c.replay_steps > 0):
-        raise ValueError(
-            f"--replay_data {c.replay_data} with --replay_steps {c.replay_steps}: need both or none"
-        )
-    name = Path(config.ckpt).name
-    c.out_dir = c.out_dir or f"out/{name}-{c.target_len}"
-    far, factor = c.target_len >= FROM_128K, c.target_len / c.original_len
-    if c.rope_type is None and c.rope_theta is None:
-        c.rope_theta = default_theta(model.rope_theta, c.original_len, c.target_len)
-    c.alpha_short = (2.0 if far else 5.0) if c.alpha_short is None else c.alpha_short
-    c.alpha_s2l = (15.0 if far else 10.0) if c.alpha_s2l is None else c.alpha_s2l
-    c.n_distill_layers = c.n_distill_layers or (3 if factor >= 16 else 6)
-    if c.position_scheme is None:  # the Gaussian's grid needs a whole factor (data.cream_positions)
-        c.position_scheme = "uniform" if far or c.target_len % c.original_len else "cream"
-    if c.long_position_scheme is None:
-        c.long_position_scheme = "longrecipe" if c.method == "longrecipe" else "ordinary"
-    c.train_len = c.train_len or default_train_len(c)
+    far = c.target_len >= 128_000  # the paper's second set of settings
+    whole = c.target_len % c.original_len == 0
+    fill(
+        c,
+        out_dir=f"out/{Path(config.ckpt).name}-{c.target_len}",
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        context=1,
+        # Short-to-long wants text like the short stream's; a user's own long text is near at hand.
+        s2l_data=c.long_data or c.short_data or data.DEFAULT_SHORT,
+        long_data=data.DEFAULT_LONG,
+        short_data=data.DEFAULT_SHORT,
+        alpha_short=2.0 if far else 5.0,
+        alpha_s2l=15.0 if far else 10.0,
+        n_distill_layers=3 if c.target_len >= 16 * c.original_len else 6,
+        # The Gaussian's grid needs a whole factor (data.cream_positions).
+        position_scheme="cream" if whole and not far else "uniform",
+        long_position_scheme="longrecipe" if c.method == "longrecipe" else "ordinary",
+        long_micro=16 if long_alone(c) else 8,
+        long_batch=max(1, 131072 // c.target_len),
+        s2l_batch=max(1, 131072 // c.original_len),
+        replay_batch=max(1, 131072 // c.original_len),
+    )
+    if c.rope_type is None:
+        fill(c, rope_theta=default_theta(model.rope_theta, c.original_len, c.target_len))
+    fill(c, train_len=default_train_len(c), short_len=1024)
+    c.short_len = min(c.short_len, c.original_len)
+    fill(c, short_batch=max(1, 131072 // c.short_len))
     if c.train_len > c.target_len:
         raise ValueError(
             f"--train_len {c.train_len} is above --target_len {c.target_len}; try a third of it"
         )
-    c.short_len = min(c.short_len or 1024, c.original_len)
-    c.long_micro = c.long_micro or (16 if c.method in ("long_cpt", "longrecipe") else 8)
-    c.long_batch = c.long_batch or max(1, 131072 // c.target_len)
-    c.short_batch = c.short_batch or max(1, 131072 // c.short_len)
-    c.s2l_batch = c.s2l_batch or max(1, 131072 // c.original_len)
-    c.context = 1 if c.context is None else c.context
-    c.replay_batch = c.replay_batch or max(1, 131072 // c.original_len)
-    c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    batches = ("long_micro", "long_batch", "short_batch", "s2l_batch", "replay_batch")
-    others = ("steps", "train_len", "short_len", "save_every", "max_bad_steps", "context")
-    for key in (*others, *batches):
-        if getattr(c, key) < 1:
-            raise ValueError(f"--{key} {getattr(c, key)}: need at least 1")
-    for key in (
-        "replay_steps",
-        "short_micro",
-        "s2l_micro",
-        "lr",
-        "weight_decay",
-        "alpha_short",
-        "alpha_s2l",
-        "keep",
-        "save_minutes",
-    ):
-        if not 0 <= getattr(c, key) < math.inf:
-            raise ValueError(f"--{key} {getattr(c, key)}: need 0 or more")
-    if not 0 <= c.merge < 1:
+    if bool(c.replay_data) != bool(c.replay_steps):
         raise ValueError(
-            f"--merge {c.merge}: need the original's share, from 0 to below 1; try 0.5"
+            f"--replay_data {c.replay_data} with --replay_steps {c.replay_steps}: need both or none"
         )
-    if c.distill_layers and not all(1 <= i <= model.n_layers for i in c.distill_layers):
+    if not 0 <= c.merge < 1:
+        raise ValueError(f"--merge {c.merge}: need the original's share, from 0 to below 1")
+    if not all(1 <= i <= model.n_layers for i in c.distill_layers or ()):
         raise ValueError(
             f"--distill_layers {c.distill_layers}: this model has hidden states 1 to "
             f"{model.n_layers} (the last is after the final norm)"
         )
-    lengths = c.target_len, c.short_len, c.original_len
+    lengths = c.train_len, c.short_len, c.original_len
     if any(n % c.context for n in (*lengths, model.n_heads, model.n_kv_heads)):
         raise ValueError(
             f"--context {c.context} must divide the lengths {lengths} and the model's "
             f"{model.n_heads} heads and {model.n_kv_heads} kv heads"
         )
     if c.device.startswith("cuda"):  # cuDNN's attention is only sound at such lengths
-        for key in ("train_len", "short_len", "original_len"):
-            length = getattr(c, key)
+        for name, length in zip(("train_len", "short_len", "original_len"), lengths, strict=True):
             if length % 128:
                 raise ValueError(
-                    f"--{key} {length}: attention on a GPU needs a multiple of 128, try "
+                    f"--{name} {length}: attention on a GPU needs a multiple of 128, try "
                     f"{max(128, length // 128 * 128)}"
                 )
-    if c.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {c.device}: torch sees no GPU; pass --device cpu")
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {c.device}: torch sees no GPU; pass --device cpu")
     return c
 
 
@@ -397,30 +385,44 @@ def select_distill_layers(teacher: Llama, student: Llama, input_ids: Tensor, n: 
 # ----------------------------------------------------------------------------------------- train
 
 
-def open_streams(c: Config, tokenizer: data.Tokenizer) -> dict[str, Stream]:
-    """Tokenise (once) and open the streams this method reads, in the order a step takes them."""
-    wanted = {
-        "long": (c.long_data, c.long_micro, c.long_batch, c.train_len, c.long_share),
-        "short": (c.short_data, c.short_micro, c.short_batch, c.short_len, c.short_share),
-        "s2l": (c.s2l_data, c.s2l_micro, c.s2l_batch, c.original_len, c.s2l_share),
-        "replay": (c.replay_data, replay_micro(c), c.replay_batch, c.original_len, 1.0),
+def stream_shapes(c: Config) -> dict[str, tuple[int, int, int, int]]:
+    """The streams this run reads, in the order a step takes them: {name: (micro-batches, sequences
+    in each, tokens in each, sequences in one forward pass)}."""
+    every = {
+        "long": (c.long_micro, c.long_batch, c.train_len),
+        "short": (c.short_micro, c.short_batch, c.short_len),
+        "s2l": (c.s2l_micro, c.s2l_batch, c.original_len),
+        "replay": (c.long_micro if c.replay_steps else 0, c.replay_batch, c.original_len),
     }
-    alpha = {"replay": 1.0, "long": 1.0, "short": c.alpha_short, "s2l": c.alpha_s2l}
+    return {
+        name: (micro, batch, seq_len, min(batch, max(1, c.unit_tokens // seq_len)))
+        for name, (micro, batch, seq_len) in every.items()
+        if micro
+    }
+
+
+def step_tokens(c: Config) -> dict[str, int]:
+    """Tokens of one step, by stream."""
+    return {name: math.prod(shape[:3]) for name, shape in stream_shapes(c).items()}
+
+
+def open_streams(c: Config, tokenizer: data.Tokenizer) -> dict[str, Stream]:
+    """Tokenise (once) and open the streams. A weight is share x alpha (eq. 18); a stream's share is
+    its part of the paper's 16 micro-batches, however many are read here."""
+    weights = {"long": 1.0 if long_alone(c) else 8 / 16, "short": 6 / 16, "s2l": 2 / 16}
+    if c.method == "longred":
+        weights["short"] *= c.alpha_short
+        weights["s2l"] *= c.alpha_s2l
     streams = {}
-    for name, (specs, micro, batch, seq_len, share) in wanted.items():
-        if micro:
-            corpus = data.tokenize(specs, tokenizer, c.cache_dir, name, c.skip_bad_lines)
-            only_long = (c.min_doc_len, c.length_upsample) if name == "long" else ()
-            text = data.Stream(corpus, name, c.seed, batch, seq_len, *only_long)
-            steps = c.replay_steps if name == "replay" else c.steps
-            print(text.describe(steps * micro))
-            weight = share * (alpha[name] if c.method == "longred" else 1.0)
-            streams[name] = Stream(name, text, micro, batch, seq_len, weight)
+    for name, (micro, batch, seq_len, rows) in stream_shapes(c).items():
+        specs = getattr(c, f"{name}_data")
+        corpus = data.tokenize(specs, tokenizer, c.cache_dir, name, c.skip_bad_lines)
+        only_long = (c.min_doc_len, c.length_upsample) if name == "long" else ()
+        text = data.Stream(corpus, name, c.seed, batch, seq_len, *only_long)
+        print(text.describe(micro * (c.replay_steps if name == "replay" else c.steps)))
+        weight = weights.get(name, 1.0)
+        streams[name] = Stream(name, text, micro, batch, seq_len, rows, weight)
     return streams
-
-
-def replay_micro(c: Config) -> int:
-    return c.long_micro if c.replay_steps else 0
 
 
 def learning_rate(c: Config, step: int) -> float:
@@ -471,17 +473,12 @@ def preflight(c: Config, model: ModelConfig) -> None:
     states = c.keep and min(c.keep + 1, -(-(c.steps + c.replay_steps) // c.save_every))
     runs.check_disk(Path(c.out_dir), export, states * 12 * n)  # fp32 weights, AdamW's two moments
     if c.device == "cpu" and "WORLD_SIZE" not in os.environ:
-        units = (
-            (c.long_batch, c.train_len),
-            (c.short_batch, c.short_len),
-            (c.s2l_batch, c.original_len),
-        )
-        tokens = max(min(n_rows, max(c.unit_tokens // len_, 1)) * len_ for n_rows, len_ in units)
+        tokens = max(seq_len * rows for _, _, seq_len, rows in stream_shapes(c).values())
         # fp32 student, teacher, gradients and the two moments
         runs.check_memory(20 * n, runs.activation_bytes(model, tokens, c.recompute))
 
 
-def passes(c: Config, stream: Stream, step: int, rows: int, life: runs.Life, ends: np.ndarray):
+def passes(c: Config, stream: Stream, step: int, life: runs.Life, ends: np.ndarray):
     """This process's part of a step's sequences, up to `rows` in each forward and backward pass.
 
     Yields ids (B, T + 1), their indices in the text (T,), other positions (B, T) or None, and the
@@ -494,8 +491,8 @@ def passes(c: Config, stream: Stream, step: int, rows: int, life: runs.Life, end
     tokens = slice(piece * size, (piece + 1) * size)
     indices = torch.arange(tokens.start, tokens.stop, device=c.device)
     micro = -1
-    for start in range(0, len(mine), rows):
-        real = [j for j in mine[start : start + rows] if j < n]
+    for start in range(0, len(mine), stream.rows):
+        real = [j for j in mine[start : start + stream.rows] if j < n]
         ids, positions = [], []
         for j in real or [n - 1]:
             if micro != j // stream.batch:
@@ -589,11 +586,10 @@ def extend(config: Config, life: runs.Life) -> Path:
             losses = {stream.name: 0.0 for stream in active}  # unweighted means over the step
             for stream in active:
                 stream.waited = 0.0
-                rows = min(stream.batch, max(1, c.unit_tokens // stream.seq_len))
                 if machine:
                     machine.ready(stream.name)
-                    rows = plan.units[stream.name].batch
-                for ids, indices, positions, part in passes(c, stream, step, rows, life, ends):
+                    stream.rows = plan.units[stream.name].batch
+                for ids, indices, positions, part in passes(c, stream, step, life, ends):
                     life.check_stop()
                     if stream.name in ("long", "replay") or c.method == "mix_cpt":
                         at = indices if positions is None else positions
@@ -683,10 +679,9 @@ def plan_memory(c: Config, model: ModelConfig, streams: dict[str, Stream]) -> me
     taps = {"long": 0, "short": short, "s2l": 1, "replay": 0}
     units = []
     for s in streams.values():
-        batch = min(s.batch, max(1, c.unit_tokens // s.seq_len))
-        passes = s.micro * -(-s.batch // batch)
+        passes = s.micro * -(-s.batch // s.rows)
         compared = taps[s.name] if c.method == "longred" else 0
-        units.append(memory.Unit(s.name, batch, s.seq_len, passes, compared))
+        units.append(memory.Unit(s.name, s.rows, s.seq_len, passes, compared))
     room = int(c.gpu_gib * memory.GIB) if c.gpu_gib else memory.gpu_room()
     moments = torch.bfloat16 if c.moments == "bf16" else torch.float32
     plan = memory.make_plan(model, units, room, runs.available_memory(), moments, c.compile)
@@ -705,17 +700,6 @@ def choose_layers(c: Config, teacher: Llama, student: Llama, short: Stream) -> l
 
 
 # -------------------------------------------------------------------------------- what is printed
-
-
-def step_tokens(c: Config) -> dict[str, int]:
-    """Tokens of one step, by stream."""
-    every = {
-        "long": c.long_micro * c.long_batch * c.train_len,
-        "short": c.short_micro * c.short_batch * c.short_len,
-        "s2l": c.s2l_micro * c.s2l_batch * c.original_len,
-        "replay": replay_micro(c) * c.replay_batch * c.original_len,
-    }
-    return {name: n for name, n in every.items() if n}
 
 
 def versions() -> dict:
@@ -987,19 +971,16 @@ def parse_args(argv: list[str] | None) -> Config:
         raise SystemExit(f"longred: {message}; all flags: python longred.py --help")
 
     parser.error = error
-    hints = typing.get_type_hints(Config)
     for f in fields(Config):
-        more = {k: v for k, v in f.metadata.items() if k != "help"}
-        kind = next(t for t in typing.get_args(hints[f.name]) or [hints[f.name]] if t is not None)
-        if typing.get_origin(kind) is list:
-            kind = typing.get_args(kind)[0]
-            more["nargs"] = "+"
+        kind = (get_args(f.type) or [f.type])[0]  # X of X | None
+        more, choices = {}, f.metadata["choices"]
+        if get_origin(kind) is list:
+            kind, more["nargs"] = get_args(kind)[0], "+"
         if kind is bool:
             more["action"] = argparse.BooleanOptionalAction
         else:
-            more["type"] = kind
-            if "choices" not in more:
-                more["metavar"] = {str: "X", int: "N", float: "F"}[kind]
+            more |= {"type": kind, "choices": choices}
+            more["metavar"] = None if choices else kind.__name__
         shown = "" if f.default is None else f" (default: {f.default})"
         parser.add_argument(
             f"--{f.name}", default=f.default, help=f.metadata["help"] + shown, **more
