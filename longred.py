@@ -36,7 +36,6 @@ import shutil
 import sys
 import sysconfig
 import time
-from collections import deque
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args, get_origin
@@ -458,9 +457,11 @@ def long_positions(c: Config, index: int, input_ids: Tensor, ends: np.ndarray) -
 
 def rope_scaling(c: Config) -> dict | None:
     """--rope_type in transformers' form; None keeps what the checkpoint has (ABF)."""
-    if c.rope_type in (None, "default"):
-        return c.rope_type and {"rope_type": "default"}
-    scaling = {"rope_type": c.rope_type, "factor": c.target_len / c.original_len}
+    if c.rope_type is None:
+        return None
+    scaling = {"rope_type": c.rope_type}
+    if c.rope_type != "default":
+        scaling["factor"] = c.target_len / c.original_len
     if c.rope_type == "yarn":
         scaling["original_max_position_embeddings"] = c.original_len
     return scaling
@@ -468,10 +469,11 @@ def rope_scaling(c: Config) -> dict | None:
 
 def preflight(c: Config, model: ModelConfig) -> None:
     """Refuse what would fail after hours: a run that its disk or its memory cannot hold."""
-    n = runs.parameter_count(model)
+    n = memory.parameter_count(model)
     export = n * (model.stored_dtype() or torch.float32).itemsize
-    states = c.keep and min(c.keep + 1, -(-(c.steps + c.replay_steps) // c.save_every))
-    runs.check_disk(Path(c.out_dir), export, states * 12 * n)  # fp32 weights, AdamW's two moments
+    # A state: fp32 weights (on a GPU bf16 and a remainder) and AdamW's two moments.
+    state = n * (8 if c.device.startswith("cuda") and c.moments == "bf16" else 12)
+    runs.check_disk(Path(c.out_dir), export, c.keep and (c.keep + 1) * state)
     if c.device == "cpu" and "WORLD_SIZE" not in os.environ:
         tokens = max(seq_len * rows for _, _, seq_len, rows in stream_shapes(c).values())
         # fp32 student, teacher, gradients and the two moments
@@ -527,7 +529,7 @@ def train(config: Config) -> Path:
 
 
 def extend(config: Config, life: runs.Life) -> Path:
-    """`train`, in execution order."""
+    """`train`, in execution order: set up, take the steps, export and report."""
     config = runs.after_restart(config)
     run = runs.read_run(config.resume) if config.resume else None
     if run:
@@ -535,8 +537,6 @@ def extend(config: Config, life: runs.Life) -> Path:
     life.join(config.device, config.context or 1)
     if run:
         life.claim(Path(config.resume), resumed=True)
-    if config.ckpt is None:
-        raise ValueError("--ckpt is missing: the checkpoint to extend")
     source = resolve_checkpoint(config.ckpt)
     original = load_config(source)
     c = resolve(config, original, source)
@@ -550,10 +550,14 @@ def extend(config: Config, life: runs.Life) -> Path:
         life.from_first(lambda: open_streams(c, tokenizer) and None)  # one process tokenises
     streams = open_streams(c, tokenizer)
     ends = data.sentence_ends(tokenizer) if c.long_position_scheme == "longrecipe" else None
-    about = {"config": asdict(c), "versions": versions(), "data": fingerprints(streams)}
-    about |= {"weights": runs.weight_fingerprints(source), "code": runs.code_fingerprints()}
+    about = {
+        "data": {name: s.text.corpus.fingerprint for name, s in streams.items()},
+        "weights": runs.weight_fingerprints(source),
+        "code": runs.code_fingerprints(),
+    }
     if run:
         runs.check_same(run, about, out_dir, c.resume_anyway)
+    about["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     choose = c.method == "longred" and "short" in streams and not c.distill_layers
     if choose and life.size > 1:  # before the models are in shards
         c.distill_layers = life.from_first(
@@ -566,19 +570,24 @@ def extend(config: Config, life: runs.Life) -> Path:
         c.distill_layers = choose_layers(c, teacher, student, streams["short"])
     adamw = c.lr, (c.beta1, c.beta2), 1e-8, c.weight_decay
     machine = memory.Machine(plan, student, teacher, *adamw) if plan else None
-    optimizer = machine.optimizer if machine else torch.optim.AdamW(student.parameters(), *adamw)
-    if (c.recompute or life.size > 1) and not machine:
-        memory.use(student, memory.Policy())  # every block is recomputed
+    if machine:
+        optimizer = machine.optimizer
+        for stream in streams.values():
+            stream.rows = plan.units[stream.name].batch
+    else:
+        optimizer = torch.optim.AdamW(student.parameters(), *adamw)
+        if c.recompute or life.size > 1:
+            memory.use(student, memory.Policy())  # every block is recomputed
     if not run:
         life.claim(out_dir, resumed=False)
-    life.write_about(about | {"config": asdict(c)})
+    about["config"] = asdict(c)
+    life.write_about(about)
     first = life.begin(c, student, optimizer)
     logged = life.from_first(lambda: runs.trim_log(out_dir / "log.jsonl", first))
     watch = runs.Watch(logged, c.max_bad_steps)
     print_header(c, student, teacher, streams)
 
-    recent = deque(maxlen=16)  # seconds of the last steps
-    last = c.steps + c.replay_steps
+    began, last = time.monotonic(), c.steps + c.replay_steps
     with open(os.devnull if life.rank else out_dir / "log.jsonl", "a") as log:
         for step in range(first, last):
             step_began = time.monotonic()
@@ -588,7 +597,6 @@ def extend(config: Config, life: runs.Life) -> Path:
                 stream.waited = 0.0
                 if machine:
                     machine.ready(stream.name)
-                    stream.rows = plan.units[stream.name].batch
                 for ids, indices, positions, part in passes(c, stream, step, life, ends):
                     life.check_stop()
                     if stream.name in ("long", "replay") or c.method == "mix_cpt":
@@ -615,13 +623,12 @@ def extend(config: Config, life: runs.Life) -> Path:
                     optimizer.param_groups[0]["lr"] = learning_rate(c, step)
                     optimizer.step()
             optimizer.zero_grad()
-            recent.append(time.monotonic() - step_began)
-            line["seconds"] = round(recent[-1], 3)
+            seconds = time.monotonic() - step_began
             waited = sum(stream.waited for stream in active)
-            line["data_share"] = round(waited / recent[-1], 4)
+            line |= {"seconds": round(seconds, 3), "data_share": round(waited / seconds, 4)}
             log.write(runs.json_line(line))
             log.flush()
-            left = sum(recent) / len(recent) * (last - step - 1)  # seconds
+            left = (time.monotonic() - began) / (step + 1 - first) * (last - step - 1)  # seconds
             if step == first and left > 600:
                 print(f"about {left / 3600:.1f} hours to go, if every step is like this first one")
             print_step(c, line, left)
@@ -643,7 +650,7 @@ def extend(config: Config, life: runs.Life) -> Path:
     print(f"extended checkpoint: {exported}")
     if c.eval_tokens:
         about["report"] = report(c, teacher, student.to(dtype))
-    life.write_about(about | {"config": asdict(c)})
+    life.write_about(about)
     return exported
 
 
@@ -658,12 +665,10 @@ def open_models(c: Config, source: Path, dtype=torch.float32, shard=None) -> tup
 
 def resumed_config(run: dict, given: Config) -> Config:
     """The config a run began with, for the OUT_DIR it lies in now."""
-    known = {f.name for f in fields(Config)}
-    unknown = sorted(run.get("config", {"config": None}).keys() - known)
-    if unknown:
+    if unknown := run["config"].keys() - {f.name for f in fields(Config)}:
         raise ValueError(
-            f"--resume {given.resume}: its setting {unknown[0]} is not known here; resume it with "
-            "the version of longred that began it"
+            f"--resume {given.resume}: its setting {min(unknown)} is not known here; resume it "
+            "with the version of longred that began it"
         )
     now = {"out_dir": given.resume, "resume": given.resume, "resume_anyway": given.resume_anyway}
     if given.context:  # the processes may be others than those that began it
@@ -700,14 +705,6 @@ def choose_layers(c: Config, teacher: Llama, student: Llama, short: Stream) -> l
 
 
 # -------------------------------------------------------------------------------- what is printed
-
-
-def versions() -> dict:
-    return {"python": platform.python_version(), "torch": torch.__version__}
-
-
-def fingerprints(streams: dict[str, Stream]) -> dict:
-    return {name: s.text.corpus.fingerprint for name, s in streams.items()}
 
 
 def print_header(c: Config, student: Llama, teacher: Llama, streams: dict[str, Stream]) -> None:

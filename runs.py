@@ -36,7 +36,7 @@ import threading
 import time
 import uuid
 import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -134,10 +134,8 @@ def code_fingerprints() -> dict[str, str]:
         path = Path(__file__).with_name(name + ".py")
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-                if isinstance(body[0].value, ast.Constant):  # a docstring
-                    body[0].value.value = ""
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value.value = ""  # a docstring
         found[path.name] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
     return found
 
@@ -158,14 +156,14 @@ def weight_fingerprints(folder: Path) -> dict[str, str]:
 def check_same(saved: dict, now: dict, out_dir: Path, anyway: bool) -> None:
     """Refuse to continue a run as a different one.
 
-    saved, now: {"config", "data", "weights", "code"}, each a dict. anyway: print, do not refuse.
-    Raises ValueError naming the first difference that changes a step's numbers.
+    saved, now: {"config" or "data" or "weights" or "code": dict}; what `now` lacks is not compared.
+    anyway: print, do not refuse. Raises ValueError naming the first difference.
     """
     found = []
-    for part in ("config", "data", "weights", "code"):
-        old, new = saved.get(part, {}), now[part]
+    for part, new in now.items():
+        old = saved.get(part, {})
         for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key) and not (part == "config" and key in HARMLESS):
+            if old.get(key) != new.get(key):
                 found.append(f"{part} {key} was {old.get(key)}, is {new.get(key)}")
     if found and not anyway:
         more = f" (and {len(found) - 1} more)" if found[1:] else ""
@@ -205,17 +203,13 @@ class ChecksummedFile:
 
     def close(self) -> None:
         try:
-            if self.error is None:
-                self.file.flush()
-                os.fsync(self.file.fileno())
-                self.file.close()
+            self.file.flush()
+            os.fsync(self.file.fileno())
         except OSError as e:
-            self.error = e
+            self.error = self.error or e
+        with suppress(OSError):  # what is left in its buffer
+            self.file.close()
         if self.error is not None:
-            try:
-                self.file.close()
-            except OSError:  # what is left in its buffer
-                pass
             raise self.error
 
 
@@ -256,8 +250,7 @@ def write_state(folder: Path, step: int, state: dict, config: dict, keep: int) -
 
     Raises ValueError where it cannot be written; the older ones are as they were.
     """
-    final = folder / f"step-{step:06d}"
-    partial = folder / f"{final.name}.partial"
+    partial = folder / f"step-{step:06d}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -266,11 +259,7 @@ def write_state(folder: Path, step: int, state: dict, config: dict, keep: int) -
             torch.save(state, f)
         finally:
             f.close()
-        files = {"state.pt": [f.size, f.checksum]}
-        write_json(
-            partial / "manifest.json", signed({"step": step, "config": config, "files": files})
-        )
-        publish(partial, final, keep)
+        publish(partial, step, config, {"state.pt": [f.size, f.checksum]}, keep)
     except OSError as e:
         shutil.rmtree(partial, ignore_errors=True)
         raise cannot_save(folder, step, state, e) from None
@@ -282,8 +271,13 @@ def signed(manifest: dict) -> dict:
     return content | {"checksum": zlib.crc32(json.dumps(content, sort_keys=True).encode())}
 
 
-def publish(partial: Path, final: Path, keep: int) -> None:
-    """Give a complete state its name; drop the oldest, and what is torn or damaged."""
+def publish(partial: Path, step: int, config: dict, files: dict, keep: int) -> None:
+    """Give a complete state its manifest and its name; drop the oldest, the torn and the damaged.
+
+    files: {name: [size, checksum]}, all that lies in `partial`.
+    """
+    write_json(partial / "manifest.json", signed({"step": step, "config": config, "files": files}))
+    final = partial.with_suffix("")
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     sync_folder(final.parent)
@@ -547,39 +541,19 @@ class Life:
             write_json(self.out_dir / "longred.json", about)
 
     def begin(self, c, student: nn.Module, optimizer) -> int:
-        """Load the newest state, check the disk, catch signals. Returns the steps behind us."""
+        """Load the newest state, catch signals. Returns the steps behind us."""
         self.c, self.model, self.optimizer = c, student, optimizer
         self.config = {k: v for k, v in vars(c).items() if k not in HARMLESS}
         newest = self.from_first(lambda: newest_state(self.out_dir))
         if newest:
             manifest = json.loads((newest / "manifest.json").read_text(encoding="utf-8"))
-            same = {"data": {}, "weights": {}, "code": {}}
-            saved, now = {"config": manifest["config"]}, {"config": self.config}
-            check_same(saved | same, now | same, self.out_dir, c.resume_anyway)
+            check_same(manifest, {"config": self.config}, self.out_dir, c.resume_anyway)
             read_state(newest, student, optimizer, self.size)
             self.step = self.saved_step = manifest["step"]
             print(f"resuming after step {self.step}")
-        state = run_state(student, optimizer)
-        self.from_first(lambda: self._check_disk(state))
         self.sound = True
         self.stop.__enter__()
         return self.step
-
-    def _check_disk(self, state: dict) -> None:
-        """States already there count as room: they are dropped as new ones come."""
-        if not self.c.keep:
-            return
-        one = sum(t.nbytes for t in tensors(state))
-        export = sum(t.nbytes for t in state["model"].values())
-        there = sum(p.stat().st_size for p in (self.out_dir / "checkpoints").rglob("*"))
-        need = (self.c.keep + 1) * one + export
-        free = shutil.disk_usage(self.out_dir).free
-        if free + there < need:
-            raise ValueError(
-                f"{self.out_dir} has {free / GIB:.3g} GiB free, need {(need - there) / GIB:.3g}: "
-                f"--keep {self.c.keep} + 1 states of {one / GIB:.3g} and the export; make room, "
-                "pass a smaller --keep (0: save none) or another --out_dir"
-            )
 
     def check_stop(self) -> None:
         """Between micro-batches: end here where a signal asked for it, the last step saved."""
@@ -633,8 +607,7 @@ class Life:
 
     def _write_sharded(self, folder: Path, state: dict) -> None:
         """Every process writes its shards, the first one publishes them; training waits."""
-        final = folder / f"step-{self.step:06d}"
-        partial = folder / f"{final.name}.partial"
+        partial = folder / f"step-{self.step:06d}.partial"
 
         def prepare():
             shutil.rmtree(partial, ignore_errors=True)
@@ -644,9 +617,8 @@ class Life:
         try:
             dcp.save(state, checkpoint_id=partial)
         except dcp.api.CheckpointException as e:
-            reason = next(
-                (x for x in _causes(e) if isinstance(x, OSError)), OSError(0, str(e)[-200:])
-            )
+            found = (x for x in _causes(e) if isinstance(x, OSError))
+            reason = next(found, OSError(0, str(e)[-200:]))
             raise cannot_save(folder, self.step, state, reason) from None
         mine = partial.glob(f"__{self.rank}_*")
         found = [None] * self.size
@@ -657,9 +629,7 @@ class Life:
             files = {meta.name: [meta.stat().st_size, file_checksum(meta)]}
             for part in found:
                 files |= part
-            manifest = {"step": self.step, "config": self.config, "files": files}
-            write_json(partial / "manifest.json", signed(manifest))
-            publish(partial, final, self.c.keep)
+            publish(partial, self.step, self.config, files, self.c.keep)
 
         self.from_first(finish)
         self._say_saved(time.monotonic() - self.saved_at)
@@ -831,14 +801,6 @@ class Watch:
 # ------------------------------------------------------------------------------------- preflight
 
 
-def parameter_count(model) -> int:
-    """Parameters of a ModelConfig's network, in closed form: nothing is built. Biases left out."""
-    attention = 2 * model.d_model * (model.n_heads + model.n_kv_heads) * model.head_dim
-    block = attention + 3 * model.d_model * model.d_ff + 2 * model.d_model
-    embeddings = model.vocab_size * model.d_model * (1 if model.tie_embeddings else 2)
-    return embeddings + model.n_layers * block + model.d_model
-
-
 def activation_bytes(model, tokens: int, recompute: bool) -> int:
     """About what one forward pass keeps for backward in fp32, at `tokens` tokens.
 
@@ -861,9 +823,9 @@ def check_disk(out_dir: Path, export: int, states: int) -> None:
     free += sum(p.stat().st_size for p in (out_dir / "checkpoints").rglob("*"))  # these will go
     if export + states > free:
         raise ValueError(
-            f"--out_dir {out_dir} needs {_gb(export + states)} (export {_gb(export)}, states to "
-            f"resume from {_gb(states)}), its disk has {_gb(free)} free; pass a folder on a larger "
-            "disk, or a larger --save_every"
+            f"--out_dir {out_dir} needs {_gb(export + states)} (export {_gb(export)}, --keep + 1 "
+            f"states to resume from {_gb(states)}), its disk has {_gb(free)} free; make room, pass "
+            "another --out_dir or a smaller --keep (0: save none)"
         )
 
 

@@ -2441,6 +2441,21 @@ def read_log(out_dir):
     return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
 
 
+def same_run(a, b):
+    """Two runs ended with the same bits and logged the same steps."""
+    one, two = (load_file(folder / "hf" / "model.safetensors") for folder in (a, b))
+    logs = [[(x["step"], x["loss"], x["grad_norm"]) for x in read_log(f)] for f in (a, b)]
+    return logs[0] == logs[1] and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def killed_after_two(whole, out):
+    """A copy of a run of 4 steps as it was somewhere after its state of step 2 was saved."""
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "hf")
+    shutil.rmtree(out / "checkpoints" / "step-000004")
+    return out
+
+
 def test_cosine_distance_by_hand():
     student = torch.tensor([[[1.0, 0.0], [3.0, 4.0], [-2.0, 0.0]]])
     teacher = torch.tensor([[[5.0, 0.0], [0.0, 2.0], [1.0, 0.0]]])
@@ -2697,14 +2712,7 @@ def test_a_stopped_run_resumes_bit_for_bit(ckpt, tmp_path, monkeypatch, recipe):
     assert stop.value.code == 143
     monkeypatch.setattr(longred, "print_step", print_step)
     main(["--resume", str(tmp_path / "parts")])
-    whole, parts = (
-        load_file(tmp_path / n / "hf" / "model.safetensors") for n in ("whole", "parts")
-    )
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    for a, b in zip(read_log(tmp_path / "whole"), read_log(tmp_path / "parts"), strict=True):
-        assert {k: a[k] for k in ("step", "loss", "grad_norm")} == {
-            k: b[k] for k in ("step", "loss", "grad_norm")
-        }
+    assert same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_step_does_not_depend_on_how_it_is_cut_into_units(ckpt, tmp_path):
@@ -2764,14 +2772,29 @@ def test_metas_folder_is_extended_and_its_export_is_a_checkpoint(ckpt, tmp_path)
     assert load_config(train(again)).max_position_embeddings == 512
 
 
-def test_the_memory_estimate_counts_every_parameter_and_the_container(tmp_path, monkeypatch):
-    for changes in ({}, {"tie_embeddings": True}, {"n_kv_heads": 6, "d_ff": 33}):
-        model = tiny_llama(**changes)
-        assert runs.parameter_count(model.config) == sum(p.numel() for p in model.parameters())
+def test_the_memory_estimate_knows_recomputation_and_the_container():
     one, few = (runs.activation_bytes(tiny_config(), 1000, recompute) for recompute in (0, 1))
     assert few < one / 2
     if sys.platform == "linux":
         assert 2**20 < runs.available_memory() <= os.sysconf("SC_PHYS_PAGES") * 4096
+
+
+@pytest.mark.parametrize("keep, states", [(2, 3), (0, 0)])
+def test_the_disk_must_hold_the_export_and_keep_and_one_more_states(
+    ckpt, tmp_path, monkeypatch, keep, states
+):
+    model, there = load_config(ckpt[0]), tmp_path / "run" / "checkpoints" / "step-000001"
+    c = resolve(tiny_run(ckpt, tmp_path / "run", keep=keep, device="cpu"), model, ckpt[0])
+    weights = sum(p.numel() for p in load_checkpoint(ckpt[0]).parameters())
+    need = int(weights * (4 + states * 12))  # fp32; a state: weights and two moments
+    there.mkdir(parents=True)
+    (there / "state.pt").write_bytes(bytes(10_000))  # goes as new ones come
+    for free, enough in ((0.95 * need, False), (1.05 * need, True)):
+        usage = shutil._ntuple_diskusage(0, 0, free - 10_000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        refused = contextlib.nullcontext() if enough else pytest.raises(ValueError, match="--keep")
+        with refused:
+            longred.preflight(c, model)
 
 
 def test_lengths_that_a_gpus_attention_cannot_take_are_refused(ckpt):
@@ -2891,15 +2914,8 @@ def test_the_small_memory_path_logs_what_fp32_does(ckpt, tmp_path, request):
 
 def test_the_small_memory_path_resumes_bit_for_bit(ckpt, tmp_path, small_memory):
     train(tiny_run(ckpt, tmp_path / "whole", save_every=2))
-    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    shutil.rmtree(tmp_path / "parts" / "hf")
-    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-000004")
-    main(["--resume", str(tmp_path / "parts")])
-    whole, parts = (
-        load_file(tmp_path / n / "hf" / "model.safetensors") for n in ("whole", "parts")
-    )
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert read_log(tmp_path / "parts")[-1]["step"] == read_log(tmp_path / "whole")[-1]["step"]
+    main(["--resume", str(killed_after_two(tmp_path / "whole", tmp_path / "parts"))])
+    assert same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 # ------------------------------------------------------------------------------------ evaluate.py
@@ -3275,13 +3291,6 @@ def test_select_corpus_writes_sentences_of_the_training_part(ckpt, tmp_path, cap
 # --------------------------------------------------------------------------------------- runs.py
 
 
-def same_run(a, b):
-    """Two runs ended with the same bits and logged the same steps."""
-    one, two = (load_file(folder / "hf" / "model.safetensors") for folder in (a, b))
-    logs = [[(x["step"], x["loss"], x["grad_norm"]) for x in read_log(f)] for f in (a, b)]
-    return logs[0] == logs[1] and all(torch.equal(one[name], two[name]) for name in one)
-
-
 @pytest.fixture(scope="session")
 def whole(ckpt, tmp_path_factory):
     """An uninterrupted run of 4 steps, saved after 2 and 4."""
@@ -3292,11 +3301,7 @@ def whole(ckpt, tmp_path_factory):
 
 @pytest.fixture
 def at_two(whole, tmp_path):
-    """The same run, killed somewhere after its state of step 2 was saved."""
-    out = shutil.copytree(whole, tmp_path / "killed")
-    shutil.rmtree(out / "hf")
-    shutil.rmtree(out / "checkpoints" / "step-000004")
-    return out
+    return killed_after_two(whole, tmp_path / "killed")
 
 
 def test_a_killed_run_resumes_bit_for_bit_with_every_step_logged_once(whole, at_two):
@@ -3499,9 +3504,7 @@ def test_processes_that_share_sequences_and_tokens_train_as_one_does(whole, ckpt
     torchrun(4, [str(x) for flag in flags for x in flag])  # two share each sequence
     compare = [out]
     for n, context in ((1, 1), (2, 1)):  # resumed on others than those that saved
-        compare.append(shutil.copytree(out, tmp_path / f"on{n}"))
-        shutil.rmtree(compare[-1] / "hf")
-        shutil.rmtree(compare[-1] / "checkpoints" / "step-000004")
+        compare.append(killed_after_two(out, tmp_path / f"on{n}"))
         resume = ["--resume", str(compare[-1]), "--context", str(context)]
         main(resume) if n == 1 else torchrun(n, resume)
     one = load_file(whole / "hf" / "model.safetensors")
