@@ -773,47 +773,43 @@ def report(c: Config, teacher: Llama, student: Llama) -> dict:
     """Compare original and extended model on held-out text; print it and write report.md."""
     from evaluate import kept, position_losses, table
 
-    tokenizer = data.load_tokenizer(c.ckpt, c.add_eos)
-    texts = {}
+    tokenizer, texts = data.load_tokenizer(c.ckpt, c.add_eos), {}
     for name, specs, seq_len in (
         ("short", c.short_data, c.original_len),
         ("long", c.long_data, c.target_len),
     ):
-        if specs:
-            quiet = dict(skip_bad_lines=c.skip_bad_lines, log=lambda line: None)
+        quiet = dict(skip_bad_lines=c.skip_bad_lines, log=lambda line: None)
+        try:
             corpus = data.tokenize(specs, tokenizer, c.cache_dir, name, **quiet)
-            try:
-                ids = data.held_out(corpus, max(1, c.eval_tokens // seq_len), seq_len)
-                texts[name] = ids.to(c.device)
-            except ValueError as e:
-                print(f"not measured: {e}")
+            ids = data.held_out(corpus, max(1, c.eval_tokens // seq_len), seq_len)
+            texts[name] = ids.to(c.device)
+        except ValueError as e:
+            print(f"not measured: {e}")
     rows, curves = {}, {}
     for name, model in (("original", teacher), (c.method, student)):
-        rows[name] = row = {}
+        row = rows[name] = {}
         if "short" in texts:
             short = kept(teacher, model, texts["short"], attention_sequences=0)
-            row[f"short loss at {c.original_len}"] = short["loss"]
-            row |= {"KL": short["kl"], "drift (1 - cos)": 1 - short["cosine"][-1]}
+            row |= {f"short loss at {c.original_len}": short["loss"], "KL": short["kl"]}
+            row["drift (1 - cos)"] = 1 - short["cosine"][-1]
         if "long" in texts:
             by_position = position_losses(model, texts["long"])
-            row[f"long loss at {c.target_len}"] = by_position.mean()
-            row |= {f"quarter {i + 1}": q.mean() for i, q in enumerate(by_position.chunk(4))}
+            row[f"long loss at {c.target_len}"] = by_position.mean().item()
+            for i, quarter in enumerate(by_position.chunk(4)):
+                row[f"quarter {i + 1}"] = quarter.mean().item()
             curves[name] = [part.mean().item() for part in by_position.chunk(32)]
-        rows[name] = {column: float(value) for column, value in row.items()}
     steps = {"replay": c.replay_steps}
     tokens = {name: n * steps.get(name, c.steps) for name, n in step_tokens(c).items()}
-    lines = [
-        f"# {c.method}: {c.original_len:,} -> {c.target_len:,}\n",
-        f"{c.ckpt}, {c.steps} steps: "
-        + ", ".join(f"{n:,} {name} tokens" for name, n in tokens.items())
-        + ". Losses in nats a token on held-out text; on the short, KL(original, it) and drift of "
-        "the last hidden state: "
-        + ", ".join(f"{len(ids)} {name} sequences" for name, ids in texts.items())
-        + ".\n",
-        table(rows),
-    ]
-    (Path(c.out_dir) / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines), flush=True)
+    read = ", ".join(f"{n:,} {name} tokens" for name, n in tokens.items())
+    held_out = ", ".join(f"{len(ids)} {name} sequences" for name, ids in texts.items())
+    text = (
+        f"# {c.method}: {c.original_len:,} -> {c.target_len:,}\n\n"
+        f"{c.ckpt}, {c.steps} steps: {read}. Losses in nats a token on held-out text; on the "
+        "short, KL(original, it) and drift of the last hidden state: "
+        f"{held_out}.\n\n{table(rows)}"
+    )
+    (Path(c.out_dir) / "report.md").write_text(text + "\n", encoding="utf-8")
+    print(text, flush=True)
     return {"rows": rows, "long loss in 32 parts": curves, "tokens": tokens}
 
 
@@ -827,53 +823,37 @@ def demo(config: Config) -> Path:
     (window 256), then its window is stretched to 1,024 over Python's own sources: once by long-text
     training alone, once by LongReD.
     """
+    import evaluate
+
     out_dir = Path(config.out_dir or "out/demo")
-    prose, code = out_dir / "prose.jsonl", out_dir / "code.jsonl"
-    original = out_dir / "original"
+    prose, code, original = out_dir / "prose.jsonl", out_dir / "code.jsonl", out_dir / "original"
     if not (original / "config.json").is_file():
         write_demo_text(prose, code)
         train_demo_model(config, original, prose)
-    common = {
-        "ckpt": str(original),
-        "target_len": 1024,
-        "rope_theta": 1e5,
-        "long_data": [str(code)],
-        "short_data": [str(prose)],
-        "s2l_data": [str(prose)],
-        "cache_dir": str(out_dir / "tokens"),
-        "steps": 60,
-        "lr": 5e-4,
-        "long_micro": 2,
-        "long_batch": 2,
-        "short_micro": 2,
-        "short_batch": 4,
-        "s2l_micro": 1,
-        "s2l_batch": 4,
-        "seed": config.seed,
-        "device": config.device,
-    }
+    flags = dict(ckpt=str(original), target_len=1024, rope_theta=1e5, steps=60, lr=5e-4)
+    flags |= dict(long_data=[str(code)], short_data=[str(prose)], s2l_data=[str(prose)])
+    flags |= dict(long_micro=2, long_batch=2, short_micro=2, short_batch=4)
+    flags |= dict(s2l_micro=1, s2l_batch=4, cache_dir=str(out_dir / "tokens"))
+    flags |= dict(seed=config.seed, device=config.device)
     reports = {}
     for method in ("long_cpt", "longred"):
         folder = out_dir / method
         if (folder / "longred.json").exists():
             shutil.rmtree(folder)  # an earlier demo's
-        train(Config(method=method, out_dir=str(folder), **common))
+        train(Config(method=method, out_dir=str(folder), **flags))
         reports[method] = runs.read_run(folder)["report"]
-    import evaluate
-
-    titles = {"original": "original", "long_cpt": "Long CPT", "longred": "LongReD"}
+    reports["original"] = reports["longred"]  # each measures the original too
     rows, measured = {}, []
-    for method, title in titles.items():
-        one = reports[method if method in reports else "longred"]
-        row = one["rows"][method]
+    for name, title in (("original",) * 2, ("long_cpt", "Long CPT"), ("longred", "LongReD")):
+        row = reports[name]["rows"][name]
         rows[title] = {
             "prose loss at 256": row["short loss at 256"],
             "code loss at 1,024": row["long loss at 1024"],
             "drift of the last hidden state": row["drift (1 - cos)"],
         }
-        loss = {"kept": {"loss": row["short loss at 256"]}}
-        loss["position"] = {"whole": {"nll": one["long loss in 32 parts"][method]}}
-        measured.append((title, out_dir / method / "hf", loss))
+        losses = {"kept": {"loss": row["short loss at 256"]}}
+        losses["position"] = {"whole": {"nll": reports[name]["long loss in 32 parts"][name]}}
+        measured.append((title, out_dir / name / "hf", losses))
     print(f"\nWhat the longer window gained, and what it cost:\n\n{evaluate.table(rows)}\n")
     print(
         f"More: python evaluate.py --base {original} --ckpt {out_dir}/long_cpt {out_dir}/longred "
@@ -910,19 +890,10 @@ def train_demo_model(config: Config, out_dir: Path, prose: Path, steps: int = 60
     tokenizer = data.load_tokenizer(tokenizer_dir)
     corpus = data.tokenize([str(prose)], tokenizer, out_dir.with_name("tokens"), "prose")
     text = data.Stream(corpus, "original", config.seed, 12, 256)
-    model = Llama(
-        ModelConfig(
-            d_model=128,
-            n_layers=4,
-            n_heads=4,
-            n_kv_heads=2,
-            head_dim=32,
-            d_ff=352,
-            vocab_size=256,
-            rope_theta=1e4,
-            max_position_embeddings=256,
-        )
-    ).init_weights(generator=torch.Generator().manual_seed(config.seed))
+    shape = dict(d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=352)
+    shape |= dict(vocab_size=256, rope_theta=1e4, max_position_embeddings=256)
+    generator = torch.Generator().manual_seed(config.seed)
+    model = Llama(ModelConfig(**shape)).init_weights(generator=generator)
     peak_lr, warm_up = 4e-3, 40
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     bar = tqdm(range(steps), desc="training the demo's original model", unit="step")
@@ -956,13 +927,10 @@ def write_byte_tokenizer(folder: Path) -> Path:
 
 def parse_args(argv: list[str] | None) -> Config:
     """Config from the command line; its field names are the flags."""
-    formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        usage="python longred.py [flags]",
-        description=__doc__,
-        formatter_class=formatter,
-        allow_abbrev=False,
+        "longred.py", "python longred.py [flags]", __doc__, allow_abbrev=False
     )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
     def error(message: str):
         raise SystemExit(f"longred: {message}; all flags: python longred.py --help")
@@ -990,17 +958,16 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_args(argv)
     given = {f.name for f in fields(Config) if getattr(config, f.name) != f.default}
     try:
-        if config.resume:
-            if extra := given - {"resume", "resume_anyway", "context"}:
-                raise ValueError(f"--resume takes its run's own settings: drop --{min(extra)}")
+        if config.resume and (extra := given - {"resume", "resume_anyway", "context"}):
+            raise ValueError(f"--resume takes its run's own settings: drop --{min(extra)}")
+        if config.resume or config.ckpt:
             train(config)
-        elif config.ckpt:
-            train(config)
-        elif given <= {"out_dir", "seed", "device"}:
-            demo(config)
+        elif extra := given - {"out_dir", "seed", "device"}:
+            raise ValueError(
+                f"--{min(extra)} needs --ckpt: the checkpoint to extend (none: the demo)"
+            )
         else:
-            extra = min(given - {"out_dir", "seed", "device"})
-            raise ValueError(f"--{extra} needs --ckpt: the checkpoint to extend (none: the demo)")
+            demo(config)
     except (ValueError, OSError) as e:
         raise SystemExit(f"longred: {e}") from None
     except KeyboardInterrupt:
