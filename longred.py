@@ -170,147 +170,6 @@ class Config:
     seed: int = opt(2024, "of every random choice, each a function of (seed, stream, step)")
 
 
-@dataclass
-class Stream:
-    """One source of a step's loss: `micro` batches of `batch` sequences of `seq_len` tokens."""
-
-    name: str  # "long", "short" or "s2l"; "replay" is read alone, in the steps after theirs
-    text: data.Stream
-    micro: int
-    batch: int
-    seq_len: int
-    rows: int  # sequences in one forward pass
-    weight: float  # share x alpha, on the stream's mean loss
-    waited: float = 0.0  # seconds for data in this step
-
-
-# The paper's base for (theta, window) -> target (App. B, tables 3 and 9); 32000 and 128000 there.
-PAPER_THETA = {
-    (500_000.0, 8192, 32768): 2e7,
-    (500_000.0, 8192, 131072): 1e8,
-    (1_000_000.0, 32768, 131072): 2e7,
-}
-
-
-def default_theta(theta: float, original_len: int, target_len: int) -> float:
-    """ABF's new base: the paper's where it has one, else a rule.
-
-    The rule keeps how many frequencies complete a turn within the window: with wavelengths
-    2 pi theta^(2j/H), that is ln(new) / ln(theta) = ln(target / 2 pi) / ln(original / 2 pi).
-    Rounded to two digits.
-    """
-    for (base, window, target), new in PAPER_THETA.items():
-        if (theta, original_len) == (base, window) and 0.97 * target < target_len <= target:
-            return new
-    ratio = math.log(target_len / (2 * math.pi)) / math.log(original_len / (2 * math.pi))
-    return float(f"{theta**ratio:.1e}")
-
-
-def long_alone(c: Config) -> bool:
-    """A baseline that reads no other stream."""
-    return c.method in ("long_cpt", "longrecipe")
-
-
-def fill(c: Config, **defaults) -> None:
-    """Set the fields that were left to us."""
-    for name, value in defaults.items():
-        if getattr(c, name) is None:
-            setattr(c, name, value)
-
-
-def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
-    """Fill in what was left to us and refuse what cannot work, before anything is allocated."""
-    c = replace(config, ckpt=str(ckpt.resolve()))
-    fill(c, original_len=model.max_position_embeddings)
-    if c.original_len is None:
-        raise ValueError(
-            "--original_len is missing: Meta's params.json does not say it; pass 4096 for Llama 2, "
-            "2048 for Llama 1"
-        )
-    for f in fields(Config):
-        value, least = getattr(c, f.name), f.metadata["least"]
-        if None not in (value, least) and not least <= value < math.inf:
-            raise ValueError(f"--{f.name} {value}: need at least {least}")
-    if c.target_len is None:
-        raise ValueError("--target_len is missing: how many tokens the extended model should read")
-    if c.target_len <= c.original_len:
-        raise ValueError(
-            f"--target_len {c.target_len} is not above the original window of {c.original_len}; "
-            "pass a longer one (or the true --original_len)"
-        )
-    if long_alone(c):
-        c.short_micro = c.s2l_micro = 0
-    far = c.target_len >= 128_000  # the paper's second set of settings
-    whole = c.target_len % c.original_len == 0
-    fill(
-        c,
-        out_dir=f"out/{Path(config.ckpt).name}-{c.target_len}",
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        context=1,
-        # Short-to-long wants text like the short stream's; a user's own long text is near at hand.
-        s2l_data=c.long_data or c.short_data or data.DEFAULT_SHORT,
-        long_data=data.DEFAULT_LONG,
-        short_data=data.DEFAULT_SHORT,
-        alpha_short=2.0 if far else 5.0,
-        alpha_s2l=15.0 if far else 10.0,
-        n_distill_layers=3 if c.target_len >= 16 * c.original_len else 6,
-        # The Gaussian's grid needs a whole factor (data.cream_positions).
-        position_scheme="cream" if whole and not far else "uniform",
-        long_position_scheme="longrecipe" if c.method == "longrecipe" else "ordinary",
-        long_micro=16 if long_alone(c) else 8,
-        long_batch=max(1, 131072 // c.target_len),
-        s2l_batch=max(1, 131072 // c.original_len),
-        replay_batch=max(1, 131072 // c.original_len),
-    )
-    if c.rope_type is None:
-        fill(c, rope_theta=default_theta(model.rope_theta, c.original_len, c.target_len))
-    fill(c, train_len=default_train_len(c), short_len=1024)
-    c.short_len = min(c.short_len, c.original_len)
-    fill(c, short_batch=max(1, 131072 // c.short_len))
-    if c.train_len > c.target_len:
-        raise ValueError(
-            f"--train_len {c.train_len} is above --target_len {c.target_len}; try a third of it"
-        )
-    if bool(c.replay_data) != bool(c.replay_steps):
-        raise ValueError(
-            f"--replay_data {c.replay_data} with --replay_steps {c.replay_steps}: need both or none"
-        )
-    if not 0 <= c.merge < 1:
-        raise ValueError(f"--merge {c.merge}: need the original's share, from 0 to below 1")
-    if not all(1 <= i <= model.n_layers for i in c.distill_layers or ()):
-        raise ValueError(
-            f"--distill_layers {c.distill_layers}: this model has hidden states 1 to "
-            f"{model.n_layers} (the last is after the final norm)"
-        )
-    lengths = c.train_len, c.short_len, c.original_len
-    if any(n % c.context for n in (*lengths, model.n_heads, model.n_kv_heads)):
-        raise ValueError(
-            f"--context {c.context} must divide the lengths {lengths} and the model's "
-            f"{model.n_heads} heads and {model.n_kv_heads} kv heads"
-        )
-    if c.device.startswith("cuda"):  # cuDNN's attention is only sound at such lengths
-        for name, length in zip(("train_len", "short_len", "original_len"), lengths, strict=True):
-            if length % 128:
-                raise ValueError(
-                    f"--{name} {length}: attention on a GPU needs a multiple of 128, try "
-                    f"{max(128, length // 128 * 128)}"
-                )
-        if not torch.cuda.is_available():
-            raise ValueError(f"--device {c.device}: torch sees no GPU; pass --device cpu")
-    return c
-
-
-def default_train_len(c: Config) -> int:
-    """LongRecipe's best ratio, 30% of the target (its table of ratios); all of it if ordinary.
-
-    From 4,096 on a multiple of 128, as attention on a GPU likes its lengths.
-    """
-    if c.long_position_scheme == "ordinary":
-        return c.target_len
-    multiple = 128 if c.target_len >= 4096 else 1
-    return round(0.3 * c.target_len / multiple) * multiple
-
-
 # ---------------------------------------------------------------------------------------- losses
 
 
@@ -382,141 +241,6 @@ def select_distill_layers(teacher: Llama, student: Llama, input_ids: Tensor, n: 
 
 
 # ----------------------------------------------------------------------------------------- train
-
-
-def stream_shapes(c: Config) -> dict[str, tuple[int, int, int, int]]:
-    """The streams this run reads, in the order a step takes them: {name: (micro-batches, sequences
-    in each, tokens in each, sequences in one forward pass)}."""
-    every = {
-        "long": (c.long_micro, c.long_batch, c.train_len),
-        "short": (c.short_micro, c.short_batch, c.short_len),
-        "s2l": (c.s2l_micro, c.s2l_batch, c.original_len),
-        "replay": (c.long_micro if c.replay_steps else 0, c.replay_batch, c.original_len),
-    }
-    return {
-        name: (micro, batch, seq_len, min(batch, max(1, c.unit_tokens // seq_len)))
-        for name, (micro, batch, seq_len) in every.items()
-        if micro
-    }
-
-
-def step_tokens(c: Config) -> dict[str, int]:
-    """Tokens of one step, by stream."""
-    return {name: math.prod(shape[:3]) for name, shape in stream_shapes(c).items()}
-
-
-def open_streams(c: Config, tokenizer: data.Tokenizer) -> dict[str, Stream]:
-    """Tokenise (once) and open the streams. A weight is share x alpha (eq. 18); a stream's share is
-    its part of the paper's 16 micro-batches, however many are read here."""
-    weights = {"long": 1.0 if long_alone(c) else 8 / 16, "short": 6 / 16, "s2l": 2 / 16}
-    if c.method == "longred":
-        weights["short"] *= c.alpha_short
-        weights["s2l"] *= c.alpha_s2l
-    streams = {}
-    for name, (micro, batch, seq_len, rows) in stream_shapes(c).items():
-        specs = getattr(c, f"{name}_data")
-        corpus = data.tokenize(specs, tokenizer, c.cache_dir, name, c.skip_bad_lines)
-        only_long = (c.min_doc_len, c.length_upsample) if name == "long" else ()
-        text = data.Stream(corpus, name, c.seed, batch, seq_len, *only_long)
-        print(text.describe(micro * (c.replay_steps if name == "replay" else c.steps)))
-        weight = weights.get(name, 1.0)
-        streams[name] = Stream(name, text, micro, batch, seq_len, rows, weight)
-    return streams
-
-
-def learning_rate(c: Config, step: int) -> float:
-    """Constant; over the replay stage from a tenth, LongRecipe's 5e-6 to 5e-5, on a line to 0."""
-    if step < c.steps:
-        return c.lr
-    return 0.1 * c.lr * (c.steps + c.replay_steps - step) / c.replay_steps
-
-
-def skipped_positions(c: Config, index: int, batch: int) -> Tensor:
-    """(batch, original_len) int64 position ids of short-to-long micro-batch number `index`."""
-    rng = np.random.default_rng([c.seed, 0x52, index])
-    scheme = getattr(data, f"{c.position_scheme}_positions")
-    return torch.from_numpy(scheme(rng, batch, c.original_len, c.target_len))
-
-
-def long_positions(c: Config, index: int, input_ids: Tensor, ends: np.ndarray) -> Tensor | None:
-    """Position ids of long micro-batch number `index` within the target window; None: ordinary.
-
-    input_ids: (B, T) int64. ends: data.sentence_ends of the tokenizer. Returns (B, T) int64.
-    """
-    rng = np.random.default_rng([c.seed, 0x4C, index])
-    if c.long_position_scheme == "ordinary":
-        return None
-    if c.long_position_scheme == "pose":
-        return torch.from_numpy(data.pose_positions(rng, *input_ids.shape, c.target_len))
-    rows = [
-        data.longrecipe_positions(rng, data.sentence_starts(row, ends), len(row), c.target_len)
-        for row in input_ids.numpy()
-    ]
-    return torch.from_numpy(np.stack(rows))
-
-
-def rope_scaling(c: Config) -> dict | None:
-    """--rope_type in transformers' form; None keeps what the checkpoint has (ABF)."""
-    if c.rope_type is None:
-        return None
-    scaling = {"rope_type": c.rope_type}
-    if c.rope_type != "default":
-        scaling["factor"] = c.target_len / c.original_len
-    if c.rope_type == "yarn":
-        scaling["original_max_position_embeddings"] = c.original_len
-    return scaling
-
-
-def preflight(c: Config, model: ModelConfig) -> None:
-    """Refuse what would fail after hours: a run that its disk or its memory cannot hold."""
-    n = memory.parameter_count(model)
-    export = n * (model.stored_dtype() or torch.float32).itemsize
-    # A state: fp32 weights (on a GPU bf16 and a remainder) and AdamW's two moments.
-    state = n * (8 if c.device.startswith("cuda") and c.moments == "bf16" else 12)
-    runs.check_disk(Path(c.out_dir), export, c.keep and (c.keep + 1) * state)
-    if c.device == "cpu" and "WORLD_SIZE" not in os.environ:
-        tokens = max(seq_len * rows for _, _, seq_len, rows in stream_shapes(c).values())
-        # fp32 student, teacher, gradients and the two moments
-        runs.check_memory(20 * n, runs.activation_bytes(model, tokens, c.recompute))
-
-
-def passes(c: Config, stream: Stream, step: int, life: runs.Life, ends: np.ndarray):
-    """This process's part of a step's sequences, up to `rows` in each forward and backward pass.
-
-    Yields ids (B, T + 1), their indices in the text (T,), other positions (B, T) or None, and the
-    pass's part of the stream's mean loss; sequences are equally long, so that is one over
-    sequences. With nothing left to do a process repeats a sequence, as part 0: FSDP needs it.
-    """
-    n = stream.micro * stream.batch
-    mine, piece, pieces = life.share(n)
-    size = stream.seq_len // pieces
-    tokens = slice(piece * size, (piece + 1) * size)
-    indices = torch.arange(tokens.start, tokens.stop, device=c.device)
-    micro = -1
-    for start in range(0, len(mine), stream.rows):
-        real = [j for j in mine[start : start + stream.rows] if j < n]
-        ids, positions = [], []
-        for j in real or [n - 1]:
-            if micro != j // stream.batch:
-                micro = j // stream.batch
-                index = step * stream.micro + micro
-                asked = time.monotonic()
-                batch = stream.text.batch(index)
-                stream.waited += time.monotonic() - asked
-                at = None  # (B, T): positions other than a token's own index
-                if stream.name == "s2l" and c.method == "longred":
-                    at = skipped_positions(c, index, stream.batch)
-                elif stream.name == "long":
-                    at = long_positions(c, index, batch[:, :-1], ends)
-            row = j % stream.batch
-            ids.append(batch[row, tokens.start : tokens.stop + 1])
-            positions += [] if at is None else [at[row, tokens]]
-        yield (
-            torch.stack(ids).to(c.device),
-            indices,
-            torch.stack(positions).to(c.device) if positions else None,
-            len(real) / (n * pieces),
-        )
 
 
 def train(config: Config) -> Path:
@@ -654,13 +378,133 @@ def extend(config: Config, life: runs.Life) -> Path:
     return exported
 
 
-def open_models(c: Config, source: Path, dtype=torch.float32, shard=None) -> tuple[Llama, Llama]:
-    """The frozen teacher, and the student with its rotary rescaled."""
-    teacher = load_checkpoint(source, None, None, c.device, dtype, shard).requires_grad_(False)
-    scaling = rope_scaling(c)
-    student = load_checkpoint(source, c.rope_theta, scaling, c.device, dtype, shard).train()
-    student.config.max_position_embeddings = c.target_len
-    return teacher, student
+# ----------------------------------------------------------------------------------------- settings
+
+# The paper's base for (theta, window) -> target (App. B, tables 3 and 9); 32000 and 128000 there.
+PAPER_THETA = {
+    (500_000.0, 8192, 32768): 2e7,
+    (500_000.0, 8192, 131072): 1e8,
+    (1_000_000.0, 32768, 131072): 2e7,
+}
+
+
+def default_theta(theta: float, original_len: int, target_len: int) -> float:
+    """ABF's new base: the paper's where it has one, else a rule.
+
+    The rule keeps how many frequencies complete a turn within the window: with wavelengths
+    2 pi theta^(2j/H), that is ln(new) / ln(theta) = ln(target / 2 pi) / ln(original / 2 pi).
+    Rounded to two digits.
+    """
+    for (base, window, target), new in PAPER_THETA.items():
+        if (theta, original_len) == (base, window) and 0.97 * target < target_len <= target:
+            return new
+    ratio = math.log(target_len / (2 * math.pi)) / math.log(original_len / (2 * math.pi))
+    return float(f"{theta**ratio:.1e}")
+
+
+def long_alone(c: Config) -> bool:
+    """A baseline that reads no other stream."""
+    return c.method in ("long_cpt", "longrecipe")
+
+
+def fill(c: Config, **defaults) -> None:
+    """Set the fields that were left to us."""
+    for name, value in defaults.items():
+        if getattr(c, name) is None:
+            setattr(c, name, value)
+
+
+def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
+    """Fill in what was left to us and refuse what cannot work, before anything is allocated."""
+    c = replace(config, ckpt=str(ckpt.resolve()))
+    fill(c, original_len=model.max_position_embeddings)
+    if c.original_len is None:
+        raise ValueError(
+            "--original_len is missing: Meta's params.json does not say it; pass 4096 for Llama 2, "
+            "2048 for Llama 1"
+        )
+    for f in fields(Config):
+        value, least = getattr(c, f.name), f.metadata["least"]
+        if None not in (value, least) and not least <= value < math.inf:
+            raise ValueError(f"--{f.name} {value}: need at least {least}")
+    if c.target_len is None:
+        raise ValueError("--target_len is missing: how many tokens the extended model should read")
+    if c.target_len <= c.original_len:
+        raise ValueError(
+            f"--target_len {c.target_len} is not above the original window of {c.original_len}; "
+            "pass a longer one (or the true --original_len)"
+        )
+    if long_alone(c):
+        c.short_micro = c.s2l_micro = 0
+    far = c.target_len >= 128_000  # the paper's second set of settings
+    whole = c.target_len % c.original_len == 0
+    fill(
+        c,
+        out_dir=f"out/{Path(config.ckpt).name}-{c.target_len}",
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        context=1,
+        # Short-to-long wants text like the short stream's; a user's own long text is near at hand.
+        s2l_data=c.long_data or c.short_data or data.DEFAULT_SHORT,
+        long_data=data.DEFAULT_LONG,
+        short_data=data.DEFAULT_SHORT,
+        alpha_short=2.0 if far else 5.0,
+        alpha_s2l=15.0 if far else 10.0,
+        n_distill_layers=3 if c.target_len >= 16 * c.original_len else 6,
+        # The Gaussian's grid needs a whole factor (data.cream_positions).
+        position_scheme="cream" if whole and not far else "uniform",
+        long_position_scheme="longrecipe" if c.method == "longrecipe" else "ordinary",
+        long_micro=16 if long_alone(c) else 8,
+        long_batch=max(1, 131072 // c.target_len),
+        s2l_batch=max(1, 131072 // c.original_len),
+        replay_batch=max(1, 131072 // c.original_len),
+    )
+    if c.rope_type is None:
+        fill(c, rope_theta=default_theta(model.rope_theta, c.original_len, c.target_len))
+    fill(c, train_len=default_train_len(c), short_len=1024)
+    c.short_len = min(c.short_len, c.original_len)
+    fill(c, short_batch=max(1, 131072 // c.short_len))
+    if c.train_len > c.target_len:
+        raise ValueError(
+            f"--train_len {c.train_len} is above --target_len {c.target_len}; try a third of it"
+        )
+    if bool(c.replay_data) != bool(c.replay_steps):
+        raise ValueError(
+            f"--replay_data {c.replay_data} with --replay_steps {c.replay_steps}: need both or none"
+        )
+    if not 0 <= c.merge < 1:
+        raise ValueError(f"--merge {c.merge}: need the original's share, from 0 to below 1")
+    if not all(1 <= i <= model.n_layers for i in c.distill_layers or ()):
+        raise ValueError(
+            f"--distill_layers {c.distill_layers}: this model has hidden states 1 to "
+            f"{model.n_layers} (the last is after the final norm)"
+        )
+    lengths = c.train_len, c.short_len, c.original_len
+    if any(n % c.context for n in (*lengths, model.n_heads, model.n_kv_heads)):
+        raise ValueError(
+            f"--context {c.context} must divide the lengths {lengths} and the model's "
+            f"{model.n_heads} heads and {model.n_kv_heads} kv heads"
+        )
+    if c.device.startswith("cuda"):  # cuDNN's attention is only sound at such lengths
+        for name, length in zip(("train_len", "short_len", "original_len"), lengths, strict=True):
+            if length % 128:
+                raise ValueError(
+                    f"--{name} {length}: attention on a GPU needs a multiple of 128, try "
+                    f"{max(128, length // 128 * 128)}"
+                )
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {c.device}: torch sees no GPU; pass --device cpu")
+    return c
+
+
+def default_train_len(c: Config) -> int:
+    """LongRecipe's best ratio, 30% of the target (its table of ratios); all of it if ordinary.
+
+    From 4,096 on a multiple of 128, as attention on a GPU likes its lengths.
+    """
+    if c.long_position_scheme == "ordinary":
+        return c.target_len
+    multiple = 128 if c.target_len >= 4096 else 1
+    return round(0.3 * c.target_len / multiple) * multiple
 
 
 def resumed_config(run: dict, given: Config) -> Config:
@@ -674,6 +518,173 @@ def resumed_config(run: dict, given: Config) -> Config:
     if given.context:  # the processes may be others than those that began it
         now["context"] = given.context
     return Config(**(run["config"] | now))
+
+
+# ------------------------------------------------------------------------------------------ streams
+
+
+@dataclass
+class Stream:
+    """One source of a step's loss: `micro` batches of `batch` sequences of `seq_len` tokens."""
+
+    name: str  # "long", "short" or "s2l"; "replay" is read alone, in the steps after theirs
+    text: data.Stream
+    micro: int
+    batch: int
+    seq_len: int
+    rows: int  # sequences in one forward pass
+    weight: float  # share x alpha, on the stream's mean loss
+    waited: float = 0.0  # seconds for data in this step
+
+
+def stream_shapes(c: Config) -> dict[str, tuple[int, int, int, int]]:
+    """The streams this run reads, in the order a step takes them: {name: (micro-batches, sequences
+    in each, tokens in each, sequences in one forward pass)}."""
+    every = {
+        "long": (c.long_micro, c.long_batch, c.train_len),
+        "short": (c.short_micro, c.short_batch, c.short_len),
+        "s2l": (c.s2l_micro, c.s2l_batch, c.original_len),
+        "replay": (c.long_micro if c.replay_steps else 0, c.replay_batch, c.original_len),
+    }
+    return {
+        name: (micro, batch, seq_len, min(batch, max(1, c.unit_tokens // seq_len)))
+        for name, (micro, batch, seq_len) in every.items()
+        if micro
+    }
+
+
+def step_tokens(c: Config) -> dict[str, int]:
+    """Tokens of one step, by stream."""
+    return {name: math.prod(shape[:3]) for name, shape in stream_shapes(c).items()}
+
+
+def open_streams(c: Config, tokenizer: data.Tokenizer) -> dict[str, Stream]:
+    """Tokenise (once) and open the streams. A weight is share x alpha (eq. 18); a stream's share is
+    its part of the paper's 16 micro-batches, however many are read here."""
+    weights = {"long": 1.0 if long_alone(c) else 8 / 16, "short": 6 / 16, "s2l": 2 / 16}
+    if c.method == "longred":
+        weights["short"] *= c.alpha_short
+        weights["s2l"] *= c.alpha_s2l
+    streams = {}
+    for name, (micro, batch, seq_len, rows) in stream_shapes(c).items():
+        specs = getattr(c, f"{name}_data")
+        corpus = data.tokenize(specs, tokenizer, c.cache_dir, name, c.skip_bad_lines)
+        only_long = (c.min_doc_len, c.length_upsample) if name == "long" else ()
+        text = data.Stream(corpus, name, c.seed, batch, seq_len, *only_long)
+        print(text.describe(micro * (c.replay_steps if name == "replay" else c.steps)))
+        weight = weights.get(name, 1.0)
+        streams[name] = Stream(name, text, micro, batch, seq_len, rows, weight)
+    return streams
+
+
+def skipped_positions(c: Config, index: int, batch: int) -> Tensor:
+    """(batch, original_len) int64 position ids of short-to-long micro-batch number `index`."""
+    rng = np.random.default_rng([c.seed, 0x52, index])
+    scheme = getattr(data, f"{c.position_scheme}_positions")
+    return torch.from_numpy(scheme(rng, batch, c.original_len, c.target_len))
+
+
+def long_positions(c: Config, index: int, input_ids: Tensor, ends: np.ndarray) -> Tensor | None:
+    """Position ids of long micro-batch number `index` within the target window; None: ordinary.
+
+    input_ids: (B, T) int64. ends: data.sentence_ends of the tokenizer. Returns (B, T) int64.
+    """
+    rng = np.random.default_rng([c.seed, 0x4C, index])
+    if c.long_position_scheme == "ordinary":
+        return None
+    if c.long_position_scheme == "pose":
+        return torch.from_numpy(data.pose_positions(rng, *input_ids.shape, c.target_len))
+    rows = [
+        data.longrecipe_positions(rng, data.sentence_starts(row, ends), len(row), c.target_len)
+        for row in input_ids.numpy()
+    ]
+    return torch.from_numpy(np.stack(rows))
+
+
+def passes(c: Config, stream: Stream, step: int, life: runs.Life, ends: np.ndarray):
+    """This process's part of a step's sequences, up to `rows` in each forward and backward pass.
+
+    Yields ids (B, T + 1), their indices in the text (T,), other positions (B, T) or None, and the
+    pass's part of the stream's mean loss; sequences are equally long, so that is one over
+    sequences. With nothing left to do a process repeats a sequence, as part 0: FSDP needs it.
+    """
+    n = stream.micro * stream.batch
+    mine, piece, pieces = life.share(n)
+    size = stream.seq_len // pieces
+    tokens = slice(piece * size, (piece + 1) * size)
+    indices = torch.arange(tokens.start, tokens.stop, device=c.device)
+    micro = -1
+    for start in range(0, len(mine), stream.rows):
+        real = [j for j in mine[start : start + stream.rows] if j < n]
+        ids, positions = [], []
+        for j in real or [n - 1]:
+            if micro != j // stream.batch:
+                micro = j // stream.batch
+                index = step * stream.micro + micro
+                asked = time.monotonic()
+                batch = stream.text.batch(index)
+                stream.waited += time.monotonic() - asked
+                at = None  # (B, T): positions other than a token's own index
+                if stream.name == "s2l" and c.method == "longred":
+                    at = skipped_positions(c, index, stream.batch)
+                elif stream.name == "long":
+                    at = long_positions(c, index, batch[:, :-1], ends)
+            row = j % stream.batch
+            ids.append(batch[row, tokens.start : tokens.stop + 1])
+            positions += [] if at is None else [at[row, tokens]]
+        yield (
+            torch.stack(ids).to(c.device),
+            indices,
+            torch.stack(positions).to(c.device) if positions else None,
+            len(real) / (n * pieces),
+        )
+
+
+# ------------------------------------------------------------------------------- models and machine
+
+
+def preflight(c: Config, model: ModelConfig) -> None:
+    """Refuse what would fail after hours: a run that its disk or its memory cannot hold."""
+    n = memory.parameter_count(model)
+    export = n * (model.stored_dtype() or torch.float32).itemsize
+    # A state: fp32 weights (on a GPU bf16 and a remainder) and AdamW's two moments.
+    state = n * (8 if c.device.startswith("cuda") and c.moments == "bf16" else 12)
+    runs.check_disk(Path(c.out_dir), export, c.keep and (c.keep + 1) * state)
+    if c.device == "cpu" and "WORLD_SIZE" not in os.environ:
+        tokens = max(seq_len * rows for _, _, seq_len, rows in stream_shapes(c).values())
+        # fp32 student, teacher, gradients and the two moments
+        runs.check_memory(20 * n, runs.activation_bytes(model, tokens, c.recompute))
+
+
+def rope_scaling(c: Config) -> dict | None:
+    """--rope_type in transformers' form; None keeps what the checkpoint has (ABF)."""
+    if c.rope_type is None:
+        return None
+    scaling = {"rope_type": c.rope_type}
+    if c.rope_type != "default":
+        scaling["factor"] = c.target_len / c.original_len
+    if c.rope_type == "yarn":
+        scaling["original_max_position_embeddings"] = c.original_len
+    return scaling
+
+
+def open_models(c: Config, source: Path, dtype=torch.float32, shard=None) -> tuple[Llama, Llama]:
+    """The frozen teacher, and the student with its rotary rescaled."""
+    teacher = load_checkpoint(source, None, None, c.device, dtype, shard).requires_grad_(False)
+    scaling = rope_scaling(c)
+    student = load_checkpoint(source, c.rope_theta, scaling, c.device, dtype, shard).train()
+    student.config.max_position_embeddings = c.target_len
+    return teacher, student
+
+
+def choose_layers(c: Config, teacher: Llama, student: Llama, short: Stream) -> list[int]:
+    """Select on a few sequences of the original length (sec. 3.1 used 1,000 of 8,192 tokens)."""
+    n = max(1, min(16, 32768 // c.original_len))
+    text = data.Stream(short.text.corpus, "layers", c.seed, n, c.original_len)
+    ids = text.batch(0)[:, :-1].to(c.device)
+    layers = select_distill_layers(teacher, student, ids, c.n_distill_layers)
+    print(f"layers to distil, by attention drift on {ids.numel():,} tokens: {layers}")
+    return layers
 
 
 def plan_memory(c: Config, model: ModelConfig, streams: dict[str, Stream]) -> memory.Plan | None:
@@ -694,14 +705,11 @@ def plan_memory(c: Config, model: ModelConfig, streams: dict[str, Stream]) -> me
     return plan
 
 
-def choose_layers(c: Config, teacher: Llama, student: Llama, short: Stream) -> list[int]:
-    """Select on a few sequences of the original length (sec. 3.1 used 1,000 of 8,192 tokens)."""
-    n = max(1, min(16, 32768 // c.original_len))
-    text = data.Stream(short.text.corpus, "layers", c.seed, n, c.original_len)
-    ids = text.batch(0)[:, :-1].to(c.device)
-    layers = select_distill_layers(teacher, student, ids, c.n_distill_layers)
-    print(f"layers to distil, by attention drift on {ids.numel():,} tokens: {layers}")
-    return layers
+def learning_rate(c: Config, step: int) -> float:
+    """Constant; over the replay stage from a tenth, LongRecipe's 5e-6 to 5e-5, on a line to 0."""
+    if step < c.steps:
+        return c.lr
+    return 0.1 * c.lr * (c.steps + c.replay_steps - step) / c.replay_steps
 
 
 # -------------------------------------------------------------------------------- what is printed
