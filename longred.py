@@ -38,7 +38,7 @@ import sysconfig
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -65,9 +65,9 @@ from rope_kernels import rope_backend
 # ---------------------------------------------------------------------------------------- config
 
 
-def opt(default, help: str, least: float | None = None, choices: list[str] | None = None):
+def opt(default, help: str, least: float | None = None):
     """A field of Config and its command-line flag. least: the smallest value that makes sense."""
-    return field(default=default, metadata={"help": help, "least": least, "choices": choices})
+    return field(default=default, metadata={"help": help, "least": least})
 
 
 @dataclass
@@ -81,33 +81,27 @@ class Config:
     out_dir: str | None = opt(None, "default: out/<ckpt name>-<target_len>; demo: out/demo")
     resume: str | None = opt(None, "continue the run in this OUT_DIR; needs no other flag")
     resume_anyway: bool = opt(False, "with --resume: although config, data or code changed")
-    rope_type: str | None = opt(
+    rope_type: Literal["linear", "yarn", "ntk", "default"] | None = opt(
         None,
         "default: ABF, a larger theta, the checkpoint's own scaling kept; linear (PI), yarn, ntk: "
         "by target / original; 'default' removes the checkpoint's scaling",
-        choices=["linear", "yarn", "ntk", "default"],
     )
     rope_theta: float | None = opt(None, "new theta (default for ABF: the paper's, else a rule)")
     # Method
-    method: str = opt(
+    method: Literal["longred", "long_cpt", "mix_cpt", "longrecipe"] = opt(
         "longred",
         "longred: three losses; long_cpt: cross-entropy on long text; mix_cpt: on all streams; "
         "longrecipe: on text of --train_len with gaps between sentences",
-        choices=["longred", "long_cpt", "mix_cpt", "longrecipe"],
     )
     alpha_short: float | None = opt(None, "weight of short-text distillation (5; 128K: 2)", least=0)
     alpha_s2l: float | None = opt(None, "weight of short-to-long distillation (10; 15)", least=0)
     distill_layers: list[int] | None = opt(None, "hidden states to distil; 1 = output of block 1")
     n_distill_layers: int | None = opt(None, "how many to choose by drift (6; 3 from factor 16 on)")
-    position_scheme: str | None = opt(
-        None,
-        "skipped positions of short-to-long (default: cream, uniform from 128K on)",
-        choices=["uniform", "cream", "cream_truncated"],
+    position_scheme: Literal["uniform", "cream", "cream_truncated"] | None = opt(
+        None, "skipped positions of short-to-long (default: cream, uniform from 128K on)"
     )
-    long_position_scheme: str | None = opt(
-        None,
-        "positions of long text (default: ordinary; method longrecipe: longrecipe)",
-        choices=["ordinary", "pose", "longrecipe"],
+    long_position_scheme: Literal["ordinary", "pose", "longrecipe"] | None = opt(
+        None, "positions of long text (default: ordinary; method longrecipe: longrecipe)"
     )
     train_len: int | None = opt(
         None, "tokens in a long text (target_len; if positions are skipped 0.3 of it)", least=1
@@ -160,7 +154,7 @@ class Config:
     recompute: bool = opt(False, "recompute blocks in backward on a CPU; a GPU's plan decides")
     context: int | None = opt(None, "processes to a sequence, under torchrun (1)", least=1)
     gpu_gib: float | None = opt(None, "GPU memory to plan for (default: all that is free)")
-    moments: str = opt("fp32", "AdamW's m and v on a GPU", choices=["fp32", "bf16"])
+    moments: Literal["fp32", "bf16"] = opt("fp32", "AdamW's m and v on a GPU")
     compile: bool = opt(False, "torch.compile the blocks on a GPU")
     save_every: int = opt(64, "steps between states that --resume can continue from", least=1)
     save_minutes: float = opt(30.0, "minutes until one is saved anyway; 0: never", least=0)
@@ -254,6 +248,7 @@ def train(config: Config) -> Path:
 
 def extend(config: Config, life: runs.Life) -> Path:
     """`train`, in execution order: set up, take the steps, export and report."""
+    # What to do, and whether it can be done
     config = runs.after_restart(config)
     run = runs.read_run(config.resume) if config.resume else None
     if run:
@@ -268,6 +263,8 @@ def extend(config: Config, life: runs.Life) -> Path:
     if not run:
         life.from_first(lambda: runs.refuse_taken(out_dir))
     preflight(c, original)
+
+    # Text
     tokenizer = data.load_tokenizer(source, c.add_eos)
     tokenizer.check_fits(original.vocab_size)
     if life.size > 1:
@@ -282,6 +279,8 @@ def extend(config: Config, life: runs.Life) -> Path:
     if run:
         runs.check_same(run, about, out_dir, c.resume_anyway)
     about["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+
+    # Models, layers to distil, optimizer
     choose = c.method == "longred" and "short" in streams and not c.distill_layers
     if choose and life.size > 1:  # before the models are in shards
         c.distill_layers = life.from_first(
@@ -302,6 +301,8 @@ def extend(config: Config, life: runs.Life) -> Path:
         optimizer = torch.optim.AdamW(student.parameters(), *adamw)
         if c.recompute or life.size > 1:
             memory.use(student, memory.Policy())  # every block is recomputed
+
+    # From here on OUT_DIR is ours, and what --resume needs is in it
     if not run:
         life.claim(out_dir, resumed=False)
     about["config"] = asdict(c)
@@ -311,6 +312,7 @@ def extend(config: Config, life: runs.Life) -> Path:
     watch = runs.Watch(logged, c.max_bad_steps)
     print_header(c, student, teacher, streams)
 
+    # The steps. Of eq. 18's three losses each pass adds one, to the gradients of all
     began, last = time.monotonic(), c.steps + c.replay_steps
     with open(os.devnull if life.rank else out_dir / "log.jsonl", "a") as log:
         for step in range(first, last):
@@ -324,8 +326,7 @@ def extend(config: Config, life: runs.Life) -> Path:
                 for ids, indices, positions, part in passes(c, stream, step, life, ends):
                     life.check_stop()
                     if stream.name in ("long", "replay") or c.method == "mix_cpt":
-                        at = indices if positions is None else positions
-                        loss = long_text_loss(student, ids, at)
+                        loss = long_text_loss(student, ids, positions)
                     elif stream.name == "short":
                         loss = short_text_distillation(
                             student, teacher, ids[:, :-1], c.distill_layers, indices
@@ -359,6 +360,8 @@ def extend(config: Config, life: runs.Life) -> Path:
             life.done(step + 1, log, watch.bad)
             watch.stop_if_lost(line, last, life)
     life.finish()
+
+    # The export, and what it gained and lost
     student.eval()
     if machine:
         machine.finish()
@@ -604,22 +607,24 @@ def long_positions(c: Config, index: int, input_ids: Tensor, ends: np.ndarray) -
 def passes(c: Config, stream: Stream, step: int, life: runs.Life, ends: np.ndarray):
     """This process's part of a step's sequences, up to `rows` in each forward and backward pass.
 
-    Yields ids (B, T + 1), their indices in the text (T,), other positions (B, T) or None, and the
-    pass's part of the stream's mean loss; sequences are equally long, so that is one over
-    sequences. With nothing left to do a process repeats a sequence, as part 0: FSDP needs it.
+    Yields ids (B, T + 1), their indices in the text (T,), the student's positions, (B, T) where
+    other than those, and the pass's part of the stream's mean loss; sequences are equally long, so
+    that is one over sequences. With nothing left to do a process repeats a sequence, as part 0:
+    FSDP needs it.
     """
     n = stream.micro * stream.batch
     mine, piece, pieces = life.share(n)
     size = stream.seq_len // pieces
     tokens = slice(piece * size, (piece + 1) * size)
     indices = torch.arange(tokens.start, tokens.stop, device=c.device)
-    micro = -1
+    loaded = -1  # micro-batch
     for start in range(0, len(mine), stream.rows):
         real = [j for j in mine[start : start + stream.rows] if j < n]
         ids, positions = [], []
         for j in real or [n - 1]:
-            if micro != j // stream.batch:
-                micro = j // stream.batch
+            micro, row = divmod(j, stream.batch)
+            if micro != loaded:
+                loaded = micro
                 index = step * stream.micro + micro
                 asked = time.monotonic()
                 batch = stream.text.batch(index)
@@ -629,13 +634,12 @@ def passes(c: Config, stream: Stream, step: int, life: runs.Life, ends: np.ndarr
                     at = skipped_positions(c, index, stream.batch)
                 elif stream.name == "long":
                     at = long_positions(c, index, batch[:, :-1], ends)
-            row = j % stream.batch
             ids.append(batch[row, tokens.start : tokens.stop + 1])
             positions += [] if at is None else [at[row, tokens]]
         yield (
             torch.stack(ids).to(c.device),
             indices,
-            torch.stack(positions).to(c.device) if positions else None,
+            torch.stack(positions).to(c.device) if positions else indices,
             len(real) / (n * pieces),
         )
 
@@ -945,15 +949,15 @@ def parse_args(argv: list[str] | None) -> Config:
 
     parser.error = error
     for f in fields(Config):
-        kind = (get_args(f.type) or [f.type])[0]  # X of X | None
-        more, choices = {}, f.metadata["choices"]
+        (kind, _), more = get_args(f.type | None), {}  # of X or X | None, kind is X
         if get_origin(kind) is list:
             kind, more["nargs"] = get_args(kind)[0], "+"
-        if kind is bool:
+        if get_origin(kind) is Literal:
+            more["choices"] = get_args(kind)
+        elif kind is bool:
             more["action"] = argparse.BooleanOptionalAction
         else:
-            more |= {"type": kind, "choices": choices}
-            more["metavar"] = None if choices else kind.__name__
+            more |= {"type": kind, "metavar": kind.__name__}
         shown = "" if f.default is None else f" (default: {f.default})"
         parser.add_argument(
             f"--{f.name}", default=f.default, help=f.metadata["help"] + shown, **more

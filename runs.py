@@ -40,6 +40,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -77,10 +78,8 @@ def sync_folder(folder: Path) -> None:
     """Make renames inside it last through a power failure."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def read_run(out_dir: str | os.PathLike) -> dict:
@@ -106,17 +105,12 @@ def json_line(line: dict) -> str:
 def trim_log(path: Path, steps: int) -> list[dict]:
     """Drop the log lines after `steps`, which are about to be run again; returns those kept."""
     lines = []
-    if path.exists():
+    with suppress(FileNotFoundError, ValueError):  # a new run; a torn line
         for line in path.read_text(encoding="utf-8").splitlines()[:steps]:
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
-        if [line.get("step") for line in lines] != list(range(1, steps + 1)):
-            print(f"warning: {path} does not hold all of the steps 1 to {steps}")
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        partial.replace(path)
+            lines.append(json.loads(line))
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    partial.replace(path)
     return lines
 
 
@@ -763,24 +757,22 @@ class Watch:
     """
 
     def __init__(self, lines: list[dict], max_bad: int):
-        self.lines, self.max_bad = lines[-256:], max_bad
+        self.lines, self.max_bad = lines, max_bad
 
     @property
     def bad(self) -> int:
         """Steps skipped in a row, up to now."""
-        flags = [line.get("flag") == "skipped" for line in reversed(self.lines)]
-        return flags.index(False) if False in flags else len(flags)
+        return len(list(takewhile(lambda line: line["flag"] == "skipped", reversed(self.lines))))
 
     def flag(self, line: dict) -> str | None:
-        flag = None
-        good = [old for old in self.lines[-64:] if old.get("flag") != "skipped"]
+        flag, good = None, [old for old in self.lines[-64:] if old["flag"] != "skipped"]
         for key in ("loss", "grad_norm"):
             if not math.isfinite(line[key]):
                 flag = "skipped"
             elif len(good) >= 8 and flag is None:
                 if line[key] > 3 * statistics.median(old[key] for old in good):
                     flag = "spike"
-        self.lines = [*self.lines[-255:], line | {"flag": flag}]
+        self.lines.append(line | {"flag": flag})
         return flag
 
     def stop_if_lost(self, line: dict, steps: int, life: Life) -> None:
