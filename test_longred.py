@@ -2611,6 +2611,12 @@ def test_baselines_come_from_the_same_loop(ckpt, tmp_path, method, absent):
     assert absent or line["loss_short"] > 4  # cross-entropy over 256 bytes, not a distance
 
 
+def test_a_report_that_finds_no_short_text_says_so_and_ends_the_run_well(ckpt, tmp_path, capsys):
+    train(tiny_run(ckpt, tmp_path / "run", method="long_cpt", short_data=["nowhere"], steps=1))
+    assert "not measured: " in capsys.readouterr().out
+    assert "| long_cpt |" in (tmp_path / "run" / "report.md").read_text()
+
+
 def test_sentences_end_where_any_tokenizer_says(ckpt):
     for folder, text in [(ckpt[0], "Is 1.5 it?\nNo! Yes"), (STORIES, "He ran. Why? Oh!\nHm")]:
         if folder.is_dir():
@@ -2804,67 +2810,53 @@ def test_lengths_that_a_gpus_attention_cannot_take_are_refused(ckpt):
         resolve(asked, model, ckpt[0])
 
 
-def bad_inputs(ckpt, tmp_path):
-    folder, long, short = ckpt
-    cut = shutil.copytree(folder, tmp_path / "cut")
-    raw = (cut / "model.safetensors").read_bytes()
-    (cut / "model.safetensors").write_bytes(raw[:-100])
-    misfit = shutil.copytree(folder, tmp_path / "misfit")
-    content = json.loads((misfit / "tokenizer.json").read_text())
-    extra = {"id": 300, "content": "<x>", "special": True, "single_word": False, "lstrip": False}
-    content["added_tokens"] = [extra | {"rstrip": False, "normalized": False}]
-    (misfit / "tokenizer.json").write_text(json.dumps(content))
-    (tmp_path / "tiny.txt").write_text("too short")
-    good = {"--ckpt": folder, "--target_len": 256, "--long_data": long, "--short_data": short}
-    return good, {
-        "unknown flag": ({"--target_length": 9}, "unrecognized arguments: --target_length"),
-        "unknown ckpt": ({"--ckpt": "lama3"}, "no checkpoint 'lama3'.*llama3-8b"),
-        "missing file": ({"--long_data": "nowhere.txt"}, "no file at nowhere.txt"),
-        "truncated weights": ({"--ckpt": cut}, "cut/model.safetensors is missing, truncated"),
-        "tokenizer misfit": ({"--ckpt": misfit}, "ids go up to 256, the model has 256"),
-        "text too short": ({"--long_data": tmp_path / "tiny.txt"}, "long: text too short"),
-        "target not above": ({"--target_len": 64}, "64 is not above the original window of 64"),
-        "train above target": ({"--train_len": 257}, "257 is above --target_len 256"),
-        "replay of nothing": ({"--replay_steps": 2}, "need both or none"),
-        "merge of all": ({"--merge": 1}, "from 0 to below 1"),
-        "no such layer": ({"--distill_layers": 4}, "hidden states 1 to 3"),
-        "loss not finite": ({"--lr": "1e30"}, "step 3: .*2 steps in a row not finite"),
-        "out of range": ({"--steps": 0}, "--steps 0: need at least 1"),
-        "not a number": ({"--steps": "many"}, "--steps: invalid int value: 'many'"),
-        "resume and more": ({"--resume": tmp_path / "void"}, "--resume takes its run's own"),
-        "no checkpoint": ({"--ckpt": None}, "--[a-z_0-9]+ needs --ckpt"),
-        "disk too small": ({"--ckpt": folder}, "needs 0.0 GB .*its disk has 0.0 GB free"),
-        "memory too small": ({"--ckpt": folder}, "memory: about 0.0 GB needed .*--recompute"),
-    }
+# What is wrong: flags changed in a good command line (@: in the test's folder), what is said
+BAD_INPUTS = {
+    "unknown flag": ({"--target_length": 9}, "unrecognized arguments: --target_length"),
+    "unknown ckpt": ({"--ckpt": "lama3"}, "no checkpoint 'lama3'.*llama3-8b"),
+    "missing file": ({"--long_data": "nowhere.txt"}, "no file at nowhere.txt"),
+    "truncated weights": ({"--ckpt": "@cut"}, "cut/model.safetensors is missing, truncated"),
+    "tokenizer misfit": ({"--ckpt": "@misfit"}, "ids go up to 256, the model has 256"),
+    "text too short": ({"--long_data": "@tiny.txt"}, "long: text too short"),
+    "target not above": ({"--target_len": 64}, "64 is not above the original window of 64"),
+    "train above target": ({"--train_len": 257}, "257 is above --target_len 256"),
+    "replay of nothing": ({"--replay_steps": 2}, "need both or none"),
+    "merge of all": ({"--merge": 1}, "from 0 to below 1"),
+    "no such layer": ({"--distill_layers": 4}, "hidden states 1 to 3"),
+    "loss not finite": ({"--lr": "1e30"}, "step 3: .*2 steps in a row not finite"),
+    "out of range": ({"--steps": 0}, "--steps 0: need at least 1"),
+    "not a number": ({"--steps": "many"}, "--steps: invalid int value: 'many'"),
+    "resume and more": ({"--resume": "@void"}, "--resume takes its run's own"),
+    "no checkpoint": ({"--ckpt": None}, "--[a-z_0-9]+ needs --ckpt"),
+    "disk too small": ({}, "needs 0.0 GB .*its disk has 0.0 GB free"),
+    "memory too small": ({}, "memory: about 0.0 GB needed .*--recompute"),
+}
 
 
-CASES = ["unknown flag", "unknown ckpt", "missing file", "truncated weights", "tokenizer misfit"]
-CASES += ["text too short", "target not above", "train above target", "replay of nothing"]
-CASES += ["merge of all", "no such layer", "loss not finite", "out of range", "not a number"]
-CASES += ["resume and more", "no checkpoint", "disk too small", "memory too small"]
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", BAD_INPUTS)
 def test_bad_input_ends_in_one_line_with_nothing_half_written(ckpt, tmp_path, case, monkeypatch):
-    good, cases = bad_inputs(ckpt, tmp_path)
-    assert list(cases) == CASES
-    change, said = cases[case]
+    folder, long, short = ckpt
+    change, said = BAD_INPUTS[case]
+    if case == "truncated weights":
+        cut = shutil.copytree(folder, tmp_path / "cut") / "model.safetensors"
+        cut.write_bytes(cut.read_bytes()[:-100])
+    if case == "tokenizer misfit":
+        path = shutil.copytree(folder, tmp_path / "misfit") / "tokenizer.json"
+        extra = {"id": 300, "content": "<x>", "special": True, "single_word": False}
+        extra |= {"lstrip": False, "rstrip": False, "normalized": False}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens": [extra]}))
     if case == "disk too small":
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1))
     if case == "memory too small":
         monkeypatch.setattr(runs, "available_memory", lambda: 10**6)
+    (tmp_path / "tiny.txt").write_text("too short")
     out = tmp_path / "out"
-    small = {
-        "--out_dir": out,
-        "--steps": 3,
-        "--long_micro": 1,
-        "--long_batch": 1,
-        "--short_batch": 1,
-    }
-    flags = good | small | {"--cache_dir": tmp_path / "tokens", "--s2l_batch": 1} | change
-    argv = [str(x) for flag, value in flags.items() if value is not None for x in (flag, value)]
+    flags = {"--ckpt": folder, "--target_len": 256, "--long_data": long, "--short_data": short}
+    flags |= {"--out_dir": out, "--cache_dir": tmp_path / "tokens", "--steps": 3, "--long_micro": 1}
+    flags |= {"--long_batch": 1, "--short_batch": 1, "--s2l_batch": 1, **change}
+    given = [str(x) for flag, value in flags.items() if value is not None for x in (flag, value)]
     with pytest.raises(SystemExit) as end:
-        main(argv)
+        main([x.replace("@", f"{tmp_path}/") for x in given])
     message = str(end.value.code)
     assert re.search(said, message) and "\n" not in message and len(message) < 500, message
     assert not (out / "hf").exists() and not list(tmp_path.rglob("*.partial"))
