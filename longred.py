@@ -262,7 +262,7 @@ def extend(config: Config, life: runs.Life) -> Path:
     out_dir = Path(c.out_dir)
     if not run:
         life.from_first(lambda: runs.refuse_taken(out_dir))
-    preflight(c, original)
+    life.from_first(lambda: preflight(c, original))
 
     # Text
     tokenizer = data.load_tokenizer(source, c.add_eos)
