@@ -12,7 +12,7 @@ the third LongRecipe's training text: sentences rich in what the extension chang
     ----------  ------------------------------------------------------------------------------------
     kept        short text: loss, KL(original || it), same first choice, drift by layer  (kept)
     position    long text: loss by position, with and without the far context  (position_losses)
-    repeat      is a passage better known the second time, and from how far?  (repeat_losses)
+    repeat      is a passage better known the second time, and from how far?  (repeat_scores)
     niah_... vt cwe fwe    RULER (Hsieh et al., arXiv 2404.06654), in our own words  (make_sample)
 
 Perplexity falls when a model merely tolerates distance, so two numbers here show its use: the same
@@ -24,6 +24,7 @@ task's settings: a stopped command continues, and one more --ckpt costs only its
 
 import argparse
 import contextlib
+import copy
 import functools
 import hashlib
 import json
@@ -45,9 +46,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from model import PCD, Llama, attention_kl, load_checkpoint, load_config, resolve_checkpoint
+from model import (
+    PCD,
+    Llama,
+    attention_kl,
+    contrast,
+    load_checkpoint,
+    load_config,
+    local_frequencies,
+    merge_weights,
+    resolve_checkpoint,
+)
 
-FORMAT = 1  # of a kept result; raised when what is measured changes
+FORMAT = 2  # of a kept result; raised when what is measured changes
 CHUNK = 8192  # tokens of a sequence read at a time, so that 128K fits one GPU
 BATCH_TOKENS = 65536  # tokens whose keys and values are held at a time
 
@@ -146,20 +157,34 @@ def token_losses(model: Llama, hidden: Tensor, labels: Tensor, rows: int = 512) 
 
 
 @torch.no_grad()
-def repeat_losses(model: Llama, sequences: Tensor, passage: int, cue: int = 8) -> Tensor:
-    """Loss on the last `passage` tokens of each sequence, its first `cue` tokens not counted.
+def repeat_scores(
+    model: Llama, sequences: Tensor, passage: int, cue: int = 8, pcd: dict | None = None
+) -> Tensor:
+    """How well the last `passage` tokens of each sequence are known, the first `cue` not counted.
 
-    sequences: (B, T) int64. Returns (B,) float64 nats, mean over a passage's counted tokens.
+    sequences: (B, T) int64. pcd: predict by contrast, model.PCD's settings; a token outside its
+    gamma likeliest ones has probability 0 then, so that only first choices can be compared.
+    Returns (B, 2) float64, means over the counted tokens: loss in nats; 1 where the first choice
+    was the token that came, else 0.
     """
-    out = []
-    batch = max(1, BATCH_TOKENS // sequences.shape[1])
+    models, out = [model], []
+    if pcd:
+        models.append(copy.copy(model))  # the same weights
+        models[1].inv_freq = local_frequencies(model.inv_freq, pcd["alpha"], pcd["base_ratio"])
+    batch, counted = max(1, BATCH_TOKENS // sequences.shape[1]), passage - cue
     for part in tqdm(sequences.split(batch), desc="repeat", leave=False, disable=None):
-        tail = []  # what the passage's counted tokens are predicted from
-        for start, hidden in read(model, part[:, :-1]):
-            tail.append(hidden[:, max(0, part.shape[1] - 1 - start - (passage - cue)) :])
-        tail = torch.cat(tail, 1)
-        labels = part[:, -tail.shape[1] :]
-        out += [token_losses(model, h, y).mean() for h, y in zip(tail, labels, strict=True)]
+        tails = []  # for each model: what the counted tokens are predicted from
+        for each in models:
+            chunks = [
+                hidden[:, max(0, part.shape[1] - 1 - start - counted) :]
+                for start, hidden in read(each, part[:, :-1])
+            ]
+            tails.append(torch.cat(chunks, 1))
+        for row, labels in enumerate(part[:, -counted:]):
+            views = [model.logits(tail[row]).float() for tail in tails]
+            logits = contrast(*views, pcd["beta"], pcd["gamma"]) if pcd else views[0]
+            nll = F.cross_entropy(logits, labels).double()
+            out.append(torch.stack([nll, (logits.argmax(-1) == labels).double().mean()]).cpu())
     return torch.stack(out)
 
 
@@ -501,14 +526,27 @@ class Texts:
 
 
 def measure(
-    a: Namespace, texts: Texts, folder: Path, base: Path, out: dict, pcd: dict | None = None
+    a: Namespace,
+    texts: Texts,
+    folder: Path,
+    base: Path,
+    out: dict,
+    pcd: dict | None = None,
+    share: float = 0.0,
 ) -> None:
     """Fill `out` with every task's result for one checkpoint; `out` keeps what Ctrl-C leaves.
 
-    pcd: of Llama.generate; where given, only the tasks that generate are done.
+    pcd: of Llama.generate; where given, only the tasks that ask for tokens are done.
+    share: of the original, averaged into the weights (model.merge_weights).
     """
-    load = functools.cache(lambda path: load_checkpoint(path, device=a.device, dtype=a.dtype))
     cache, identity = Path(a.out_dir) / "cache", fingerprint(folder)
+    if share:
+        identity = [identity, fingerprint(base), share]
+
+    @functools.cache
+    def load(path: Path) -> Llama:
+        model = load_checkpoint(path, device=a.device, dtype=a.dtype)
+        return merge_weights(model, load(base), share) if share and path == folder else model
 
     def once(task: str, compute: Callable[[], dict], **settings) -> dict:
         key = {"task": task, "checkpoint": identity, "dtype": str(a.dtype), **settings}
@@ -525,13 +563,17 @@ def measure(
     def repeat(length: int) -> dict:
         tokens = texts.long.flatten().numpy()
         ids, passage = repeat_sequences(tokens, length, a.depths, a.samples, a.seed)
-        losses = repeat_losses(load(folder), ids.to(a.device), passage).view(a.samples, -1).mean(0)
-        seen, new = losses[:-1], losses[-1]
-        found = {"seen": seen.mean().item(), "new": new.item()}
-        return found | {"depths": a.depths, "by_depth": (new - seen).tolist()}
+        scores = repeat_scores(load(folder), ids.to(a.device), passage, pcd=pcd)
+        scores = scores.view(a.samples, -1, 2).mean(0)  # (depths + 1, 2), the last a new passage
+        seen, (new, new_right) = scores[:-1], scores[-1].tolist()
+        found = {"seen_right": seen[:, 1].mean().item(), "new_right": new_right}
+        if pcd is None:
+            found |= {"seen": seen[:, 0].mean().item(), "new": new, "depths": a.depths}
+            found["by_depth"] = (new - seen[:, 0]).tolist()
+        return found
 
     text = {"text": _digest(texts.long), "original_len": texts.original_len}
-    tasks = a.tasks if pcd is None else [t for t in a.tasks if t in RULER]
+    tasks = a.tasks if pcd is None else [t for t in a.tasks if t in ("repeat", *RULER)]
     if "kept" in tasks:
         both = {"text": _digest(texts.short), "base": fingerprint(base)}
         ids = texts.short.to(a.device)
@@ -588,6 +630,14 @@ def summarize(result: dict, original_len: int, lengths: list[int]) -> dict[str, 
     if "repeat" in result:
         tables["Gained: loss on a passage read before, and on a new one"] = {
             f"{name} at {int(n):,}": r[name]
+            for n, r in result["repeat"].items()
+            for name in ("seen", "new")
+            if name in r
+        }
+        tables[
+            "Gained: first choices that were right, in a passage read before and a new one, %"
+        ] = {
+            f"{name} at {int(n):,}": 100 * r[f"{name}_right"]
             for n, r in result["repeat"].items()
             for name in ("seen", "new")
         }
@@ -686,22 +736,20 @@ def draw(results: list, out_dir: Path, original_len: int, target_len: int) -> li
 
 
 def _draw_overview(plt, results: list, style: dict, original_len: int, target_len: int):
-    """Loss on short text as points, on long text by position as lines."""
-    if not all("kept" in r and "position" in r for _, _, r in results):
+    """What each has of both: short text against long; and the long text by position."""
+    results = [(n, f, r) for n, f, r in results if "kept" in r and "position" in r]
+    if not results:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=[1, 2])
-    for i, name in enumerate(style):
-        losses = [r["kept"]["loss"] for n, _, r in results if n == name]
-        mean, spread = statistics.mean(losses), statistics.stdev(losses) if losses[1:] else 0
-        left.errorbar(i, mean, yerr=spread, fmt="o", ms=9, color=style[name]["color"])
-        label = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
-        left.annotate(f"{mean:.3f}", (i, mean + spread), **label)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=[1, 1.6], sharey=True)
+    for i, (name, _, result) in enumerate(results):
+        both = result["kept"]["loss"], statistics.mean(result["position"]["whole"]["nll"])
+        mark = "os^D"[list(style).index(name) // len(COLORS) % 4]
+        left.plot(*both, mark, ms=8, color=style[name]["color"], mec="white")
         if i == 0:
-            left.axhline(mean, color=style[name]["color"], lw=0.8, ls=":")
-    left.set_xticks(range(len(style)), list(style), rotation=30, ha="right")
-    left.set_title(f"kept: short text at {original_len:,}")
-    left.set_ylabel("loss, nats a token (lower is better)")
-    left.margins(x=0.3, y=0.15)
+            left.axvline(both[0], color=style[name]["color"], lw=0.8, ls=":")
+    left.set_xlabel(f"kept: loss on short text at {original_len:,}")
+    left.set_ylabel(f"gained: loss on long text at {target_len:,}, nats a token")
+    left.set_title("both at once (lower left is better)")
     tops = []  # losses that must be in the picture
     for i, (name, _, result) in enumerate(results):
         for which, width in (("whole", 2.0), ("cut", 0.8)):
@@ -717,7 +765,7 @@ def _draw_overview(plt, results: list, style: dict, original_len: int, target_le
     right.axvline(original_len, color="black", lw=0.8, ls=":")
     right.annotate(" original window", (original_len, right.get_ylim()[1]), va="top")
     cut = " (thin: window cut to the original)" if "cut" in results[0][2]["position"] else ""
-    right.set(title=f"gained: long text by position{cut}", xlabel="position, tokens")
+    right.set(title=f"long text by position{cut}", xlabel="position, tokens")
     _legend(right)
     return figure
 
@@ -970,7 +1018,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--original_len", type=int, help="tokens (default: the original's window)")
     tasks = f"of {' '.join(TASKS_ALL)}"
     add("--tasks", nargs="+", default=TASKS, choices=TASKS_ALL, metavar="TASK", help=tasks)
-    add("--pcd", action="store_true", help="ask RULER's tasks again, decoding by contrast (PCD)")
+    add("--pcd", action="store_true", help="repeat and RULER's tasks again, by contrast (PCD)")
+    merge = "shares of the original to average each extension with, a row each (LongRecipe)"
+    add("--merge", type=numbers(float), default=[], metavar="W,W", help=merge)
     add("--depths", type=numbers(float), default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 to 1")
     add("--samples", type=int, default=10, help="questions or passages a depth (default: 10)")
     add("--eval_tokens", type=int, default=65536, help="of long and of short text (default: 65536)")
@@ -1004,6 +1054,8 @@ def open_texts(a: Namespace, base: Path, folders: list[Path]) -> Texts:
         raise ValueError("--data is missing: pass long text, files or folders, to be scored")
     if lengths[0] < 64 or a.samples < 1 or not all(0 <= d <= 1 for d in a.depths):
         raise ValueError("need --lengths of 64 at least, --samples of 1, and --depths from 0 to 1")
+    if not all(0 < share < 1 for share in a.merge):
+        raise ValueError(f"--merge {a.merge}: need the original's shares, between 0 and 1")
     if len(set(shapes)) > 1:
         raise ValueError(
             f"need checkpoints of one shape, got {shapes}: vocabulary, layers, heads, D"
@@ -1053,6 +1105,9 @@ def compare(a: Namespace) -> None:
             print(f"{name}: {folder}, {a.dtype} on {a.device}", flush=True)
             results.append((name, folder, {}))
             measure(a, texts, folder, base, results[-1][2])
+            for share in a.merge if results[1:] else ():
+                results.append((f"{name}, {share:g} original", None, {}))
+                measure(a, texts, folder, base, results[-1][2], share=share)
             if a.pcd:
                 results.append((f"{name}, PCD", None, {}))
                 measure(a, texts, folder, base, results[-1][2], PCD)

@@ -2995,8 +2995,21 @@ def test_the_loss_on_a_repeated_passage_equals_transformers(pairs, monkeypatch):
     monkeypatch.setattr(evaluate, "CHUNK", 7)
     monkeypatch.setattr(evaluate, "BATCH_TOKENS", 100)
     ids = tokens(3, 45)
-    got = evaluate.repeat_losses(pairs[0][1], ids, passage=12, cue=3)
-    assert rel(got, nll_by_hand(pairs[1][1], ids)[:, -9:].mean(1)) < 1e-5
+    ids[:, -5:] = pairs[1][1](ids).logits[:, -6:-1].argmax(-1)  # so that some are first choices
+    loss, right = evaluate.repeat_scores(pairs[0][1], ids, passage=12, cue=3).unbind(1)
+    assert rel(loss, nll_by_hand(pairs[1][1], ids)[:, -9:].mean(1)) < 1e-5
+    choices = pairs[1][1](ids).logits[:, -10:-1].argmax(-1)
+    assert torch.equal(right, (choices == ids[:, -9:]).double().mean(1)) and right.max() > 0
+
+
+def test_first_choices_on_a_passage_under_pcd_are_those_of_generate(monkeypatch):
+    monkeypatch.setattr(evaluate, "CHUNK", 7)
+    model, ids = tiny_llama(), tokens(length=30)
+    ids = model.generate(ids, 12, pcd={})  # all of it PCD's own choice
+    ids[1, -3] = (ids[1, -3] + 1) % 96
+    right = evaluate.repeat_scores(model, ids, 12, 4, pcd=model_module.PCD)[:, 1]
+    assert right[0] == 1 and right[1] <= 7 / 8
+    assert (evaluate.repeat_scores(model, ids, 12, 4)[:, 1] < right).any()
 
 
 @pytest.mark.parametrize("length", [2048, 4999])
@@ -3128,14 +3141,32 @@ def test_pcd_is_one_more_row_asked_by_contrast(comparison, monkeypatch):
     rows = json.loads((out / "results.json").read_text())["runs"]
     names = [name + end for name in ("original", "ext", "ext") for end in ("", ", PCD")]
     assert [row["name"] for row in rows] == names
-    assert all(set(row) == {"name", "checkpoint", "niah_single_2"} for row in rows[1::2])
+    assert all(set(row) == {"name", "checkpoint", "repeat", "niah_single_2"} for row in rows[1::2])
+    assert all(set(row["repeat"]["600"]) == {"seen_right", "new_right"} for row in rows[1::2])
     n = len(asked) // 6
     assert asked == ([None] * n + [model_module.PCD] * n) * 3 and n > 0
 
 
+def test_a_merge_is_one_more_row_of_averaged_weights(comparison, ckpt, tmp_path):
+    argv, out = comparison
+    evaluate.main([*argv, "--tasks", "kept", "--merge", "0.25"])
+    rows = json.loads((out / "results.json").read_text())["runs"]
+    names = ["original", *2 * ["ext", "ext, 0.25 original"]]
+    assert [row["name"] for row in rows] == names
+    edit_weights(tmp_path / "run0" / "hf", lambda w: w["model.norm.weight"].mul_(1.5))
+    merged = model_module.merge_weights(
+        load_checkpoint(tmp_path / "run0"), load_checkpoint(ckpt[0]), 0.25
+    )
+    save_checkpoint(merged, tmp_path / "by_hand", tokenizer_from=ckpt[0])
+    hand = ["--ckpt", f"ext={tmp_path}/run0", f"hand={tmp_path}/by_hand"]
+    evaluate.main([*argv, "--tasks", "kept", "--merge", "0.25", *hand])
+    losses = [r["kept"]["loss"] for r in json.loads((out / "results.json").read_text())["runs"]]
+    assert losses[2] == pytest.approx(losses[3], rel=1e-6) and len(set(losses[:3])) == 3
+
+
 def count_calls(monkeypatch, done, stop_after=99):
     """Append the name of every measurement begun; Ctrl-C instead of the one after stop_after."""
-    for name in ("kept", "position_losses", "repeat_losses", "ask"):
+    for name in ("kept", "position_losses", "repeat_scores", "ask"):
         true = getattr(evaluate, name)
 
         def counted(*args, name=name, true=true, **more):
@@ -3157,7 +3188,7 @@ def test_a_stopped_comparison_goes_on_and_measures_nothing_twice(comparison, mon
     assert "| ext |" in (out / "report.md").read_text() and len(done) == 8
     count_calls(monkeypatch, done)
     evaluate.main(argv)
-    each = ["kept", *2 * ["position_losses", "repeat_losses"], "ask"]
+    each = ["kept", *2 * ["position_losses", "repeat_scores"], "ask"]
     assert sorted(done) == sorted(3 * each)
     evaluate.main(argv)
     assert len(done) == 3 * len(each)
