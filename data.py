@@ -40,6 +40,8 @@ import re
 import shutil
 import time
 import zlib
+from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -53,7 +55,7 @@ from tqdm import tqdm
 FORMAT = 1  # part of the cache key: raise it when the files' layout or the cutting rule changes
 PIECE = 1 << 14  # characters: longer documents go to the tokenizer in pieces, for speed and memory
 LONGEST_PIECE = 1 << 16  # without a safe cut an unsafe one is made: a million blanks kill tiktoken
-BATCH = 1 << 22  # characters handed to the tokenizer at once; two batches are in flight
+BATCH = 1 << 20  # characters handed to the tokenizer at once; it has two batches in hand
 SHARD = 1 << 25  # characters between two notes of how far a build has come: what a kill costs
 FILES = ("tokens.bin", "documents.bin")  # of a cache folder, beside meta.json
 RECORD = 3  # int64 per document on disk: end offset in tokens, checksum of the text, source
@@ -160,7 +162,8 @@ def _load_json(path: Path, config: dict) -> Tokenizer:
     add_bos = bos_id is not None and (bos_id in added["bos"] if adds is None else adds)
     encode = getattr(tk, "encode_batch_fast", tk.encode_batch)  # fast: no character offsets
     return Tokenizer(
-        lambda texts: [e.ids for e in encode(texts, add_special_tokens=False)],
+        # Each list is packed as soon as it is made: all of them at once no cache would hold.
+        lambda texts: [array("I", e.ids) for e in encode(texts, add_special_tokens=False)],
         lambda ids: tk.decode([int(i) for i in ids], skip_special_tokens=False),
         max(tk.get_vocab(with_added_tokens=True).values()) + 1,
         *(bos_id, eos_id, bool(add_bos), eos_id is not None, _sha256(path.read_bytes())),
@@ -258,7 +261,8 @@ class File:
 @dataclass
 class Piece:
     text: str
-    last: bool  # of its document
+    first: bool  # of its document
+    last: bool
     checksum: int  # of its document's first piece
     source: int
     progress: dict  # where the reader stands after it
@@ -293,13 +297,14 @@ def find_files(specs: list[str], remembered: dict) -> list[File]:
         path = os.path.expanduser(path)
         path = f"{glob.escape(path)}/**" if os.path.isdir(path) else path
         paths = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
-        paths = [p for p in paths if os.path.isfile(p)]
-        full = [p for p in paths if os.path.getsize(p)]  # an empty file among others is no fault
-        if not full:
+        paths = {p: os.stat(p) for p in paths if os.path.isfile(p)}
+        if not any(stat.st_size for stat in paths.values()):
             what = "only empty files" if paths else "no file"
             raise ValueError(f"{what} at {spec}: need a text file, folder, glob or hf:owner/name")
-        for p in full:
-            found.setdefault(os.path.realpath(p), File(p, source, column, _kind(p)))
+        for p, stat in paths.items():
+            if stat.st_size:  # an empty file among others is no fault
+                file = File(p, source, column, _kind(p), stat=_stat(p))
+                found.setdefault((stat.st_dev, stat.st_ino), file)
     return list(found.values())
 
 
@@ -454,12 +459,13 @@ def _pieces(files, cut, progress, skip_bad) -> Iterator[Piece]:
                         continue
                     checksum = None
                     for text, last in _split(document, cut):
-                        checksum = zlib.crc32(text.encode()) if checksum is None else checksum
+                        first = checksum is None
+                        checksum = zlib.crc32(text.encode()) if first else checksum
                         number += 1
                         if number > n_done:
                             position = before + (raw.tell() if raw else 0)
                             progress.update(file=index, pieces=number, position=position)
-                            yield Piece(text, last, checksum, file.source, dict(progress))
+                            yield Piece(text, first, last, checksum, file.source, dict(progress))
         except Exception as error:  # every reader has its own
             if type(error) is ValueError:  # ours, with file and remedy
                 raise
@@ -469,7 +475,7 @@ def _pieces(files, cut, progress, skip_bad) -> Iterator[Piece]:
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces in batches of BATCH characters, then an empty batch."""
+    """Pieces in batches of BATCH characters."""
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)
@@ -477,7 +483,25 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         if size >= BATCH:
             yield batch
             batch, size = [], 0
-    yield from [batch, []] if batch else [[]]
+    if batch:
+        yield batch
+
+
+def _encoded(batches, encode) -> Iterator[tuple[list[Piece], list]]:
+    """(batch, ids of its pieces), in order.
+
+    Libraries encode without Python's lock. With two batches in hand their threads never rest while
+    the ids of one become Python's, the one before is written and another is read.
+    """
+    jobs = deque()
+    with ThreadPoolExecutor(2) as pool:
+        for batch in batches:
+            jobs.append((batch, pool.submit(encode, [piece.text for piece in batch])))
+            if len(jobs) > 2:
+                batch, job = jobs.popleft()
+                yield batch, job.result()
+        for batch, job in jobs:
+            yield batch, job.result()
 
 
 def _fingerprint(files: list[File], seen: dict, skip_bad: bool, log: Callable) -> list[File]:
@@ -489,7 +513,7 @@ def _fingerprint(files: list[File], seen: dict, skip_bad: bool, log: Callable) -
     good = []
     for file in tqdm(files, "checking files", disable=None, leave=False):
         if not file.hub:
-            file.stat, path = _stat(file.path), os.path.realpath(file.path)
+            path = os.path.abspath(file.path)
             try:
                 if seen.get(path, [])[:3] != list(file.stat):
                     seen[path] = [*file.stat, _hash(file)]
@@ -637,12 +661,11 @@ def _build(folder, files, tokenizer, name, skip_bad, log) -> dict:
     part.mkdir(exist_ok=True)
     fresh = {file: 0 for file in FILES}  # bytes
     fresh["reader"] = dict.fromkeys(("file", "pieces", "position", "bad"), 0)
-    fresh.update(open=False, dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
+    fresh.update(dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
     total, item = sum(file.stat[0] for file in files), np.dtype(fresh["dtype"]).itemsize
     with contextlib.ExitStack() as stack:
         bar = tqdm(None, f"tokenising {name}", total, unit="B", unit_scale=True, disable=None)
         stack.enter_context(bar)
-        pool = stack.enter_context(ThreadPoolExecutor(1))
         streams = {file: stack.enter_context(open(part / file, "ab")) for file in FILES}
         # A shard is finished when state.json is on disk, after what it speaks of.
         state = _read_json(part / "state.json") or fresh
@@ -653,22 +676,23 @@ def _build(folder, files, tokenizer, name, skip_bad, log) -> dict:
         if state[FILES[0]]:
             log(f"{name}: going on after {state[FILES[0]] // item:,} tokens of an interrupted run")
         reader, size, finished = dict(state["reader"]), 0, 0  # characters done, and in shards
-        done, job = [], None
-        # While the tokenizer works on one batch, the one before is written and the next one read.
-        for batch in _batches(_pieces(files, tokenizer.cut, reader, skip_bad)):
-            next_job = pool.submit(tokenizer.encode, [piece.text for piece in batch])
-            if done:
-                _append(done, job.result(), tokenizer, state, *streams.values())
-                bar.set_postfix_str(f"{state[FILES[0]] // item:,} tokens", refresh=False)
-                bar.update(state["reader"]["position"] - bar.n)
-                size += sum(len(piece.text) for piece in done)
-            if size - finished >= SHARD or not batch:
-                for stream in streams.values():
-                    stream.flush()
-                    os.fsync(stream.fileno())
+        pieces = _pieces(files, tokenizer.cut, reader, skip_bad)
+
+        def sync():
+            for stream in streams.values():
+                stream.flush()
+                os.fsync(stream.fileno())
+
+        for batch, ids in _encoded(_batches(pieces), tokenizer.encode):
+            _append(batch, ids, tokenizer, state, *streams.values())
+            bar.set_postfix_str(f"{state[FILES[0]] // item:,} tokens", refresh=False)
+            bar.update(state["reader"]["position"] - bar.n)
+            size += sum(len(piece.text) for piece in batch)
+            if size - finished >= SHARD:
+                sync()
                 _write_atomic(part / "state.json", state)
                 finished = size
-            done, job = batch, next_job
+        sync()
     for file in files:
         if not file.hub and _stat(file.path) != file.stat:
             shutil.rmtree(part)
@@ -688,11 +712,10 @@ def _append(batch, ids, tokenizer, state, tokens, records) -> None:
     """Write one tokenised batch: documents' tokens and, where one ends, its record."""
     parts, ends, n_tokens = [], [], state[FILES[0]] // np.dtype(state["dtype"]).itemsize
     for piece, piece_ids in zip(batch, ids, strict=True):
-        first = [tokenizer.bos_id] if tokenizer.add_bos and not state["open"] else []
+        first = [tokenizer.bos_id] if tokenizer.add_bos and piece.first else []
         last = [tokenizer.eos_id] if tokenizer.add_eos and piece.last else []
         parts += [first, piece_ids, last]
         n_tokens += len(first) + len(piece_ids) + len(last)
-        state["open"] = not piece.last
         if piece.last:
             ends.append((n_tokens, piece.checksum, piece.source))
     flat = np.concatenate(parts, dtype=state["dtype"], casting="unsafe")
