@@ -249,7 +249,7 @@ def _find_cut(tokenizer: Tokenizer) -> re.Pattern | None:
 
 @dataclass
 class File:
-    path: str  # on disk, or inside its hub dataset
+    path: str  # on disk, or inside its hub dataset; rows: the dataset's name
     source: int  # index of the spec that named it
     column: str  # field of a record that holds the text
     kind: str  # text | jsonl | parquet | rows (of a hub dataset, streamed)
@@ -290,9 +290,8 @@ def find_files(specs: list[str], remembered: dict) -> list[File]:
         if path.startswith("hf:"):
             remembered[path] = remembered.get(path) or _hub_files(path)
             for name, size, *hub in remembered[path]:
-                kind, key = _kind(name) if name else "rows", "/".join([*hub, name])
-                file = File(name, source, column, kind, key, (size, 0, 0), tuple(hub))
-                found.setdefault(key, file)
+                kind, key = "rows" if len(hub) > 2 else _kind(name), "/".join([*hub, name])
+                found.setdefault(key, File(name, source, column, kind, key, (size,), tuple(hub)))
             continue
         path = os.path.expanduser(path)
         path = f"{glob.escape(path)}/**" if os.path.isdir(path) else path
@@ -310,27 +309,24 @@ def find_files(specs: list[str], remembered: dict) -> list[File]:
 
 def _hub_files(spec: str) -> list[list]:
     """hf:owner/name[/config][:split] -> [file name, size, dataset, commit] of each; all of it as
-    rows, [no name, 0, dataset, commit, config, split], where no file can be told to be meant."""
+    rows, [dataset, 0, dataset, commit, config, split], where no file can be told to be meant."""
     import huggingface_hub
 
     name, _, split = spec[3:].partition(":")
     owner, name, config = [*name.split("/", 2), "", ""][:3]
-    repo, api, sizes = f"{owner}/{name}", huggingface_hub.HfApi(), {}
+    repo = f"{owner}/{name}"
     try:
-        info = api.dataset_info(repo)
-        names = [sibling.rfilename for sibling in info.siblings or ()]
-        chosen = _choose(names, config, split)
-        if chosen:
-            paths = api.get_paths_info(repo, chosen, revision=info.sha, repo_type="dataset")
-            sizes = {path.path: path.size for path in paths}
+        info = huggingface_hub.HfApi().dataset_info(repo, files_metadata=True)
     except Exception as error:  # its error classes differ from version to version
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
             f"cannot list {spec} ({reason}); check name and network, or name a downloaded folder"
         ) from error
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings}
+    chosen = _choose(list(sizes), config, split)
     if not chosen and any(c in config for c in "*?[."):
-        raise ValueError(f"no file {config!r} in {repo}; it has {', '.join(names[:5])} ...")
-    rows = [["", 0, repo, info.sha, config, split]]
+        raise ValueError(f"no file {config!r} in {repo}; it has {', '.join([*sizes][:5])} ...")
+    rows = [[repo, 0, repo, info.sha, config, split]]
     return [[name, sizes[name], repo, info.sha] for name in chosen] or rows
 
 
@@ -436,8 +432,8 @@ def _documents(file: File, stream, skip_bad: bool) -> Iterator[Iterable[str] | N
         except (ValueError, AttributeError) as error:
             if not skip_bad:
                 raise ValueError(
-                    f"{file.path or file.hub[0]}:{number}: not a record with text ({error}); mend "
-                    "it, or leave out such records with --skip_bad_lines"
+                    f"{file.path}:{number}: not a record with text ({error}); mend it, or leave "
+                    "out such records with --skip_bad_lines"
                 ) from error
             yield None
 

@@ -1688,21 +1688,13 @@ class DatasetHub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         name = self.path.split("/resolve/c0ffee/")[-1]
         if self.path.startswith("/api/datasets/me/texts"):
-            siblings = [{"rfilename": n} for n in self.files]
+            siblings = [{"rfilename": n, "size": len(c)} for n, c in self.files.items()]
             info = {"id": "me/texts", "sha": "c0ffee", "siblings": siblings}
             self.answer(json.dumps(info).encode(), Content_Type="application/json")
         elif name in self.files:
             self.answer(self.files[name], ETag=f'"{name}"', X_Repo_Commit="c0ffee")
         else:
             self.send_error(404)
-
-    def do_POST(self):
-        from urllib.parse import parse_qs
-
-        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        asked = json.loads(body)["paths"] if body[0] == "{" else parse_qs(body)["paths"]
-        infos = [{"type": "file", "path": n, "size": len(self.files[n]), "oid": "0"} for n in asked]
-        self.answer(json.dumps(infos).encode(), Content_Type="application/json")
 
     do_HEAD = do_GET
 
