@@ -52,13 +52,14 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-FORMAT = 1  # part of the cache key: raise it when the files' layout or the cutting rule changes
+FORMAT = 2  # part of the cache key: raise it when the files' layout or the cutting rule changes
 PIECE = 1 << 14  # characters: longer documents go to the tokenizer in pieces, for speed and memory
 LONGEST_PIECE = 1 << 16  # without a safe cut an unsafe one is made: a million blanks kill tiktoken
 BATCH = 1 << 20  # characters handed to the tokenizer at once; it has two batches in hand
-SHARD = 1 << 25  # characters between two notes of how far a build has come: what a kill costs
-FILES = ("tokens.bin", "documents.bin")  # of a cache folder, beside meta.json
-RECORD = 3  # int64 per document on disk: end offset in tokens, checksum of the text, source
+SHARD = 32  # batches between two notes of how far a build has come: what a kill costs
+# Of a cache folder, beside meta.json. The second holds three int64 for each document: its end as an
+# offset in tokens, the checksum of its text, and its source (index of the spec that named it).
+FILES = ("tokens.bin", "documents.bin")
 SPLIT_BY_DOCUMENT = 100  # documents: with fewer, each gives its end to the held-out part
 
 # Text for a real checkpoint when none is named: files of the Hugging Face hub, readable with the
@@ -265,7 +266,7 @@ class Piece:
     last: bool
     checksum: int  # of its document's first piece
     source: int
-    progress: dict  # where the reader stands after it
+    position: int  # bytes of all files read before its end, for the progress bar
 
 
 def _kind(path: str) -> str:
@@ -438,36 +439,27 @@ def _documents(file: File, stream, skip_bad: bool) -> Iterator[Iterable[str] | N
             yield None
 
 
-def _pieces(files, cut, progress, skip_bad) -> Iterator[Piece]:
-    """Documents in order, as pieces, from where `progress` stands; brings it up to date.
-
-    What lies before in the first file is read again and thrown away: seconds, where tokenising it
-    took minutes.
-    """
-    n_done, before = progress["pieces"], sum(f.stat[0] for f in files[: progress["file"]])
-    for index, file in enumerate(files[progress["file"] :], progress["file"]):
-        number = 0
+def _pieces(files: list[File], cut, skip_bad: bool, count: dict) -> Iterator[Piece]:
+    """Documents in order, as pieces. count["bad"] goes up with every record left out."""
+    before = 0  # bytes in files read
+    for file in files:
         try:
             with _open(file) as (stream, raw):
                 for document in _documents(file, stream, skip_bad):
                     if document is None:
-                        progress["bad"] += number >= n_done
+                        count["bad"] += 1
                         continue
                     checksum = None
                     for text, last in _split(document, cut):
                         first = checksum is None
                         checksum = zlib.crc32(text.encode()) if first else checksum
-                        number += 1
-                        if number > n_done:
-                            position = before + (raw.tell() if raw else 0)
-                            progress.update(file=index, pieces=number, position=position)
-                            yield Piece(text, first, last, checksum, file.source, dict(progress))
+                        position = before + (raw.tell() if raw else 0)
+                        yield Piece(text, first, last, checksum, file.source, position)
         except Exception as error:  # every reader has its own
             if type(error) is ValueError:  # ours, with file and remedy
                 raise
-            where = file.path or file.hub[0]
-            raise ValueError(f"cannot read {where}: {error}; fetch or leave it out") from error
-        n_done, before = 0, before + file.stat[0]
+            raise ValueError(f"cannot read {file.path}: {error}; fetch or leave it out") from error
+        before += file.stat[0]
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -616,14 +608,13 @@ def tokenize(
                 meta = _complete(folder, log)
                 meta = meta or _build(folder, files, tokenizer, name, skip_bad_lines, log)
         tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
-        records = np.fromfile(folder / "documents.bin", dtype=np.int64).reshape(-1, RECORD)
+        records = np.fromfile(folder / "documents.bin", dtype=np.int64).reshape(-1, 3)
     except OSError as error:
         raise ValueError(
             f"{name}: {error}; if the disk is full, free about half the text's size in {cache_dir} "
             "and run again: it goes on where it stopped"
         ) from error
-    bad = meta["reader"]["bad"]
-    left_out = f"; {bad:,} bad records left out" if bad else ""
+    left_out = f"; {meta['bad']:,} bad records left out" if meta["bad"] else ""
     log(f"{name}: {len(records):,} documents, {len(tokens):,} tokens in {folder}{left_out}")
     starts, specs = np.append(0, records[:, 0]), [str(spec) for spec in specs]
     return Corpus(name, tokens, starts, records[:, 1], records[:, 2], specs, fingerprint, folder)
@@ -655,48 +646,47 @@ def _build(folder, files, tokenizer, name, skip_bad, log) -> dict:
     """Tokenise into folder.part, shard by shard; rename when done. Returns the description."""
     part, began = Path(f"{folder}.part"), time.perf_counter()
     part.mkdir(exist_ok=True)
-    fresh = {file: 0 for file in FILES}  # bytes
-    fresh["reader"] = dict.fromkeys(("file", "pieces", "position", "bad"), 0)
-    fresh.update(dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
-    total, item = sum(file.stat[0] for file in files), np.dtype(fresh["dtype"]).itemsize
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    fresh = {file: 0 for file in FILES} | {"dtype": dtype, "pieces": 0, "bad": 0}  # bytes, counts
+    total, item = sum(file.stat[0] for file in files), np.dtype(dtype).itemsize
     with contextlib.ExitStack() as stack:
         bar = tqdm(None, f"tokenising {name}", total, unit="B", unit_scale=True, disable=None)
         stack.enter_context(bar)
         streams = {file: stack.enter_context(open(part / file, "ab")) for file in FILES}
-        # A shard is finished when state.json is on disk, after what it speaks of.
-        state = _read_json(part / "state.json") or fresh
+        state = _read_json(part / "meta.json") or fresh
         if any(stream.tell() < state[file] for file, stream in streams.items()):
             state = fresh
         for file, stream in streams.items():
             stream.truncate(state[file])  # what a killed run wrote after its last shard
         if state[FILES[0]]:
             log(f"{name}: going on after {state[FILES[0]] // item:,} tokens of an interrupted run")
-        reader, size, finished = dict(state["reader"]), 0, 0  # characters done, and in shards
-        pieces = _pieces(files, tokenizer.cut, reader, skip_bad)
 
-        def sync():
+        def finish_shard():  # it is finished when meta.json is on disk, after what it speaks of
             for stream in streams.values():
                 stream.flush()
                 os.fsync(stream.fileno())
+            _write_atomic(part / "meta.json", state)
 
-        for batch, ids in _encoded(_batches(pieces), tokenizer.encode):
+        # What was tokenised is read again and dropped, plain text 100 times as fast as one core
+        # tokenises it.
+        state["bad"] = 0
+        pieces = _pieces(files, tokenizer.cut, skip_bad, state)
+        pieces = itertools.islice(pieces, state["pieces"], None)
+        size = 0  # characters
+        for n, (batch, ids) in enumerate(_encoded(_batches(pieces), tokenizer.encode), 1):
             _append(batch, ids, tokenizer, state, *streams.values())
             bar.set_postfix_str(f"{state[FILES[0]] // item:,} tokens", refresh=False)
-            bar.update(state["reader"]["position"] - bar.n)
+            bar.update(batch[-1].position - bar.n)
             size += sum(len(piece.text) for piece in batch)
-            if size - finished >= SHARD:
-                sync()
-                _write_atomic(part / "state.json", state)
-                finished = size
-        sync()
+            if n % SHARD == 0:
+                finish_shard()
+        finish_shard()
     for file in files:
         if not file.hub and _stat(file.path) != file.stat:
             shutil.rmtree(part)
             raise ValueError(f"{file.path} changed while it was read: run again")
     if not state[FILES[0]]:
         raise ValueError(f"{name}: no text in {len(files)} files; name files that hold some")
-    state["reader"] = reader  # with the bad records after the last good one
-    _write_atomic(part / "meta.json", state)
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one
     os.replace(part, folder)
     size, seconds = size / 1e6, time.perf_counter() - began
@@ -717,7 +707,7 @@ def _append(batch, ids, tokenizer, state, tokens, records) -> None:
     flat = np.concatenate(parts, dtype=state["dtype"], casting="unsafe")
     state[FILES[0]] += tokens.write(flat.data)
     state[FILES[1]] += records.write(np.array(ends, dtype=np.int64).data)
-    state["reader"] = batch[-1].progress
+    state["pieces"] += len(batch)
 
 
 # ---------------------------------------------------------------------------- streams
