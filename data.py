@@ -34,7 +34,6 @@ import importlib
 import io
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -885,27 +884,9 @@ def uniform_positions(rng: Rng, batch: int, seq_len: int, target_len: int) -> Ar
     return _three_chunks(rng, batch, seq_len, target_len, draw_ends)
 
 
-def _cream(rng, batch, seq_len, target_len, truncated) -> np.ndarray:
-    factor, sigma = target_len / seq_len, 5.0
-
-    def normal_cdf(x):
-        return np.array([0.5 * (1 + math.erf((v - 1 - factor) / sigma / 2**0.5)) for v in x])
-
-    def draw_ends(head, mid):
-        x = np.linspace(2, 2 * factor, 1000)
-        cdf = normal_cdf(x)
-        u = rng.random(batch)
-        if truncated:
-            u = cdf[0] + u * (cdf[-1] - cdf[0])
-        k = np.floor(np.interp(u, cdf, x))  # np.interp holds u outside the table to its ends
-        low = np.floor(head + (mid - 1) * k / 2).astype(np.int64)
-        high = np.floor(k * seq_len / 2).astype(np.int64) - head - 1
-        return rng.integers(low, high, endpoint=True)
-
-    return _three_chunks(rng, batch, seq_len, target_len, draw_ends)
-
-
-def cream_positions(rng: Rng, batch: int, seq_len: int, target_len: int) -> Array:
+def cream_positions(
+    rng: Rng, batch: int, seq_len: int, target_len: int, truncated: bool = False
+) -> Array:
     """LongReD-C: the middle chunk's place follows CREAM's Gaussian, as the released code draws it.
 
     With f = target_len / T, k in 2 .. 2 f says about which half-window the middle ends at:
@@ -919,7 +900,20 @@ def cream_positions(rng: Rng, batch: int, seq_len: int, target_len: int) -> Arra
     A factor that is not whole works alike: k runs to floor(2 f), and ends stay inside the window.
     Returns, raises: as uniform_positions.
     """
-    return _cream(rng, batch, seq_len, target_len, truncated=False)
+    factor = target_len / seq_len
+    x = np.linspace(2, 2 * factor, 1000)
+    cdf = torch.special.ndtr(torch.from_numpy((x - 1 - factor) / 5)).numpy()  # Phi
+
+    def draw_ends(head, mid):
+        u = rng.random(batch)
+        if truncated:
+            u = cdf[0] + u * (cdf[-1] - cdf[0])
+        k = np.floor(np.interp(u, cdf, x))  # np.interp holds u outside the table to its ends
+        low = np.floor(head + (mid - 1) * k / 2).astype(np.int64)
+        high = np.floor(k * seq_len / 2).astype(np.int64) - head - 1
+        return rng.integers(low, high, endpoint=True)
+
+    return _three_chunks(rng, batch, seq_len, target_len, draw_ends)
 
 
 def cream_truncated_positions(rng: Rng, batch: int, seq_len: int, target_len: int) -> Array:
@@ -929,7 +923,7 @@ def cream_truncated_positions(rng: Rng, batch: int, seq_len: int, target_len: in
     rounded down: the last half-window is left to the tail.
     Returns, raises: as uniform_positions.
     """
-    return _cream(rng, batch, seq_len, target_len, truncated=True)
+    return cream_positions(rng, batch, seq_len, target_len, truncated=True)
 
 
 def pose_positions(rng: Rng, batch: int, seq_len: int, target_len: int) -> Array:
