@@ -160,7 +160,7 @@ def _load_json(path: Path, config: dict) -> Tokenizer:
     bos_id, eos_id = special("bos"), special("eos")
     adds = config.get("add_bos_token")
     add_bos = bos_id is not None and (bos_id in added["bos"] if adds is None else adds)
-    encode = getattr(tk, "encode_batch_fast", tk.encode_batch)  # fast: no character offsets
+    encode = tk.encode_batch_fast  # fast: no character offsets
     return Tokenizer(
         # Each list is packed as soon as it is made: all of them at once no cache would hold.
         lambda texts: [array("I", e.ids) for e in encode(texts, add_special_tokens=False)],
@@ -254,7 +254,7 @@ class File:
     column: str  # field of a record that holds the text
     kind: str  # text | jsonl | parquet | rows (of a hub dataset, streamed)
     fingerprint: str = ""
-    stat: tuple = (0, 0, 0)  # size, mtime and ctime when the fingerprint was taken
+    stat: tuple = ()  # size, mtime, ctime, device and inode before it was read; hub: size
     hub: tuple = ()  # (dataset, commit): fetched when it is read; rows: also config and split
 
 
@@ -296,14 +296,14 @@ def find_files(specs: list[str], remembered: dict) -> list[File]:
         path = os.path.expanduser(path)
         path = f"{glob.escape(path)}/**" if os.path.isdir(path) else path
         paths = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
-        paths = {p: os.stat(p) for p in paths if os.path.isfile(p)}
-        if not any(stat.st_size for stat in paths.values()):
-            what = "only empty files" if paths else "no file"
+        stats = {p: _stat(p) for p in paths if os.path.isfile(p)}
+        # An empty file among others is no fault.
+        full = {p: stat for p, stat in stats.items() if stat[0]}
+        if not full:
+            what = "only empty files" if stats else "no file"
             raise ValueError(f"{what} at {spec}: need a text file, folder, glob or hf:owner/name")
-        for p, stat in paths.items():
-            if stat.st_size:  # an empty file among others is no fault
-                file = File(p, source, column, _kind(p), stat=_stat(p))
-                found.setdefault((stat.st_dev, stat.st_ino), file)
+        for p, stat in full.items():
+            found.setdefault(stat[3:], File(p, source, column, _kind(p), stat=stat))
     return list(found.values())
 
 
@@ -502,16 +502,16 @@ def _fingerprint(files: list[File], seen: dict, skip_bad: bool, log: Callable) -
         if not file.hub:
             path = os.path.abspath(file.path)
             try:
-                if seen.get(path, [])[:3] != list(file.stat):
+                if seen.get(path, [])[:-1] != list(file.stat):
                     seen[path] = [*file.stat, _hash(file)]
             except ValueError as error:
                 if not skip_bad:
                     raise
                 log(f"left out: {error}")
                 continue
-            file.fingerprint = seen[path][3]
+            file.fingerprint = seen[path][-1]
             # Written a moment ago, it can change within one tick of its clock: not remembered.
-            if time.time_ns() - max(file.stat[1:]) < 2e9:
+            if time.time_ns() - max(file.stat[1:3]) < 2e9:
                 del seen[path]
         good.append(file)
     return good
@@ -519,7 +519,7 @@ def _fingerprint(files: list[File], seen: dict, skip_bad: bool, log: Callable) -
 
 def _stat(path: str) -> tuple:
     stat = os.stat(path)
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino
 
 
 def _hash(file: File) -> str:
@@ -544,8 +544,7 @@ class Corpus:
     tokens: np.ndarray  # (n_tokens,) uint16 or uint32
     doc_starts: np.ndarray  # (n_docs + 1,) int64, the last one is n_tokens
     doc_checksums: np.ndarray  # (n_docs,) int64, crc32 of the text
-    doc_sources: np.ndarray  # (n_docs,) int64, index into sources
-    sources: list[str]  # the specs
+    doc_sources: np.ndarray  # (n_docs,) int64, which of the specs
     fingerprint: str
     folder: Path
 
@@ -615,8 +614,8 @@ def tokenize(
         ) from error
     left_out = f"; {meta['bad']:,} bad records left out" if meta["bad"] else ""
     log(f"{name}: {len(records):,} documents, {len(tokens):,} tokens in {folder}{left_out}")
-    starts, specs = np.append(0, records[:, 0]), [str(spec) for spec in specs]
-    return Corpus(name, tokens, starts, records[:, 1], records[:, 2], specs, fingerprint, folder)
+    starts = np.append(0, records[:, 0])
+    return Corpus(name, tokens, starts, records[:, 1], records[:, 2], fingerprint, folder)
 
 
 def _write_atomic(path: Path, content: dict) -> None:
@@ -714,7 +713,7 @@ def _append(batch, ids, tokenizer, state, tokens, records) -> None:
 
 def _packed(starts, lengths) -> tuple[np.ndarray, np.ndarray]:
     """(starts, ends in the packed sequence) of the segments that hold anything."""
-    return starts[lengths > 0], np.append(0, np.cumsum(lengths[lengths > 0]))[1:]
+    return starts[lengths > 0], np.cumsum(lengths[lengths > 0])
 
 
 def _read(tokens, starts, ends, offset, length) -> np.ndarray:
@@ -768,10 +767,6 @@ class Stream:
             )
         self._order = (-1, np.empty(0, np.int64))  # the order of one epoch, a pure function of it
 
-    @property
-    def tokens_per_epoch(self) -> int:
-        return self.n_sequences * self.seq_len
-
     def batch(self, index: int) -> torch.Tensor:
         """Batch number `index` (step * micro_batches + micro): (batch_size, seq_len + 1) int64."""
         rows = np.empty((self.batch_size, self.seq_len + 1), np.int64)
@@ -798,14 +793,14 @@ class Stream:
         return (
             f"{self.name}: {len(lengths):,} documents, {lengths.sum():,} tokens to train on, "
             f"{held.sum():,} held out {how}; tokens by length of document: {spread}; "
-            f"{n:,} sequences of {self.seq_len:,} are {epochs:.2f} epochs{many * (epochs > 4)}"
-        )
+            f"{n:,} sequences of {self.seq_len:,} are {epochs:.2f} epochs"
+        ) + (many if epochs > 4 else "")
 
 
 def _upsample(corpus: Corpus, lengths: np.ndarray, long: int, factor: float) -> np.ndarray:
     """Indices of documents, repeated: see Stream's length_upsample."""
     weights = np.where(np.diff(corpus.doc_starts) >= long, float(factor), 1.0)
-    for source in range(len(corpus.sources)):
+    for source in np.unique(corpus.doc_sources):
         here = corpus.doc_sources == source
         if lengths[here].any():
             weights[here] *= lengths[here].sum() / (weights * lengths)[here].sum()

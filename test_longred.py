@@ -1294,8 +1294,7 @@ def made_corpus(lengths, checksums=None, sources=None):
     n = len(lengths)
     checksums = np.arange(n) if checksums is None else np.asarray(checksums)
     sources = np.zeros(n, np.int64) if sources is None else np.asarray(sources)
-    names = [str(i) for i in range(sources.max() + 1)]
-    return data.Corpus("made", np.arange(starts[-1]), starts, checksums, sources, names, "", Path())
+    return data.Corpus("made", np.arange(starts[-1]), starts, checksums, sources, "", Path())
 
 
 def run_python(code, *args, **env):
@@ -1755,7 +1754,7 @@ def test_an_epoch_predicts_every_training_token_once_and_epochs_differ():
     epochs = [np.concatenate([stream.batch(e * n + i) for i in range(n)]) for e in range(2)]
     starts, lengths = corpus.segments()
     train = np.concatenate([np.arange(s, s + k) for s, k in zip(starts, lengths, strict=True)])
-    assert stream.tokens_per_epoch == (len(train) - 1) // 7 * 7
+    assert n == (len(train) - 1) // 7
     for epoch in epochs:
         assert sorted(epoch[:, 1:].ravel()) == list(train[1 : 1 + n * 7])
     assert (epochs[0] != epochs[1]).any()
@@ -1834,7 +1833,7 @@ def test_length_upsample_favours_long_documents_and_keeps_each_source_its_share(
         assert long[1] / (1 - long[1]) == pytest.approx(3 * long[0] / (1 - long[0]), rel=0.15)
     assert np.diff(chosen).min() < 0 and not (np.diff(chosen) == 0).any()  # copies far apart
     stream = data.Stream(corpus, "long", 0, 1, 1000, length_upsample=3.0)
-    assert abs(stream.tokens_per_epoch / train.sum() - 1) < 0.05
+    assert abs(stream.n_sequences * 1000 / train.sum() - 1) < 0.05
 
 
 def test_describe_counts_documents_tokens_and_epochs_and_warns():
