@@ -523,14 +523,14 @@ def _stat(path: str) -> tuple:
 
 
 def _hash(file: File) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.sha256()
     with open(file.path, "rb") as stream:
         if file.kind == "text" and not file.path.lower().endswith((".gz", ".zst")):
             for _ in _decoded(stream, file.path, digest):
                 pass
         while block := stream.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()
+    return digest.hexdigest()[:32]
 
 
 # ---------------------------------------------------------------------------- tokenising

@@ -1298,6 +1298,12 @@ def run_python(code, *args, before=(), **env):
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
+@pytest.fixture
+def tk(tmp_path):
+    """byte_tokenizer of the folder tmp_path / "tk"."""
+    return byte_tokenizer(tmp_path / "tk")
+
+
 # ---------------------------------------------------------------------------- data: tokenizers
 
 
@@ -1392,8 +1398,7 @@ def cutters(which):
 DOCS = ["first \u00e9 text", "second,\r\nlonger \ud55c text\n\n", "third"]
 
 
-def test_every_kind_of_file_gives_the_same_documents(tmp_path):
-    tk = byte_tokenizer(tmp_path / "tk")
+def test_every_kind_of_file_gives_the_same_documents(tk, tmp_path):
     lines = "".join(json.dumps({"body": d, "id": i}) + "\n" for i, d in enumerate(DOCS)).encode()
     (tmp_path / "a.jsonl").write_bytes(lines)
     for name in ("b.jsonl.gz", "c.json.gz"):
@@ -1406,11 +1411,10 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
         assert documents(data.tokenize([tmp_path / spec], tk, tmp_path / "cache")) == expected
 
 
-def test_zstd_and_parquet_are_read_where_installed(tmp_path):
+def test_zstd_and_parquet_are_read_where_installed(tk, tmp_path):
     zstandard, pq = pytest.importorskip("zstandard"), pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
-    tk = byte_tokenizer(tmp_path / "tk")
     lines = "".join(json.dumps({"text": d}) + "\n" for d in DOCS).encode()
     pack = zstandard.compress
     (tmp_path / "a.jsonl.zst").write_bytes(pack(lines[:30]) + pack(lines[30:]))  # two frames
@@ -1423,12 +1427,12 @@ def test_zstd_and_parquet_are_read_where_installed(tmp_path):
 
 
 @pytest.mark.parametrize("name, package", [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")])
-def test_a_missing_optional_package_is_named(tmp_path, monkeypatch, name, package):
+def test_a_missing_optional_package_is_named(tk, tmp_path, monkeypatch, name, package):
     for module in (package, "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, module, None)
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ValueError, match=f"{name} takes one more package: pip install {package}"):
-        data.tokenize([tmp_path / name], byte_tokenizer(tmp_path / "tk"), tmp_path / "cache")
+        data.tokenize([tmp_path / name], tk, tmp_path / "cache")
 
 
 @needs_stories
@@ -1443,8 +1447,7 @@ def test_real_books_are_stored_whole_with_bos_and_eos(tmp_path):
     assert corpus.tokens.dtype == np.uint16 and isinstance(corpus.tokens, np.memmap)
 
 
-def test_a_second_run_reads_no_text_and_tokenises_nothing(tmp_path, monkeypatch):
-    tk = byte_tokenizer(tmp_path / "tk")
+def test_a_second_run_reads_no_text_and_tokenises_nothing(tk, tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("some text")
     os.utime(path, (1, 1))
@@ -1458,9 +1461,9 @@ def test_a_second_run_reads_no_text_and_tokenises_nothing(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("clock", ["long ago", "within a tick"])
 def test_a_changed_file_is_tokenised_anew_even_with_its_old_time_and_size(
-    tmp_path, monkeypatch, clock
+    tk, tmp_path, monkeypatch, clock
 ):
-    tk, now = byte_tokenizer(tmp_path / "tk"), time.time_ns()
+    now = time.time_ns()
     if clock == "long ago":  # files are remembered, the second one by its ctime told apart
         monkeypatch.setattr(data.time, "time_ns", lambda: now + 10**11)
     else:
@@ -1472,8 +1475,7 @@ def test_a_changed_file_is_tokenised_anew_even_with_its_old_time_and_size(
         assert tk.decode(documents(corpus)[0][:-1]) == text
 
 
-def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
-    tk = byte_tokenizer(tmp_path / "tk")
+def test_a_file_that_changes_while_it_is_read_is_an_error(tk, tmp_path):
     path, encode = tmp_path / "a.txt", tk.encode
     path.write_text("some text")
 
@@ -1488,8 +1490,8 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["tokens.bin", "documents.bin", "meta.json"])
-def test_a_damaged_cache_is_built_anew_and_never_read(tmp_path, harm):
-    tk, lines = byte_tokenizer(tmp_path / "tk"), []
+def test_a_damaged_cache_is_built_anew_and_never_read(tk, tmp_path, harm):
+    lines = []
     (tmp_path / "a.txt").write_text("some text")
     corpus = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
     expected = documents(corpus)
@@ -1498,8 +1500,7 @@ def test_a_damaged_cache_is_built_anew_and_never_read(tmp_path, harm):
     assert documents(again) == expected and any("is damaged" in line for line in lines)
 
 
-def test_options_and_tokenizer_have_their_own_caches(tmp_path):
-    tk = byte_tokenizer(tmp_path / "tk")
+def test_options_and_tokenizer_have_their_own_caches(tk, tmp_path):
     (tmp_path / "a.txt").write_text("some text")
     with_end = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
     tk.add_eos = False
@@ -1508,19 +1509,18 @@ def test_options_and_tokenizer_have_their_own_caches(tmp_path):
 
 
 SLOW_BUILD = """
-import sys, time, data
+import random, sys, time, data
 data.PIECE, data.BATCH, data.SHARD = 64, 256, 4
-tk, n = data.load_tokenizer(sys.argv[1]), 0
+tk = data.load_tokenizer(sys.argv[1])
 def slow(texts, encode=tk.encode):
-    time.sleep(float(sys.argv[4]))
+    time.sleep(float(sys.argv[4]) * 2 * random.random())  # batches overtake each other
     return encode(texts)
 tk.encode = slow
 data.tokenize([sys.argv[2]], tk, sys.argv[3], log=lambda line: print(line, flush=True))
 """
 
 
-def test_a_killed_run_goes_on_after_its_last_shard_and_loses_nothing(tmp_path):
-    tk = byte_tokenizer(tmp_path / "tk")
+def test_a_killed_run_goes_on_after_its_last_shard_and_loses_nothing(tk, tmp_path):
     texts = [f"document {i} " * (i % 40 + 1) for i in range(200)]
     text = "".join(json.dumps({"text": t} if i % 9 else {}) + "\n" for i, t in enumerate(texts))
     good = [t for i, t in enumerate(texts) if i % 9]
@@ -1545,8 +1545,17 @@ def test_a_killed_run_goes_on_after_its_last_shard_and_loses_nothing(tmp_path):
     assert stored.tolist() == [i for t in good for i in [*tk.encode_batch([t])[0], 256]]
 
 
-def test_two_runs_at_once_build_one_whole_cache(tmp_path):
-    byte_tokenizer(tmp_path / "tk")
+def test_the_tokenizer_has_a_second_batch_in_hand(tk, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BATCH", 1)  # each document is one
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text(str(i))
+    both, encode = threading.Barrier(2, timeout=30), tk.encode
+    tk.encode = lambda texts: both.wait() < 2 and encode(texts)
+    corpus = data.tokenize([tmp_path / "?.txt"], tk, tmp_path / "cache")
+    assert [tk.decode(d[:-1]) for d in documents(corpus)] == ["0", "1", "2", "3"]
+
+
+def test_two_runs_at_once_build_one_whole_cache(tk, tmp_path):
     (tmp_path / "a.txt").write_text(prose()[:9_000])
     args = [SLOW_BUILD, tmp_path / "tk", tmp_path / "a.txt", tmp_path / "cache", 0.05]
     runs = [run_python(*args) for _ in range(2)]
@@ -1573,8 +1582,7 @@ print("THEN", data.tokenize([sys.argv[2]], tk, sys.argv[3]).tokens.sum())
 """
 
 
-def test_a_full_disk_is_one_line_and_costs_no_finished_shard(tmp_path):
-    tk = byte_tokenizer(tmp_path / "tk")
+def test_a_full_disk_is_one_line_and_costs_no_finished_shard(tk, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "a.txt").write_text(prose())
     alone = ["unshare", "--user", "--map-root-user", "--mount"]
@@ -1602,18 +1610,18 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_is_one_line_that_names_it(tmp_path, name):
+def test_a_bad_file_is_one_line_that_names_it(tk, tmp_path, name):
     content, message = BAD[name]
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
-        data.tokenize([tmp_path / name], byte_tokenizer(tmp_path / "tk"), tmp_path / "cache")
+        data.tokenize([tmp_path / name], tk, tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "cache").glob("tokens-*/meta.json"))
 
 
-def test_skip_bad_lines_leaves_out_and_counts(tmp_path):
-    tk, lines = byte_tokenizer(tmp_path / "tk"), []
+def test_skip_bad_lines_leaves_out_and_counts(tk, tmp_path):
+    lines = []
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\nnonsense\n\n{"text": "b"}\n{"text": 3}\n')
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
     corpus = data.tokenize(
@@ -1623,8 +1631,7 @@ def test_skip_bad_lines_leaves_out_and_counts(tmp_path):
     assert "2 bad records left out" in lines[-1] and any("left out: " in line for line in lines)
 
 
-def test_20000_small_files_are_each_read_once(tmp_path):
-    tk = byte_tokenizer(tmp_path / "tk")
+def test_20000_small_files_are_each_read_once(tk, tmp_path):
     for i in range(20_000):
         folder = tmp_path / "many" / str(i % 20)
         if i < 20:
@@ -1671,8 +1678,7 @@ class DatasetHub(BaseHTTPRequestHandler):
         pass
 
 
-def test_hub_datasets_are_fetched_once_and_stay_as_they_were(tmp_path):
-    byte_tokenizer(tmp_path / "tk")
+def test_hub_datasets_are_fetched_once_and_stay_as_they_were(tk, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), DatasetHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = """if True:
@@ -1748,8 +1754,7 @@ def test_no_held_out_token_is_in_any_training_batch(n_docs):
         assert set(lengths[lengths > 0]) <= set(np.diff(corpus.doc_starts))
 
 
-def test_the_same_document_is_held_out_in_every_stream(tmp_path):
-    tk = byte_tokenizer(tmp_path / "tk")
+def test_the_same_document_is_held_out_in_every_stream(tk, tmp_path):
     texts = [f"text {i} " * 9 for i in range(300)]
     for name, chosen in (("a", texts[:200]), ("b", texts[90:] + texts[90:])):
         (tmp_path / f"{name}.jsonl").write_text(
