@@ -740,7 +740,7 @@ def _draw_overview(plt, results: list, style: dict, original_len: int, target_le
     results = [(n, f, r) for n, f, r in results if "kept" in r and "position" in r]
     if not results:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=[1, 1.6], sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), width_ratios=[1, 1.5], sharey=True)
     for i, (name, _, result) in enumerate(results):
         both = result["kept"]["loss"], statistics.mean(result["position"]["whole"]["nll"])
         mark = "os^D"[list(style).index(name) // len(COLORS) % 4]
@@ -758,24 +758,29 @@ def _draw_overview(plt, results: list, style: dict, original_len: int, target_le
                 curve = [part.mean() for part in np.array_split(nll, min(32, len(nll)))]
                 x = (np.arange(len(curve)) + 0.5) * target_len / len(curve)
                 right.plot(x, curve, **{**style[name], "lw": width})
-                tops += curve if i or which == "cut" else curve[:1]
-    # What the original loses past its window may dwarf every difference between the others.
+                if i or len(results) == 1:
+                    tops += curve
+    # The original's loss may dwarf every difference between the others: it is left out then.
     low, span = min(tops), max(tops) - min(tops)
     right.set_ylim(low - 0.1 * span, min(right.get_ylim()[1], low + 1.6 * span))
+    x, y = left.lines[0].get_xdata()[0], left.lines[0].get_ydata()[0]
+    if y > right.get_ylim()[1]:
+        left.annotate(f" original, at {y:.2f}", (x, right.get_ylim()[1]), va="top")
     right.axvline(original_len, color="black", lw=0.8, ls=":")
     right.annotate(" original window", (original_len, right.get_ylim()[1]), va="top")
     cut = " (thin: window cut to the original)" if "cut" in results[0][2]["position"] else ""
     right.set(title=f"long text by position{cut}", xlabel="position, tokens")
-    _legend(right)
+    _legend(figure)
     return figure
 
 
-def _legend(axes) -> None:
-    """One entry a name, however many lines it has."""
+def _legend(figure) -> None:
+    """Beside all panels; one entry a name, however many lines it has."""
     first = {}
-    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-        first.setdefault(label, handle)
-    axes.legend(first.values(), first.keys())
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            first.setdefault(label, handle)
+    figure.legend(first.values(), first.keys(), loc="outside center right")
 
 
 def _draw_drift(plt, results: list, style: dict):
@@ -792,7 +797,7 @@ def _draw_drift(plt, results: list, style: dict):
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(bottom=0)
-    _legend(left)
+    _legend(figure)
     figure.suptitle("Drift from the original on short text (lower is better)")
     return figure
 
@@ -814,8 +819,8 @@ def _draw_training(plt, results: list, style: dict):
         for name, points in runs:
             axes.plot(*zip(*points, strict=True), **style[name], lw=1.2)
         axes.set(title=titles[key], xlabel="step")
-        _legend(axes)
     panels[0][0].set_ylabel("training loss, unweighted")
+    _legend(figure)
     return figure
 
 
