@@ -311,7 +311,7 @@ class Trainer:
 
 
 def loss(student, teacher, ids, unit):
-    """What longred.train computes for one unit; a tapped one compares the last hidden states."""
+    """What longred.extend computes for one unit; a tapped one compares the last hidden states."""
     if not unit.taps:
         return long_text_loss(student, ids)
     n = student.config.n_layers

@@ -1,4 +1,4 @@
-"""Text -> token files -> batches for the three streams, and the position-id schemes.
+"""Text -> token files -> batches for the streams of a run, and the position-id schemes.
 
     text of any usual kind --tokenize()--> Corpus, memory-mapped
     Corpus --Stream(...).batch(index)----> (B, T + 1) token ids, a function of (seed, name, index)
@@ -734,8 +734,9 @@ class Stream:
 
     Documents are packed back to back and cut into sequences of seq_len inputs, each with the next
     token as its last label, so that every token is predicted once an epoch. Each epoch visits the
-    sequences in its own order; batches run on from one epoch into the next. With many processes,
-    rank r of n takes the batches r, r + n, r + 2 n, ...: the same tokens whatever n is.
+    sequences in its own order; batches run on from one epoch into the next. Processes share out
+    a step's sequences, not batches (runs.Life.share): the same tokens however many there are.
+    Nothing hides one document from the next: attention and positions run across their borders.
 
     min_doc_len: tokens; shorter documents are left out.
     length_upsample: documents of seq_len tokens or more weigh this many times as much as shorter
@@ -844,7 +845,7 @@ def _check_lengths(seq_len: int, target_len: int) -> None:
 def _three_chunks(rng, batch, seq_len, target_len, draw_ends) -> np.ndarray:
     """Head at the start, tail at the end of the window, the middle ending where draw_ends says.
 
-    A coin per batch picks head = tail = T // 3 or 4 f (f = target_len / T, rounded down); 4 f is
+    A coin per batch picks head = tail = T // 3, or 4 f rounded down (f = target_len / T), which is
     held to T // 3 where a short T leaves no middle otherwise.
     """
     _check_lengths(seq_len, target_len)
@@ -888,7 +889,7 @@ def cream_positions(
         x = 1000 points from 2 to 2 f;   k = floor(interp(u, Phi((x - 1 - f) / 5), x)), u in (0, 1)
         end ~ uniform(head + (mid - 1) k / 2 .. k T / 2 - tail - 1)
     Phi is not normalised to [2, 2 f], so interp clamps the mass outside it onto the two ends. At
-    f = 4: P(k = 2) = 0.345, P(3) .. P(7) = 0.070 to 0.079 each, P(k = 8) = 0.274: two thirds of the
+    f = 4: P(k = 2) = 0.345, P(3) .. P(7) = 0.070 to 0.079 each, P(k = 8) = 0.274: 62% of the
     draws sit on the ends, U-shaped, hardly "focused on the middle"; at f = 16 P(2) = 0.003, a bell.
     cream_truncated_positions is the Gaussian without the clamp.
 
@@ -941,7 +942,9 @@ def longrecipe_positions(rng: Rng, boundaries: Array, seq_len: int, target_len: 
     The N sentences take N of target_len - T + N slots, in order, the first one slot 0; every slot
     left empty is one position skipped.
     boundaries: start index of each sentence, any order; 0 is one of them in any case.
-    Differs: the released code also gives a random first part of the sample its plain positions.
+    Differs: Algorithm 1 has target_len slots, from which sentences could run past the window; these
+    are the released code's. A gap may be 0, where eq. 6 adds 1. The released code also gives a
+    random first part of the sample its plain positions.
     Returns: (seq_len,) int64, strictly increasing from 0, last <= target_len - 1.
     """
     _check_lengths(seq_len, target_len)

@@ -473,7 +473,8 @@ def find_run(spec: str) -> tuple[str, Path | None, str]:
     name, path = spec.split("=", 1) if "=" in spec and not Path(spec).exists() else ("", spec)
     run = Path(path) / "longred.json"
     if run.is_file() and not (run.parent / "hf" / "config.json").is_file():
-        log, steps = run.with_name("log.jsonl"), json.loads(run.read_text())["config"]["steps"]
+        config, log = json.loads(run.read_text())["config"], run.with_name("log.jsonl")
+        steps = config["steps"] + config.get("replay_steps", 0)
         done = len(log.read_text().splitlines()) if log.is_file() else 0
         return name or run.parent.name, None, f"unfinished, {done} of {steps} steps"
     folder = resolve_checkpoint(path)
@@ -924,6 +925,8 @@ def anchor_kinds(
 
     scores: (T,) of tokens; kinds: (T,) theirs. Returns (anchors, most frequent first; each kind's
     share of the impactful tokens; its share of all).
+    Differs: the paper takes the top fifth of the vocabulary at each position; here only tokens that
+    came are scored, and the fifth is of all positions read.
     "Frequent" is left open in the paper; here: more frequent than among all tokens, and of those
     kinds the most frequent ones that make up half of the impactful tokens, or all there are.
     """

@@ -12,19 +12,21 @@ each optimizer step two distillations towards the frozen original model:
 
     what the paper calls it            equation    here
     ---------------------------------  ----------  --------------------------------------------
-    long-text training                 eq. 18, L1  long_text_loss
+    long-text training                 eq. 18      long_text_loss
     short-text distillation            eq. 8       short_text_distillation
     short-to-long distillation         eq. 17      short_to_long_distillation, data.*_positions
-    the sum of the three               eq. 18      the loop in train
+    the sum of the three               eq. 18      open_streams (weights), the loop in extend
     similarity of hidden states        eq. 5       cosine_distance
     layers to distil, by attention KL  eq. 6       select_distill_layers, model.attention_kl
 
 --method longrecipe is LongRecipe (arXiv 2409.00509) in the same loop: long text of 0.3 x the target
-under positions that skip from sentence to sentence (long_positions), as is that long stream under
-LongReD's own losses: --long_position_scheme longrecipe.
+under positions that skip from sentence to sentence (long_positions). --long_position_scheme
+longrecipe puts LongReD's own long stream under the same positions.
 
-Differs: the two distillations are distances, 1 - cos, where the paper has -cos: the same gradient,
-and a loss that is 0 when nothing was forgotten.
+Differs: the two distillations are distances, 1 - cos, where the paper has -cos, and means over a
+batch where eq. 8 sums over texts: the same direction, and 0 when nothing was forgotten. Eq. 18 is
+read as the released code runs it, a mean over a step's 16 micro-batches (8 long, 6 short, 2 short-
+to-long): 8/16 L_long + 6/16 alpha_short L_short + 2/16 alpha_s2l L_s2l, at 32K 0.5 : 1.875 : 1.25.
 """
 
 import argparse
@@ -96,7 +98,9 @@ class Config:
     alpha_short: float | None = opt(None, "weight of short-text distillation (5; 128K: 2)", least=0)
     alpha_s2l: float | None = opt(None, "weight of short-to-long distillation (10; 15)", least=0)
     distill_layers: list[int] | None = opt(None, "hidden states to distil; 1 = output of block 1")
-    n_distill_layers: int | None = opt(None, "how many to choose by drift (6; 3 from factor 16 on)")
+    n_distill_layers: int | None = opt(
+        None, "how many to choose by drift (6; 3 at 128K, if over 8 x)"
+    )
     position_scheme: Literal["uniform", "cream", "cream_truncated"] | None = opt(
         None, "skipped positions of short-to-long (default: cream, uniform from 128K on)"
     )
@@ -140,7 +144,9 @@ class Config:
     # LongRecipe's second stage, after `steps`: cross-entropy, ordinary positions, the old window
     replay_data: list[str] | None = opt(None, "text like what the original was trained on")
     replay_steps: int = opt(0, "steps on it, the learning rate falling from lr / 10 to 0", least=0)
-    replay_batch: int | None = opt(None, "sequences in each (131072 / original_len)", least=1)
+    replay_batch: int | None = opt(
+        None, "sequences in each of its long_micro micro-batches (131072 / original_len)", least=1
+    )
     merge: float = opt(0.0, "export merge x original + (1 - merge) x trained weights (paper: 0.5)")
     # Optimizer: AdamW, constant learning rate, no warm-up (App. B)
     lr: float = opt(2e-5, "learning rate", least=0)
@@ -208,15 +214,15 @@ def short_to_long_distillation(
     teacher: Llama,
     input_ids: Tensor,
     position_ids: Tensor,
-    original_ids: Tensor | None = None,
+    teacher_position_ids: Tensor | None = None,
 ) -> Tensor:
     """Cosine distance of the LAST hidden state; only the student sees skipped positions (eq. 17).
 
-    input_ids: (B, T) int64. position_ids: (B, T) int64, spanning the target window. original_ids:
-    (T,), the teacher's, of a part of a text.
+    input_ids: (B, T) int64. position_ids: (B, T) int64, spanning the target window.
+    teacher_position_ids: (T,), the tokens' own indices in a text of which these are a part.
     """
     with torch.no_grad():
-        target, _ = teacher(input_ids, original_ids)
+        target, _ = teacher(input_ids, teacher_position_ids)
     hidden, _ = student(input_ids, position_ids)
     return memory.in_chunks(cosine_distance, hidden, target)
 
@@ -440,7 +446,6 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
     if long_alone(c):
         c.short_micro = c.s2l_micro = 0
     far = c.target_len >= 128_000  # the paper's second set of settings
-    whole = c.target_len % c.original_len == 0
     fill(
         c,
         out_dir=f"out/{Path(config.ckpt).name}-{c.target_len}",
@@ -452,9 +457,8 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
         short_data=data.DEFAULT_SHORT,
         alpha_short=2.0 if far else 5.0,
         alpha_s2l=15.0 if far else 10.0,
-        n_distill_layers=3 if c.target_len >= 16 * c.original_len else 6,
-        # The Gaussian's grid needs a whole factor (data.cream_positions).
-        position_scheme="cream" if whole and not far else "uniform",
+        n_distill_layers=3 if far and c.target_len > 8 * c.original_len else 6,
+        position_scheme="uniform" if far else "cream",
         long_position_scheme="longrecipe" if c.method == "longrecipe" else "ordinary",
         long_micro=16 if long_alone(c) else 8,
         long_batch=max(1, 131072 // c.target_len),
@@ -562,8 +566,8 @@ def step_tokens(c: Config) -> dict[str, int]:
 
 
 def open_streams(c: Config, tokenizer: data.Tokenizer) -> dict[str, Stream]:
-    """Tokenise (once) and open the streams. A weight is share x alpha (eq. 18); a stream's share is
-    its part of the paper's 16 micro-batches, however many are read here."""
+    """Tokenise (once) and open the streams. A weight is share x alpha (eq. 18, see the top of this
+    file); a stream's share is its part of 16 micro-batches, however many are read here."""
     weights = {"long": 1.0 if long_alone(c) else 8 / 16, "short": 6 / 16, "s2l": 2 / 16}
     if c.method == "longred":
         weights["short"] *= c.alpha_short
@@ -699,9 +703,9 @@ def plan_memory(c: Config, model: ModelConfig, streams: dict[str, Stream]) -> me
     taps = {"long": 0, "short": short, "s2l": 1, "replay": 0}
     units = []
     for s in streams.values():
-        passes = s.micro * -(-s.batch // s.rows)
+        count = s.micro * -(-s.batch // s.rows)
         compared = taps[s.name] if c.method == "longred" else 0
-        units.append(memory.Unit(s.name, s.rows, s.seq_len, passes, compared))
+        units.append(memory.Unit(s.name, s.rows, s.seq_len, count, compared))
     room = int(c.gpu_gib * memory.GIB) if c.gpu_gib else memory.gpu_room()
     moments = torch.bfloat16 if c.moments == "bf16" else torch.float32
     plan = memory.make_plan(model, units, room, runs.available_memory(), moments, c.compile)
@@ -710,7 +714,8 @@ def plan_memory(c: Config, model: ModelConfig, streams: dict[str, Stream]) -> me
 
 
 def learning_rate(c: Config, step: int) -> float:
-    """Constant; over the replay stage from a tenth, LongRecipe's 5e-6 to 5e-5, on a line to 0."""
+    """Constant; over the replay stage from a tenth, LongRecipe's 5e-6 to 5e-5, on a line to 0 (the
+    shape is ours: its paper gives none)."""
     if step < c.steps:
         return c.lr
     return 0.1 * c.lr * (c.steps + c.replay_steps - step) / c.replay_steps
@@ -739,7 +744,8 @@ def print_header(c: Config, student: Llama, teacher: Llama, streams: dict[str, S
 
 
 def log_line(c: Config, step: int, streams: dict, losses: dict, norm: float) -> dict:
-    """One object of log.jsonl. Losses are unweighted means over the step, `loss` their sum."""
+    """One object of log.jsonl. Every loss_* is an unweighted mean over the step; `loss` is their
+    weighted sum, what is trained."""
     return {
         "step": step,
         "loss": sum(streams[name].weight * loss for name, loss in losses.items()),

@@ -467,8 +467,9 @@ def in_chunks(distance, student: Tensor, teacher: Tensor, rows: int = 8192) -> T
 
 # --------------------------------------------------------------------------------------- planner
 
-# Ceilings of one H200 (bf16 matmul on random data, device copies: measured; attention: FA3 on an
-# H100 as published; PCIe: assumed). They rank plans, so their ratios matter; bench.py step times.
+# Ceilings of one H200 (bf16 matmul on random data, device copies: measured, before this code was;
+# attention: FA3 on an H100 as published; PCIe: assumed). They rank plans, so their ratios matter;
+# bench.py step times.
 MATMUL, ATTENTION_FORWARD, ATTENTION_BACKWARD = 790e12, 650e12, 540e12  # FLOP/s
 COPY, PCIE = 4.3e12, 50e9  # bytes/s
 ELEMENTWISE = 152  # bytes per token, block and d_model: norms, rotary, SwiGLU, residuals, if fused

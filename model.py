@@ -277,7 +277,7 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
 
 
 class MLP(nn.Module):
-    recomputing = False  # set by memory.use while a block runs again only for what it saves
+    recomputing = False  # set by memory._again while a block runs again only for what it saves
 
     def __init__(self, config: ModelConfig):
         super().__init__()

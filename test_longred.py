@@ -2724,6 +2724,10 @@ def test_the_papers_settings_are_the_defaults(ckpt):
     far = resolve(dataclasses.replace(asked, target_len=131072), model, ckpt[0])
     assert (far.rope_theta, far.alpha_short, far.alpha_s2l) == (1e8, 2, 15)
     assert (far.n_distill_layers, far.position_scheme) == (3, "uniform")
+    for length, like in ((32000, at_32k), (128000, far)):  # the paper's own round numbers
+        as_written = resolve(dataclasses.replace(asked, target_len=length), model, ckpt[0])
+        for key in ("rope_theta", "alpha_short", "n_distill_layers", "position_scheme"):
+            assert getattr(as_written, key) == getattr(like, key), key
     cpt = resolve(dataclasses.replace(asked, target_len=32768, method="long_cpt"), model, ckpt[0])
     assert step_tokens(cpt) == {"long": 2097152}
 
@@ -3067,7 +3071,7 @@ def comparison(ckpt, sentences, tmp_path, monkeypatch):
         log = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / f"run{i}" / "log.jsonl").write_text(log)
     (tmp_path / "late").mkdir()
-    (tmp_path / "late" / "longred.json").write_text('{"config": {"steps": 9}}')
+    (tmp_path / "late" / "longred.json").write_text('{"config": {"steps": 5, "replay_steps": 4}}')
     (tmp_path / "late" / "log.jsonl").write_text("{}\n{}\n")
     argv = f"--base {folder} --data {sentences} --short_data {short} --lengths 128,600 --samples 1"
     argv += " --tasks kept position repeat niah_single_2 --depths 0,1 --eval_tokens 1300"
