@@ -483,11 +483,12 @@ def find_run(spec: str) -> tuple[str, Path | None, str]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Of a checkpoint's content: config.json and every byte of the weights."""
+    """Of a checkpoint's content: its config and every byte of the weights."""
     digest = hashlib.sha256()
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        with open(path, "rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".pth") or path.name in ("config.json", "params.json"):
+            with open(path, "rb") as f:
+                digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()[:24]
 
 
@@ -1053,11 +1054,14 @@ def parse_args(argv: list[str] | None) -> Namespace:
 def open_texts(a: Namespace, base: Path, folders: list[Path]) -> Texts:
     """Check the settings, tokenise and take the held-out parts."""
     configs = [load_config(folder) for folder in (base, *folders)]
-    original_len = a.original_len or configs[0].max_position_embeddings
-    longest = max(c.max_position_embeddings for c in configs)
+    windows = [c.max_position_embeddings or 0 for c in configs]  # Meta's Llama 1 and 2: unknown
+    original_len = a.original_len or windows[0]
+    longest = max(original_len, *windows)
     doubled = [original_len * 2**i for i in range(40) if original_len * 2**i <= longest]
     lengths = sorted(set(a.lengths or [*doubled, longest]))
     shapes = [(c.vocab_size, c.n_layers, c.n_heads, c.d_model) for c in configs]
+    if not original_len:
+        raise ValueError("--original_len is missing: Meta's params.json does not say the window")
     if not a.data:
         raise ValueError("--data is missing: pass long text, files or folders, to be scored")
     if lengths[0] < 64 or a.samples < 1 or not all(0 <= d <= 1 for d in a.depths):

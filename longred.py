@@ -88,7 +88,9 @@ class Config:
         "default: ABF, a larger theta, the checkpoint's own scaling kept; linear (PI), yarn, ntk: "
         "by target / original; 'default' removes the checkpoint's scaling",
     )
-    rope_theta: float | None = opt(None, "new theta (default for ABF: the paper's, else a rule)")
+    rope_theta: float | None = opt(
+        None, "new theta (default for ABF: the paper's, else a rule)", least=1
+    )
     # Method
     method: Literal["longred", "long_cpt", "mix_cpt", "longrecipe"] = opt(
         "longred",
@@ -99,7 +101,7 @@ class Config:
     alpha_s2l: float | None = opt(None, "weight of short-to-long distillation (10; 15)", least=0)
     distill_layers: list[int] | None = opt(None, "hidden states to distil; 1 = output of block 1")
     n_distill_layers: int | None = opt(
-        None, "how many to choose by drift (6; 3 at 128K, if over 8 x)"
+        None, "how many to choose by drift (6; 3 at 128K, if over 8 x)", least=1
     )
     position_scheme: Literal["uniform", "cream", "cream_truncated"] | None = opt(
         None, "skipped positions of short-to-long (default: cream, uniform from 128K on)"
@@ -125,9 +127,11 @@ class Config:
     s2l_data: list[str] | None = opt(
         None, "text for short-to-long (default: long_data; where that is the default, short_data)"
     )
-    min_doc_len: int = opt(0, "leave shorter documents out of the long stream, in tokens")
+    min_doc_len: int = opt(0, "leave shorter documents out of the long stream, in tokens", least=0)
     length_upsample: float = opt(
-        1.0, "weight of documents of train_len tokens or more in the long stream, within a source"
+        1.0,
+        "weight of documents of train_len tokens or more in the long stream, within a source",
+        least=0,
     )
     skip_bad_lines: bool = opt(False, "leave out and count malformed records, do not stop at them")
     short_len: int | None = opt(None, "tokens in a short text (1024; <= original_len)", least=1)
@@ -153,20 +157,22 @@ class Config:
     weight_decay: float = opt(0.1, "decoupled weight decay", least=0)
     beta1: float = opt(0.9, "AdamW's first decay")
     beta2: float = opt(0.95, "AdamW's second decay")
-    grad_clip: float = opt(1.0, "largest global gradient norm")
+    grad_clip: float = opt(1.0, "largest global gradient norm", least=0)
     # Machine
     device: str | None = opt(None, "cuda or cpu (default: cuda where there is one)")
-    unit_tokens: int = opt(32768, "most tokens in one forward pass, at least one sequence")
+    unit_tokens: int = opt(32768, "most tokens in one forward pass, at least one sequence", least=1)
     recompute: bool = opt(False, "recompute blocks in backward on a CPU; a GPU's plan decides")
     context: int | None = opt(None, "processes to a sequence, under torchrun (1)", least=1)
-    gpu_gib: float | None = opt(None, "GPU memory to plan for (default: all that is free)")
+    gpu_gib: float | None = opt(None, "GPU memory to plan for (default: all that is free)", least=0)
     moments: Literal["fp32", "bf16"] = opt("fp32", "AdamW's m and v on a GPU")
     compile: bool = opt(False, "torch.compile the blocks on a GPU")
     save_every: int = opt(64, "steps between states that --resume can continue from", least=1)
     save_minutes: float = opt(30.0, "minutes until one is saved anyway; 0: never", least=0)
     keep: int = opt(2, "states kept; the disk needs room for one more; 0: save none", least=0)
     max_bad_steps: int = opt(3, "stop after so many steps in a row that are not finite", least=1)
-    eval_tokens: int = opt(65536, "held-out tokens a stream in the closing report; 0: no report")
+    eval_tokens: int = opt(
+        65536, "held-out tokens a stream in the closing report; 0: no report", least=0
+    )
     seed: int = opt(2024, "of every random choice, each a function of (seed, stream, step)")
 
 
@@ -240,6 +246,25 @@ def select_distill_layers(teacher: Llama, student: Llama, input_ids: Tensor, n: 
     return sorted([*drifting.tolist(), last])
 
 
+def stream_loss(
+    c: Config,
+    stream: "Stream",
+    student: Llama,
+    teacher: Llama,
+    ids: Tensor,
+    indices: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """The loss of one pass, as `passes` yields it."""
+    if not stream.taps:
+        return long_text_loss(student, ids, positions)
+    ids = ids[:, :-1]
+    if stream.name == "short":
+        return short_text_distillation(student, teacher, ids, c.distill_layers, indices)
+    assert stream.name == "s2l", stream.name
+    return short_to_long_distillation(student, teacher, ids, positions, indices)
+
+
 # ----------------------------------------------------------------------------------------- train
 
 
@@ -287,7 +312,7 @@ def extend(config: Config, life: runs.Life) -> Path:
     about["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
 
     # Models, layers to distil, optimizer
-    choose = c.method == "longred" and "short" in streams and not c.distill_layers
+    choose = "short" in streams and streams["short"].taps and not c.distill_layers
     if choose and life.size > 1:  # before the models are in shards
         c.distill_layers = life.from_first(
             lambda: choose_layers(c, *open_models(c, source), streams["short"])
@@ -331,16 +356,7 @@ def extend(config: Config, life: runs.Life) -> Path:
                     machine.ready(stream.name)
                 for ids, indices, positions, part in passes(c, stream, step, life, ends):
                     life.check_stop()
-                    if stream.name in ("long", "replay") or c.method == "mix_cpt":
-                        loss = long_text_loss(student, ids, positions)
-                    elif stream.name == "short":
-                        loss = short_text_distillation(
-                            student, teacher, ids[:, :-1], c.distill_layers, indices
-                        )
-                    else:
-                        loss = short_to_long_distillation(
-                            student, teacher, ids[:, :-1], positions, indices
-                        )
+                    loss = stream_loss(c, stream, student, teacher, ids, indices, positions)
                     # Parts sum to 1 over all processes, whose gradients FSDP averages.
                     (loss * (stream.weight * part * life.size)).backward()
                     losses[stream.name] += loss.item() * part
@@ -445,6 +461,8 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
         )
     if long_alone(c):
         c.short_micro = c.s2l_micro = 0
+    if c.device and c.device.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {c.device}: need cpu or cuda")
     far = c.target_len >= 128_000  # the paper's second set of settings
     fill(
         c,
@@ -530,57 +548,62 @@ def resumed_config(run: dict, given: Config) -> Config:
 # ------------------------------------------------------------------------------------------ streams
 
 
+LOSSES = "long", "short", "s2l", "replay"  # the streams, in the order a step takes them
+
+
 @dataclass
 class Stream:
     """One source of a step's loss: `micro` batches of `batch` sequences of `seq_len` tokens."""
 
-    name: str  # "long", "short" or "s2l"; "replay" is read alone, in the steps after theirs
-    text: data.Stream
+    name: str  # of LOSSES; "replay" is read alone, in the steps after the others'
     micro: int
     batch: int
     seq_len: int
-    rows: int  # sequences in one forward pass
-    weight: float  # share x alpha, on the stream's mean loss
+    weight: float  # on the stream's mean loss (eq. 18, see the top of this file)
+    taps: int  # hidden states compared with the teacher's; 0: cross-entropy, no teacher
+    rows: int = 0  # sequences in one forward pass
+    text: data.Stream | None = None  # set by open_streams
     waited: float = 0.0  # seconds for data in this step
 
-
-def stream_shapes(c: Config) -> dict[str, tuple[int, int, int, int]]:
-    """The streams this run reads, in the order a step takes them: {name: (micro-batches, sequences
-    in each, tokens in each, sequences in one forward pass)}."""
-    every = {
-        "long": (c.long_micro, c.long_batch, c.train_len),
-        "short": (c.short_micro, c.short_batch, c.short_len),
-        "s2l": (c.s2l_micro, c.s2l_batch, c.original_len),
-        "replay": (c.long_micro if c.replay_steps else 0, c.replay_batch, c.original_len),
-    }
-    return {
-        name: (micro, batch, seq_len, min(batch, max(1, c.unit_tokens // seq_len)))
-        for name, (micro, batch, seq_len) in every.items()
-        if micro
-    }
+    @property
+    def tokens(self) -> int:  # in a step
+        return self.micro * self.batch * self.seq_len
 
 
-def step_tokens(c: Config) -> dict[str, int]:
-    """Tokens of one step, by stream."""
-    return {name: math.prod(shape[:3]) for name, shape in stream_shapes(c).items()}
+def plan_streams(c: Config) -> dict[str, Stream]:
+    """The streams that this run reads, all that is told about them in one place.
+
+    A weight is share x alpha; a share is the stream's part of the paper's 16 micro-batches, however
+    many are read here.
+    """
+    alone = long_alone(c)
+    short = (c.short_micro, c.short_batch, c.short_len)
+    s2l = (c.s2l_micro, c.s2l_batch, c.original_len)
+    layers = len(c.distill_layers or ()) or c.n_distill_layers
+    if c.method == "longred":
+        short += (6 / 16 * c.alpha_short, layers)
+        s2l += (2 / 16 * c.alpha_s2l, 1)
+    else:  # cross-entropy on all
+        short, s2l = (*short, 6 / 16, 0), (*s2l, 2 / 16, 0)
+    long = (c.long_micro, c.long_batch, c.train_len, 1.0 if alone else 8 / 16, 0)
+    replay = (c.long_micro if c.replay_steps else 0, c.replay_batch, c.original_len, 1.0, 0)
+    every = dict(zip(LOSSES, (long, short, s2l, replay), strict=True))
+    streams = {name: Stream(name, *spec) for name, spec in every.items() if spec[0]}
+    for stream in streams.values():
+        stream.rows = min(stream.batch, max(1, c.unit_tokens // stream.seq_len))
+    return streams
 
 
 def open_streams(c: Config, tokenizer: data.Tokenizer) -> dict[str, Stream]:
-    """Tokenise (once) and open the streams. A weight is share x alpha (eq. 18, see the top of this
-    file); a stream's share is its part of 16 micro-batches, however many are read here."""
-    weights = {"long": 1.0 if long_alone(c) else 8 / 16, "short": 6 / 16, "s2l": 2 / 16}
-    if c.method == "longred":
-        weights["short"] *= c.alpha_short
-        weights["s2l"] *= c.alpha_s2l
-    streams = {}
-    for name, (micro, batch, seq_len, rows) in stream_shapes(c).items():
+    """Tokenise (once) and open the streams."""
+    streams = plan_streams(c)
+    for name, stream in streams.items():
         specs = getattr(c, f"{name}_data")
         corpus = data.tokenize(specs, tokenizer, c.cache_dir, name, c.skip_bad_lines)
         only_long = (c.min_doc_len, c.length_upsample) if name == "long" else ()
-        text = data.Stream(corpus, name, c.seed, batch, seq_len, *only_long)
-        print(text.describe(micro * (c.replay_steps if name == "replay" else c.steps)))
-        weight = weights.get(name, 1.0)
-        streams[name] = Stream(name, text, micro, batch, seq_len, rows, weight)
+        stream.text = data.Stream(corpus, name, c.seed, stream.batch, stream.seq_len, *only_long)
+        steps = c.replay_steps if name == "replay" else c.steps
+        print(stream.text.describe(stream.micro * steps))
     return streams
 
 
@@ -634,7 +657,7 @@ def passes(c: Config, stream: Stream, step: int, life: runs.Life, ends: np.ndarr
                 batch = stream.text.batch(index)
                 stream.waited += time.monotonic() - asked
                 at = None  # (B, T): positions other than a token's own index
-                if stream.name == "s2l" and c.method == "longred":
+                if stream.name == "s2l" and stream.taps:
                     at = skipped_positions(c, index, stream.batch)
                 elif stream.name == "long":
                     at = long_positions(c, index, batch[:, :-1], ends)
@@ -659,7 +682,7 @@ def preflight(c: Config, model: ModelConfig) -> None:
     state = n * (8 if c.device.startswith("cuda") and c.moments == "bf16" else 12)
     runs.check_disk(Path(c.out_dir), export, c.keep and (c.keep + 1) * state)
     if c.device == "cpu" and "WORLD_SIZE" not in os.environ:
-        tokens = max(seq_len * rows for _, _, seq_len, rows in stream_shapes(c).values())
+        tokens = max(s.rows * s.seq_len for s in plan_streams(c).values())
         # fp32 student, teacher, gradients and the two moments
         runs.check_memory(20 * n, runs.activation_bytes(model, tokens, c.recompute))
 
@@ -699,13 +722,10 @@ def plan_memory(c: Config, model: ModelConfig, streams: dict[str, Stream]) -> me
     """On a GPU: the memory table and what follows from it, before anything is allocated."""
     if not c.device.startswith("cuda"):
         return None
-    short = len(c.distill_layers or ()) or c.n_distill_layers
-    taps = {"long": 0, "short": short, "s2l": 1, "replay": 0}
     units = []
     for s in streams.values():
         count = s.micro * -(-s.batch // s.rows)
-        compared = taps[s.name] if c.method == "longred" else 0
-        units.append(memory.Unit(s.name, s.rows, s.seq_len, count, compared))
+        units.append(memory.Unit(s.name, s.rows, s.seq_len, count, s.taps))
     room = int(c.gpu_gib * memory.GIB) if c.gpu_gib else memory.gpu_room()
     moments = torch.bfloat16 if c.moments == "bf16" else torch.float32
     plan = memory.make_plan(model, units, room, runs.available_memory(), moments, c.compile)
@@ -734,9 +754,8 @@ def print_header(c: Config, student: Llama, teacher: Llama, streams: dict[str, S
         f"{new.rope_scaling}; {rope_backend(torch.device(c.device))}"
     )
     for s in streams.values():
-        tokens = step_tokens(c)[s.name]
         print(
-            f"{s.name:>5}: {s.micro} x {s.batch} x {s.seq_len:,} = {tokens:,} tokens a step, "
+            f"{s.name:>5}: {s.micro} x {s.batch} x {s.seq_len:,} = {s.tokens:,} tokens a step, "
             f"weight {s.weight:g}"
         )
     replay = f" + {c.replay_steps} of replay" if c.replay_steps else ""
@@ -749,11 +768,10 @@ def log_line(c: Config, step: int, streams: dict, losses: dict, norm: float) -> 
     return {
         "step": step,
         "loss": sum(streams[name].weight * loss for name, loss in losses.items()),
-        **{f"loss_{name}": losses.get(name) for name in ("long", "short", "s2l")},
-        **({"loss_replay": losses["replay"]} if "replay" in losses else {}),
+        **{f"loss_{name}": losses.get(name) for name in LOSSES},
         "lr": learning_rate(c, step - 1),
         "grad_norm": norm,
-        "tokens": sum(step_tokens(c)[name] for name in losses),
+        "tokens": sum(streams[name].tokens for name in losses),
         "peak_gib": round(peak_gib(c.device), 2),
     }
 
@@ -772,9 +790,7 @@ def peak_gib(device: str) -> float:
 
 def print_step(c: Config, line: dict, eta: float) -> None:
     losses = "  ".join(
-        f"{name} {line[f'loss_{name}']:.4f}"
-        for name in ("long", "short", "s2l", "replay")
-        if line.get(f"loss_{name}") is not None
+        f"{name} {line[f'loss_{name}']:.4f}" for name in LOSSES if line[f"loss_{name}"] is not None
     )
     last = c.steps + c.replay_steps
     print(
@@ -817,7 +833,7 @@ def report(c: Config, teacher: Llama, student: Llama) -> dict:
                 row[f"quarter {i + 1}"] = quarter.mean().item()
             curves[name] = [part.mean().item() for part in by_position.chunk(32)]
     steps = {"replay": c.replay_steps}
-    tokens = {name: n * steps.get(name, c.steps) for name, n in step_tokens(c).items()}
+    tokens = {n: s.tokens * steps.get(n, c.steps) for n, s in plan_streams(c).items()}
     read = ", ".join(f"{n:,} {name} tokens" for name, n in tokens.items())
     held_out = ", ".join(f"{len(ids)} {name} sequences" for name, ids in texts.items())
     text = (

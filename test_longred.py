@@ -65,11 +65,11 @@ from longred import (
     default_theta,
     long_text_loss,
     main,
+    plan_streams,
     resolve,
     select_distill_layers,
     short_text_distillation,
     short_to_long_distillation,
-    step_tokens,
     train,
     write_byte_tokenizer,
 )
@@ -1137,7 +1137,9 @@ def hostile(root):
         cases[folder.name] = folder, "never run"
     unpacked = io.BytesIO()
     torch.save({"a": "0" * 200_000_000}, unpacked)
-    packed = zipfile.ZipFile(root / "bomb1" / "consolidated.00.pth", "w", zipfile.ZIP_DEFLATED)
+    folder = meta_folder(root / "packed", tiny_llama(), 1)
+    cases["packed"] = folder, "never run"
+    packed = zipfile.ZipFile(folder / "consolidated.00.pth", "w", zipfile.ZIP_DEFLATED)
     with packed, zipfile.ZipFile(unpacked) as plain:  # 200 KB that unpack to 200 MB, held thrice
         for entry in plain.namelist():
             packed.writestr(entry, plain.read(entry))
@@ -1384,7 +1386,7 @@ def cutters(which):
 
     if which == "sentencepiece":
         if not STORIES.is_dir():
-            pytest.skip(f"no {STORIES}")
+            pytest.skip(f"real weights: no {STORIES}")
         return data.load_tokenizer(STORIES)
     with tempfile.TemporaryDirectory() as folder:
         if which == "tiktoken":
@@ -1438,7 +1440,7 @@ def test_a_missing_optional_package_is_named(tk, tmp_path, monkeypatch, name, pa
 @needs_stories
 def test_real_books_are_stored_whole_with_bos_and_eos(tmp_path):
     if not TEXTS.is_dir():
-        pytest.skip(f"no {TEXTS}")
+        pytest.skip(f"real text: no {TEXTS}")
     tk = data.load_tokenizer(STORIES)
     corpus = data.tokenize([TEXTS], tk, tmp_path)
     for path, ids in zip(sorted(TEXTS.iterdir()), documents(corpus), strict=True):
@@ -2399,7 +2401,9 @@ def tiny_run(ckpt, out_dir, **changes) -> Config:
     settings = dict(ckpt=str(folder), target_len=256, out_dir=str(out_dir), rope_theta=3000.0)
     settings |= dict(long_data=[str(long)], short_data=[str(short)], steps=4, lr=1e-3)
     settings |= dict(long_micro=2, long_batch=1, short_micro=1, short_batch=3, s2l_micro=1)
-    settings |= dict(s2l_batch=2, cache_dir=str(out_dir.parent / "tokens"), eval_tokens=512)
+    settings |= dict(
+        s2l_batch=2, cache_dir=str(out_dir.parent / "tokens"), eval_tokens=512, device="cpu"
+    )
     return Config(**(settings | changes))
 
 
@@ -2637,7 +2641,7 @@ def test_replay_follows_at_ordinary_positions_with_its_rate_to_zero(ckpt, tmp_pa
     train(c)
     first, *replay = read_log(tmp_path / "run")
     assert [line["lr"] for line in replay] == pytest.approx([1e-10, 7.5e-11, 5e-11, 2.5e-11])
-    assert first["lr"] == 1e-9 and "loss_replay" not in first
+    assert first["lr"] == 1e-9 and first["loss_replay"] is None
     student, tok = load_checkpoint(ckpt[0], rope_theta=3000.0), data.load_tokenizer(ckpt[0])
     corpus = data.tokenize(c.replay_data, tok, c.cache_dir, "replay")
     text = data.Stream(corpus, "replay", c.seed, 2, 64)  # the old window
@@ -2715,7 +2719,11 @@ def test_the_papers_settings_are_the_defaults(ckpt):
     at_32k = resolve(dataclasses.replace(asked, target_len=32768), model, ckpt[0])
     assert (at_32k.rope_theta, at_32k.alpha_short, at_32k.alpha_s2l) == (2e7, 5, 10)
     assert (at_32k.n_distill_layers, at_32k.position_scheme, at_32k.short_len) == (6, "cream", 1024)
-    assert step_tokens(at_32k) == {"long": 1048576, "short": 786432, "s2l": 262144}
+    assert {n: s.tokens for n, s in plan_streams(at_32k).items()} == {
+        "long": 1048576,
+        "short": 786432,
+        "s2l": 262144,
+    }
     assert (at_32k.steps, at_32k.lr, at_32k.weight_decay, at_32k.beta2) == (512, 2e-5, 0.1, 0.95)
     assert at_32k.out_dir == "out/llama3-8b-32768"
     bare = resolve(Config(ckpt="llama3-8b", target_len=32768), model, ckpt[0])  # two flags suffice
@@ -2729,7 +2737,7 @@ def test_the_papers_settings_are_the_defaults(ckpt):
         for key in ("rope_theta", "alpha_short", "n_distill_layers", "position_scheme"):
             assert getattr(as_written, key) == getattr(like, key), key
     cpt = resolve(dataclasses.replace(asked, target_len=32768, method="long_cpt"), model, ckpt[0])
-    assert step_tokens(cpt) == {"long": 2097152}
+    assert {n: s.tokens for n, s in plan_streams(cpt).items()} == {"long": 2097152}
 
 
 def test_metas_folder_is_extended_and_its_export_is_a_checkpoint(ckpt, tmp_path):
@@ -2795,6 +2803,8 @@ BAD_INPUTS = {
     "no such layer": ({"--distill_layers": 4}, "hidden states 1 to 3"),
     "loss not finite": ({"--lr": "1e30"}, "step 3: .*2 steps in a row not finite"),
     "out of range": ({"--steps": 0}, "--steps 0: need at least 1"),
+    "no such device": ({"--device": "gpu"}, "--device gpu: need cpu or cuda"),
+    "uphill": ({"--grad_clip": -1}, "--grad_clip -1.0: need at least 0"),
     "not a number": ({"--steps": "many"}, "--steps: invalid int value: 'many'"),
     "resume and more": ({"--resume": "@void"}, "--resume takes its run's own"),
     "no checkpoint": ({"--ckpt": None}, "--[a-z_0-9]+ needs --ckpt"),
@@ -2823,7 +2833,7 @@ def test_bad_input_ends_in_one_line_with_nothing_half_written(ckpt, tmp_path, ca
     out = tmp_path / "out"
     flags = {"--ckpt": folder, "--target_len": 256, "--long_data": long, "--short_data": short}
     flags |= {"--out_dir": out, "--cache_dir": tmp_path / "tokens", "--steps": 3, "--long_micro": 1}
-    flags |= {"--long_batch": 1, "--short_batch": 1, "--s2l_batch": 1, **change}
+    flags |= {"--long_batch": 1, "--short_batch": 1, "--s2l_batch": 1, "--device": "cpu", **change}
     given = [str(x) for flag, value in flags.items() if value is not None for x in (flag, value)]
     with pytest.raises(SystemExit) as end:
         main([x.replace("@", f"{tmp_path}/") for x in given])
@@ -3075,7 +3085,7 @@ def comparison(ckpt, sentences, tmp_path, monkeypatch):
     (tmp_path / "late" / "log.jsonl").write_text("{}\n{}\n")
     argv = f"--base {folder} --data {sentences} --short_data {short} --lengths 128,600 --samples 1"
     argv += " --tasks kept position repeat niah_single_2 --depths 0,1 --eval_tokens 1300"
-    argv += f" --cache_dir {tmp_path}/tokens --out_dir {tmp_path}/o"
+    argv += f" --device cpu --cache_dir {tmp_path}/tokens --out_dir {tmp_path}/o"
     argv += f" --ckpt ext={tmp_path}/run0 ext={tmp_path}/run1 {tmp_path}/late"
     return argv.split(), tmp_path / "o"
 
@@ -3210,6 +3220,17 @@ def test_bad_input_to_evaluate_ends_in_one_line(comparison, flag):
         evaluate.main([*argv, flag, value])
     message = str(end.value.code)
     assert said in message and "\n" not in message and not out.exists()
+
+
+def test_metas_folder_can_be_the_original(ckpt, sentences, tmp_path, capsys):
+    folder = meta_folder(tmp_path / "meta", tiny_llama(vocab_size=612, n_layers=2, std=0.1), 2)
+    tiktoken_file(folder / "tokenizer.model", ckpt[1].read_text()[:4000], merges=20)
+    argv = ["--base", folder, "--data", sentences, "--tasks", "kept", "--device", "cpu"]
+    argv += ["--eval_tokens", 600, "--cache_dir", tmp_path / "tokens", "--out_dir", tmp_path / "o"]
+    with pytest.raises(SystemExit, match="--original_len is missing"):
+        evaluate.main([str(x) for x in argv])
+    evaluate.main([str(x) for x in [*argv, "--original_len", 64]])
+    assert "| original | 6." in capsys.readouterr().out
 
 
 def test_own_samples_are_text_for_training(ckpt, tmp_path):
