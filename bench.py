@@ -620,7 +620,7 @@ def traced_peak(config, unit, policy):
     The code that trains runs here at full size in seconds, without memory or GPU. Rotary, RMSNorm
     and fp32 products have stand-ins that allocate what the GPU kernels do; CPU paths take more.
     """
-    next_token_loss = functools.partial(model_module.next_token_loss, chunk_rows=memory.CE_ROWS)
+    next_token_loss = functools.partial(model_module.next_token_loss, chunk_rows=memory.LOSS_ROWS)
     stand_ins = [
         (model_module, "apply_rope", lambda q, k, *_: _FakeKernel.apply((), q, k)),
         (F, "rms_norm", lambda x, *_: _FakeKernel.apply((x, x.new_empty(*x.shape[:-1], 2)), x)),

@@ -811,12 +811,12 @@ def _upsample(corpus: Corpus, lengths: np.ndarray, long: int, factor: float) -> 
     return np.concatenate([np.flatnonzero(copies > i) for i in range(int(copies.max(initial=1)))])
 
 
-def held_out(corpus: Corpus, n_sequences: int, seq_len: int, min_doc_len: int = 0) -> torch.Tensor:
+def held_out(corpus: Corpus, n_sequences: int, seq_len: int) -> torch.Tensor:
     """Up to n_sequences of the held-out part, evenly spaced, none overlapping: (n, seq_len + 1).
 
     Raises: ValueError when there is not even one.
     """
-    starts, ends = _packed(*corpus.segments(held_out=True, min_doc_len=min_doc_len))
+    starts, ends = _packed(*corpus.segments(held_out=True))
     n_tokens = int(ends.max(initial=0))
     n = min(n_sequences, n_tokens // (seq_len + 1))
     if n < 1:

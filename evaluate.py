@@ -24,7 +24,6 @@ task's settings: a stopped command continues, and one more --ckpt costs only its
 
 import argparse
 import contextlib
-import copy
 import functools
 import hashlib
 import json
@@ -53,7 +52,7 @@ from model import (
     contrast,
     load_checkpoint,
     load_config,
-    local_frequencies,
+    local_view,
     merge_weights,
     resolve_checkpoint,
 )
@@ -169,8 +168,7 @@ def repeat_scores(
     """
     models, out = [model], []
     if pcd:
-        models.append(copy.copy(model))  # the same weights
-        models[1].inv_freq = local_frequencies(model.inv_freq, pcd["alpha"], pcd["base_ratio"])
+        models.append(local_view(model, pcd))
     batch, counted = max(1, BATCH_TOKENS // sequences.shape[1]), passage - cue
     for part in tqdm(sequences.split(batch), desc="repeat", leave=False, disable=None):
         tails = []  # for each model: what the counted tokens are predicted from

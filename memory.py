@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from model import MLP, Llama, ModelConfig
+from model import LOSS_ROWS, MLP, Llama, ModelConfig
 
 GIB = 2**30
 
@@ -451,7 +451,10 @@ class Visitor:
             p.data = home
 
 
-def in_chunks(distance, student: Tensor, teacher: Tensor, rows: int = 8192) -> Tensor:
+DISTANCE_ROWS = 8192  # tokens whose fp32 copies exist at a time
+
+
+def in_chunks(distance, student: Tensor, teacher: Tensor, rows: int = DISTANCE_ROWS) -> Tensor:
     """distance(student, teacher), a mean over tokens, with fp32 copies of `rows` tokens at a time.
 
     student, teacher: (B, T, D) hidden states of one layer. Left to autograd, cosine_distance keeps
@@ -475,7 +478,6 @@ COPY, PCIE = 4.3e12, 50e9  # bytes/s
 ELEMENTWISE = 152  # bytes per token, block and d_model: norms, rotary, SwiGLU, residuals, if fused
 # Kept free: CUDA's context lies outside the allocator, fragments inside it. Unmeasured.
 GPU_SPARE, GPU_SPARE_FRACTION, HOST_SPARE = 1.0 * GIB, 0.03, 6 * GIB
-CE_ROWS = 4096  # model.next_token_loss on a GPU
 
 
 @dataclass(frozen=True)
@@ -591,9 +593,10 @@ def activation_memory(config: ModelConfig, unit: Unit, policy: Policy) -> dict[s
     in_block = backward + max(0, unit.taps - 1) * x
     if unit.taps:  # the teacher's hidden states, and ours unless they are inputs counted below
         compared = (2 if policy.offload else 1) * unit.taps * x
-        at_loss = 2 * x + compared + 40 * min(8192, m) * d + x  # ten fp32 copies of a chunk
+        chunk = 40 * min(DISTANCE_ROWS, m) * d  # ten fp32 copies
+        at_loss = 2 * x + compared + chunk + x
     else:  # fp32 and bf16 logits, then bf16 d(logits) and an fp32 product, beside the fp32 sum
-        rows, v = min(CE_ROWS, m), config.vocab_size
+        rows, v = min(LOSS_ROWS, m), config.vocab_size
         at_loss = 2 * x + 4 * v * d + max(6 * rows * v, 2 * rows * v + 4 * v * d) + x
     worst = "in a block's backward" if in_block > at_loss else "at the loss"
     on_gpu = min(recomputed, 2) if policy.offload else recomputed

@@ -13,6 +13,7 @@ Shapes: B batch, T tokens, D d_model, N query heads, K kv heads, H head_dim, V v
 Activations in attention are (B, T, N, H) everywhere up to the SDPA call.
 """
 
+import copy
 import json
 import math
 import os
@@ -213,7 +214,6 @@ class KVCache:
     keys: list[Tensor]
     values: list[Tensor]
     length: int = 0
-    inv_freq: Tensor | None = None  # keys are kept rotated: by these, where not by the model's own
 
 
 class Attention(nn.Module):
@@ -437,8 +437,6 @@ class Llama(nn.Module):
         if self.inv_freq.device != input_ids.device:
             self.inv_freq = self.inv_freq.to(input_ids.device)
         rope = (position_ids, self.inv_freq, self.attention_factor)
-        if cache and cache.inv_freq is not None:
-            rope = (position_ids, cache.inv_freq, self.attention_factor)
         x = self.embed_tokens(input_ids)  # (B, T, D)
         hidden = {0: x} if 0 in taps else {}
         for i, block in enumerate(self.layers):
@@ -487,22 +485,21 @@ class Llama(nn.Module):
         """
         batch, length = input_ids.shape
         out = torch.cat([input_ids, input_ids.new_zeros(batch, max_new_tokens)], dim=1)
-        caches = [self.new_cache(batch, length + max_new_tokens)]
+        models = [self]
         if pcd is not None:
             if not pcd.keys() <= PCD.keys():
                 raise ValueError(f"pcd: got {', '.join(pcd)}, need some of {', '.join(PCD)}")
             pcd = PCD | pcd
-            caches.append(self.new_cache(batch, length + max_new_tokens))
-            local = local_frequencies(self.inv_freq, pcd["alpha"], pcd["base_ratio"])
-            caches[1].inv_freq = local.to(input_ids.device)
+            models.append(local_view(self, pcd))
+        caches = [model.new_cache(batch, length + max_new_tokens) for model in models]
         new = input_ids
         for end in range(length, length + max_new_tokens):
-            views = []  # (B, V) each: the logits, and with pcd the local-aware ones
-            for cache in caches:
+            logits = []  # (B, V) each, with pcd also the local-aware ones
+            for model, cache in zip(models, caches, strict=True):
                 for part in new.split(chunk_len, dim=1):
-                    hidden, _ = self(part, cache=cache)
-                views.append(self.logits(hidden[:, -1]).float())
-            logits = contrast(*views, pcd["beta"], pcd["gamma"]) if pcd else views[0]
+                    hidden, _ = model(part, cache=cache)
+                logits.append(model.logits(hidden[:, -1]).float())
+            logits = contrast(*logits, pcd["beta"], pcd["gamma"]) if pcd else logits[0]
             if temperature == 0.0:
                 new = logits.argmax(-1, keepdim=True)  # (B, 1)
             else:
@@ -531,6 +528,13 @@ def local_frequencies(inv_freq: Tensor, alpha: float, base_ratio: float) -> Tens
     return inv_freq * (keep + (1.0 - keep) * base_ratio ** (-(j - 1) / half))
 
 
+def local_view(model: Llama, pcd: dict) -> Llama:
+    """The same weights under PCD's local-aware frequencies. pcd: as PCD, all of it."""
+    view = copy.copy(model)
+    view.inv_freq = local_frequencies(model.inv_freq, pcd["alpha"], pcd["base_ratio"])
+    return view
+
+
 def contrast(logits: Tensor, local: Tensor, beta: float, gamma: int) -> Tensor:
     """(1 + beta) logits - beta local on the gamma likeliest tokens of `logits`, -inf elsewhere.
 
@@ -542,6 +546,9 @@ def contrast(logits: Tensor, local: Tensor, beta: float, gamma: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------- loss and attention drift
+
+
+LOSS_ROWS = 4096  # tokens whose logits exist at a time, on a GPU
 
 
 class _NextTokenLoss(torch.autograd.Function):
@@ -565,7 +572,6 @@ class _NextTokenLoss(torch.autograd.Function):
                 grad_weight += fp32_product(grad.T, h)
             del grad  # (rows, V), or it would be alive while the next chunk's logits are made
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
@@ -601,7 +607,7 @@ def next_token_loss(
     Returns (sum of nll, fp32 scalar with gradient; number of counted labels, int64 scalar).
     """
     assert hidden.shape[:-1] == labels.shape, (hidden.shape, labels.shape)
-    rows = chunk_rows or (4096 if hidden.is_cuda else 256)
+    rows = chunk_rows or (LOSS_ROWS if hidden.is_cuda else 256)
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or lm_head_weight.requires_grad)
     flat = labels.flatten()
     total = _NextTokenLoss.apply(hidden.flatten(0, -2), lm_head_weight, flat, rows, with_grad)

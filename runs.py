@@ -116,7 +116,8 @@ def trim_log(path: Path, steps: int) -> list[dict]:
 
 # -------------------------------------------------------------------------- what a run depends on
 
-# Fields of Config that a resumed run may have otherwise: none changes a step's numbers.
+# Fields of Config that a resumed run may have otherwise: none changes a step's numbers beyond how
+# they round (or, steps, when a replay begins).
 HARMLESS = "out_dir resume resume_anyway steps cache_dir unit_tokens gpu_gib compile device".split()
 HARMLESS += "context save_every save_minutes keep max_bad_steps eval_tokens".split()
 
@@ -412,7 +413,7 @@ class Life:
             int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1))
         )
         self.mesh = self.context = None
-        self.out_dir = self.lock = self.state = self.thread = self.failure = None
+        self.out_dir = self.lock = self.thread = self.failure = None
         self.step, self.sound = 0, False
         self.saved_step, self.saved_at = 0, time.monotonic()
         self.done_at, self.step_seconds = None, None  # of the last whole step
