@@ -356,7 +356,9 @@ def release_host():
     gc.collect()
     torch.cuda.synchronize()
     while memory._PINNED:
-        torch.cuda.cudart().cudaHostUnregister(memory._PINNED.pop().data_ptr())
+        buffer = memory._PINNED.pop()
+        torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+        del buffer  # not before
 
 
 def speed(config, unit, seconds):

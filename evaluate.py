@@ -594,6 +594,7 @@ def measure(
         for length in texts.lengths:
             result = once(task, functools.partial(run, length), length=length, **drawn)
             out.setdefault(task, {})[str(length)] = result
+    load.cache_clear()  # it refers to itself: 8B would wait for the next collection of garbage
 
 
 def _digest(ids: Tensor) -> str:
@@ -863,16 +864,16 @@ def _draw_maps(plt, results: list, tasks, title: str, most: float | None = None)
 
 def write_samples(a: Namespace) -> None:
     """Sample texts from the model, each from its BOS token (else EOS) to its EOS token."""
-    model = load_checkpoint(a.base)
+    model = load_checkpoint(a.base, device=a.device, dtype=a.dtype)
     tokenizer = data.load_tokenizer(resolve_checkpoint(a.base))
     first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     if first is None:
         raise ValueError(f"{a.base}: its tokenizer has neither BOS nor EOS to start a text from")
     length = a.length or model.config.max_position_embeddings
-    generator = torch.Generator().manual_seed(a.seed)
+    generator = torch.Generator(a.device).manual_seed(a.seed)
     with whole_file(a.write_samples) as f, tqdm(total=a.n_samples, unit="text") as bar:
         for start in range(0, a.n_samples, 50):
-            batch = torch.full((min(50, a.n_samples - start), 1), first)
+            batch = torch.full((min(50, a.n_samples - start), 1), first, device=a.device)
             texts = model.generate(batch, length - 1, a.temperature, generator=generator)
             for ids in texts[:, 1:].tolist():
                 ends = [i for i, t in enumerate(ids) if t in (tokenizer.eos_id, first)]
@@ -1019,8 +1020,10 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add = parser.add_argument
     add("--base", required=True, help="the original: folder, OUT_DIR, known name or hub id")
     add("--ckpt", nargs="+", default=[], metavar="[NAME=]DIR", help="extended; one NAME, one row")
-    add("--data", nargs="+", help="long text: files, .jsonl, folders, globs")
-    add("--short_data", nargs="+", help="short text, for what was kept (default: --data)")
+    add("--data", nargs="+", help="long text: files, .jsonl, folders, globs (the first run's)")
+    add(
+        "--short_data", nargs="+", help="short text, for what was kept (the first run's, or --data)"
+    )
     add("--lengths", type=numbers(int), help="tokens (default: original window, doubled to target)")
     add("--original_len", type=int, help="tokens (default: the original's window)")
     tasks = f"of {' '.join(TASKS_ALL)}"
@@ -1106,6 +1109,12 @@ def compare(a: Namespace) -> None:
     for i, (spec, (name, *more)) in enumerate(zip(a.ckpt, found, strict=True)):
         if seen[name] > 1 and not spec.startswith(f"{name}="):
             found[i] = (spec, *more)  # two folders of one name are two rows unless asked for as one
+    for _, folder, _ in found:  # the text that a run of longred.py was given
+        about = folder and folder.parent / "longred.json"
+        if about and about.is_file() and not a.data:
+            config = json.loads(about.read_text())["config"]
+            a.data, a.short_data = config["long_data"], a.short_data or config["short_data"]
+            a.add_eos = config["add_eos"] if a.add_eos is None else a.add_eos
     runs = [("original", base)] + [(name, folder) for name, folder, _ in found if folder]
     unfinished = [(name, why) for name, folder, why in found if not folder]
     texts = open_texts(a, base, [folder for _, folder in runs[1:]])

@@ -274,7 +274,13 @@ def train(config: Config) -> Path:
     Raises ValueError, one line, for whatever the user can mend.
     """
     with runs.Life() as life:  # the lock on OUT_DIR, signals, a save when an error ends the run
-        return extend(config, life)
+        try:
+            return extend(config, life)
+        except torch.OutOfMemoryError as e:
+            raise ValueError(
+                f"{str(e).splitlines()[0]} Go on, or begin again, with a --gpu_gib some GiB below "
+                "the GPU peak of the memory plan, or a smaller --unit_tokens"
+            ) from e
 
 
 def extend(config: Config, life: runs.Life) -> Path:
@@ -294,6 +300,9 @@ def extend(config: Config, life: runs.Life) -> Path:
     if not run:
         life.from_first(lambda: runs.refuse_taken(out_dir))
     life.from_first(lambda: preflight(c, original))
+    if c.device.startswith("cuda:"):
+        torch.cuda.set_device(c.device)
+    plan = plan_memory(c, original) if life.size == 1 else None  # None on a CPU
 
     # Text
     tokenizer = data.load_tokenizer(source, c.add_eos)
@@ -312,12 +321,12 @@ def extend(config: Config, life: runs.Life) -> Path:
     about["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
 
     # Models, layers to distil, optimizer
+    compute = torch.bfloat16 if c.device.startswith("cuda") else torch.float32
     choose = "short" in streams and streams["short"].taps and not c.distill_layers
     if choose and life.size > 1:  # before the models are in shards
         c.distill_layers = life.from_first(
-            lambda: choose_layers(c, *open_models(c, source), streams["short"])
+            lambda: choose_layers(c, *open_models(c, source, compute), streams["short"])
         )
-    plan = plan_memory(c, original, streams) if life.size == 1 else None  # None on a CPU
     dtype = torch.bfloat16 if plan else torch.float32
     teacher, student = open_models(c, source, dtype, life.shard if life.size > 1 else None)
     if choose and life.size == 1:
@@ -388,18 +397,20 @@ def extend(config: Config, life: runs.Life) -> Path:
     if machine:
         machine.finish()
     if life.size > 1:
-        student = runs.gathered(student, life.rank)
+        student = runs.gathered(student, life.rank)  # on the CPU
         if life.rank:
             return out_dir / "hf"
-        student, teacher = student.to(c.device), load_checkpoint(source, device=c.device)
+        teacher, optimizer = load_checkpoint(source), None
+        life.let_go()
     if c.merge:
         merge_weights(student, teacher, c.merge)
     stored = original.stored_dtype() or dtype  # as the original is
     exported = save_checkpoint(student.to(stored), out_dir / "hf", tokenizer_from=source)
     print(f"extended checkpoint: {exported}")
     if c.eval_tokens:
-        about["report"] = report(c, teacher, student.to(dtype))
+        about["report"] = report(c, *(m.to(c.device, compute) for m in (teacher, student)))
     life.write_about(about)
+    print(f"more: python evaluate.py --base {c.ckpt} --ckpt {out_dir}")
     return exported
 
 
@@ -463,6 +474,12 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
         c.short_micro = c.s2l_micro = 0
     if c.device and c.device.split(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"--device {c.device}: need cpu or cuda")
+    n = memory.parameter_count(model)
+    if c.device is None and n > 1e9 and not torch.cuda.is_available():
+        raise ValueError(
+            f"torch {torch.__version__} sees no GPU, and {n / 1e9:.1f}B parameters are not for a "
+            "CPU; compare the CUDA it was built for with nvidia-smi's, or pass --device cpu"
+        )
     far = c.target_len >= 128_000  # the paper's second set of settings
     fill(
         c,
@@ -540,8 +557,10 @@ def resumed_config(run: dict, given: Config) -> Config:
             "with the version of longred that began it"
         )
     now = {"out_dir": given.resume, "resume": given.resume, "resume_anyway": given.resume_anyway}
-    if given.context:  # the processes may be others than those that began it
-        now["context"] = given.context
+    for f in fields(Config):
+        if f.name in runs.HARMLESS or given.resume_anyway:
+            if f.name not in now and getattr(given, f.name) != f.default:
+                now[f.name] = getattr(given, f.name)
     return Config(**(run["config"] | now))
 
 
@@ -679,9 +698,14 @@ def preflight(c: Config, model: ModelConfig) -> None:
     n = memory.parameter_count(model)
     export = n * (model.stored_dtype() or torch.float32).itemsize
     # A state: fp32 weights (on a GPU bf16 and a remainder) and AdamW's two moments.
-    state = n * (8 if c.device.startswith("cuda") and c.moments == "bf16" else 12)
-    runs.check_disk(Path(c.out_dir), export, c.keep and (c.keep + 1) * state)
-    if c.device == "cpu" and "WORLD_SIZE" not in os.environ:
+    many = "WORLD_SIZE" in os.environ
+    bf16 = c.device.startswith("cuda") and c.moments == "bf16" and not many
+    runs.check_disk(Path(c.out_dir), export, c.keep and (c.keep + 1) * n * (8 if bf16 else 12))
+    if many and (c.gpu_gib or c.compile or c.moments != "fp32"):
+        raise ValueError(
+            "--gpu_gib, --moments and --compile are one GPU's: drop them with torchrun"
+        )
+    if c.device == "cpu" and not many:
         tokens = max(s.rows * s.seq_len for s in plan_streams(c).values())
         # fp32 student, teacher, gradients and the two moments
         runs.check_memory(20 * n, runs.activation_bytes(model, tokens, c.recompute))
@@ -718,12 +742,12 @@ def choose_layers(c: Config, teacher: Llama, student: Llama, short: Stream) -> l
     return layers
 
 
-def plan_memory(c: Config, model: ModelConfig, streams: dict[str, Stream]) -> memory.Plan | None:
+def plan_memory(c: Config, model: ModelConfig) -> memory.Plan | None:
     """On a GPU: the memory table and what follows from it, before anything is allocated."""
     if not c.device.startswith("cuda"):
         return None
     units = []
-    for s in streams.values():
+    for s in plan_streams(c).values():
         count = s.micro * -(-s.batch // s.rows)
         units.append(memory.Unit(s.name, s.rows, s.seq_len, count, s.taps))
     room = int(c.gpu_gib * memory.GIB) if c.gpu_gib else memory.gpu_room()
@@ -992,8 +1016,12 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_args(argv)
     given = {f.name for f in fields(Config) if getattr(config, f.name) != f.default}
     try:
-        if config.resume and (extra := given - {"resume", "resume_anyway", "context"}):
-            raise ValueError(f"--resume takes its run's own settings: drop --{min(extra)}")
+        extra = given - {"resume", "resume_anyway", *runs.HARMLESS}
+        if config.resume and extra and not config.resume_anyway:
+            raise ValueError(
+                f"--resume takes its run's own settings: drop --{min(extra)}, or add "
+                "--resume_anyway"
+            )
         if config.resume or config.ckpt:
             train(config)
         elif extra := given - {"out_dir", "seed", "device"}:

@@ -526,6 +526,7 @@ class Plan:
                 f"{p.unchecked} blocks unchecked, {p.attention} recomputed but for attention, "
                 f"MLP tiles of {p.mlp_rows}" + (", inputs offloaded" if p.offload else "")
             )
+        lines.append(f"  a step takes {self.seconds:.3g} s at least, every kernel at its ceiling")
         return "\n".join(lines)
 
 

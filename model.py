@@ -263,6 +263,8 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     pinned = nullcontext()
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         pinned = sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION])
+    elif q.is_cuda and k.shape[1] < q.shape[1]:  # in fp32 only the O(T^2) kernel takes fewer heads
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     with pinned:
         if start == 0:
             width, scale = q.shape[-1], q.shape[-1] ** -0.5
@@ -1108,6 +1110,10 @@ def _carry_tokenizer(source: Path, out_dir: Path, window: int | None) -> dict:
     for name in (*found, "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, out_dir / name)
+    settings = out_dir / "generation_config.json"
+    if settings.is_file():  # an old max_length would stop generation inside the new window
+        kept = {k: v for k, v in _read_json(settings).items() if k != "max_length"}
+        _write_json(settings, kept)
     settings = out_dir / "tokenizer_config.json"
     if settings.is_file() and window:
         _write_json(settings, _read_json(settings) | {"model_max_length": window})

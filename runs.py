@@ -24,6 +24,7 @@ And, before anything long: does the disk hold it all, does the memory.
 
 import ast
 import errno
+import gc
 import hashlib
 import json
 import math
@@ -118,7 +119,9 @@ def trim_log(path: Path, steps: int) -> list[dict]:
 
 # Fields of Config that a resumed run may have otherwise: none changes a step's numbers beyond how
 # they round (or, steps, when a replay begins).
-HARMLESS = "out_dir resume resume_anyway steps cache_dir unit_tokens gpu_gib compile device".split()
+HARMLESS = (
+    "ckpt out_dir resume resume_anyway steps cache_dir unit_tokens gpu_gib compile device".split()
+)
 HARMLESS += "context save_every save_minutes keep max_bad_steps eval_tokens".split()
 
 
@@ -430,7 +433,8 @@ class Life:
             if alone and isinstance(error, Exception) and self.sound and not self.failure:
                 self.save()
                 self.hold()
-                print(f"ended after step {self.step}. {how_to_resume(self.out_dir)}", flush=True)
+                if self.saved_step:
+                    print(f"ended after step {self.step}. {self.how_to_resume()}", flush=True)
         except ValueError as e:
             print(f"longred: {e}", file=sys.stderr)  # beside the error that brought us here
         finally:
@@ -557,7 +561,7 @@ class Life:
             return
         self.save()
         self.hold()
-        print(f"\nstopped by signal {number} after step {self.step}. {how_to_resume(self.out_dir)}")
+        print(f"\nstopped by signal {number} after step {self.step}. {self.how_to_resume()}")
         sys.exit(128 + number)
 
     @contextmanager
@@ -628,6 +632,15 @@ class Life:
 
         self.from_first(finish)
         self._say_saved(time.monotonic() - self.saved_at)
+
+    def how_to_resume(self) -> str:
+        many = f"torchrun --nproc_per_node {self.size}" if self.size > 1 else "python"
+        return f"Continue with: {many} longred.py --resume {self.out_dir}"
+
+    def let_go(self) -> None:
+        """Of a sharded model and its optimizer, whose memory the report needs."""
+        self.model = self.optimizer = None
+        gc.collect()
 
     def finish(self) -> None:
         """All steps are done and on disk; from here on signals act as usual."""
@@ -744,10 +757,6 @@ def after_restart(config):
     return config
 
 
-def how_to_resume(out_dir: Path) -> str:
-    return f"Continue with: python longred.py --resume {out_dir}"
-
-
 # -------------------------------------------------------------------------------- steps gone wrong
 
 
@@ -787,7 +796,7 @@ class Watch:
             raise ValueError(
                 f"step {line['step']}: {values}, {self.bad} steps in a row not finite; the newest "
                 f"good state is that after step {life.saved_step}: try a smaller --lr than "
-                f"{line['lr']:g}. {how_to_resume(life.out_dir)}"
+                f"{line['lr']:g}. {life.how_to_resume()}"
             )
 
 

@@ -1048,7 +1048,9 @@ for name in sys.argv[1:]:
 def test_an_export_carries_what_stood_beside_the_weights(tmp_path):
     write_byte_tokenizer(tmp_path / "tokenizer")
     source = save_checkpoint(tiny_llama(), tmp_path / "source", tmp_path / "tokenizer")
-    (source / "generation_config.json").write_text('{"top_p": 0.9, "eos_token_id": [3, 5]}')
+    (source / "generation_config.json").write_text(
+        '{"top_p": 0.9, "max_length": 4, "eos_token_id": [3, 5]}'
+    )
     (source / "chat_template.jinja").write_text("{{ messages }}")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -1060,7 +1062,7 @@ def test_an_export_carries_what_stood_beside_the_weights(tmp_path):
     model.config.max_position_embeddings = 4096
     out = save_checkpoint(model, tmp_path / "out", tokenizer_from=source)
     theirs, tokenizer = hf_model(out), transformers.AutoTokenizer.from_pretrained(out)
-    assert theirs.generation_config.top_p == 0.9
+    assert theirs.generation_config.top_p == 0.9 and theirs.generation_config.max_length != 4
     assert len({file.stat().st_mode for file in (out / "config.json", *out.glob("*.safe*"))}) == 1
     assert theirs.generation_config.eos_token_id == [3, 5]
     assert theirs.config.max_position_embeddings == tokenizer.model_max_length == 4096
@@ -2726,7 +2728,10 @@ def test_the_papers_settings_are_the_defaults(ckpt):
     }
     assert (at_32k.steps, at_32k.lr, at_32k.weight_decay, at_32k.beta2) == (512, 2e-5, 0.1, 0.95)
     assert at_32k.out_dir == "out/llama3-8b-32768"
-    bare = resolve(Config(ckpt="llama3-8b", target_len=32768), model, ckpt[0])  # two flags suffice
+    bare = resolve(Config(ckpt="x", target_len=32768, device="cpu"), model, ckpt[0])  # two flags
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="sees no GPU, and 8.0B parameters"):
+            resolve(Config(ckpt="x", target_len=32768), model, ckpt[0])
     assert (bare.long_data, bare.short_data) == (data.DEFAULT_LONG, data.DEFAULT_SHORT)
     assert (bare.s2l_data, at_32k.s2l_data) == (data.DEFAULT_SHORT, ["x"])
     far = resolve(dataclasses.replace(asked, target_len=131072), model, ckpt[0])
@@ -2861,9 +2866,9 @@ def test_missing_weights_end_with_the_ways_to_provide_them(tmp_path):
 def small_memory(monkeypatch):
     """Makes train take the GPU's path on a CPU: bf16 weights, host state, visiting teacher."""
 
-    def plan_memory(c, model, streams):
-        taps = {"long": 0, "short": 2, "s2l": 1}
-        units = [memory.Unit(s.name, 1, s.seq_len, taps=taps[s.name]) for s in streams.values()]
+    def plan_memory(c, model):
+        streams = plan_streams(c).values()
+        units = [memory.Unit(s.name, 1, s.seq_len, taps=min(2, s.taps)) for s in streams]
         plan = memory.make_plan(model, units, 8 * memory.GIB, 8 * memory.GIB)
         policy = memory.Policy(1, 1, offload=True, mlp_rows=50)
         plan.policies = dict.fromkeys(plan.units, policy)
@@ -3450,6 +3455,13 @@ def test_resume_refuses_another_run_and_names_the_difference(at_two, ckpt, part)
     with pytest.raises(SystemExit, match=f"{part} [a-z_.]+ was .*, is .*--resume_anyway"):
         main(["--resume", str(at_two)])
     main(["--resume", str(at_two), "--resume_anyway"])
+
+
+def test_a_resumed_run_takes_flags_that_change_no_number(at_two):
+    with pytest.raises(SystemExit, match="drop --lr, or add --resume_anyway"):
+        main(["--resume", str(at_two), "--lr", "0.5", "--keep", "1"])
+    main(["--resume", str(at_two), "--keep", "1"])
+    assert len(list((at_two / "checkpoints").iterdir())) == 1
 
 
 def test_comments_do_not_change_a_codes_fingerprint(tmp_path, monkeypatch):
