@@ -915,7 +915,7 @@ def demo(config: Config) -> Path:
     print(f"\nWhat the longer window gained, and what it cost:\n\n{evaluate.table(rows)}\n")
     print(
         f"More: python evaluate.py --base {original} --ckpt {out_dir}/long_cpt {out_dir}/longred "
-        f"--data {code} --short_data {prose} --cache_dir {out_dir}/tokens --out_dir {out_dir}/more"
+        f"--out_dir {out_dir}/more"
     )
     try:
         print("pictures:", *evaluate.draw(measured, out_dir, 256, 1024))
