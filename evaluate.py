@@ -870,6 +870,8 @@ def write_samples(a: Namespace) -> None:
     if first is None:
         raise ValueError(f"{a.base}: its tokenizer has neither BOS nor EOS to start a text from")
     length = a.length or model.config.max_position_embeddings
+    if not length:
+        raise ValueError("--length is missing: Meta's params.json does not say the window")
     generator = torch.Generator(a.device).manual_seed(a.seed)
     with whole_file(a.write_samples) as f, tqdm(total=a.n_samples, unit="text") as bar:
         for start in range(0, a.n_samples, 50):

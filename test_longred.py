@@ -12,6 +12,7 @@ import base64
 import collections
 import contextlib
 import dataclasses
+import datetime
 import functools
 import gzip
 import io
@@ -3493,6 +3494,7 @@ def test_an_out_dir_that_is_not_ours_is_refused(ckpt, tmp_path, at_two):
 def test_restarted_processes_do_not_read_what_dead_ones_left_in_the_store():
     # torchrun's store outlives a restart: in three starts on one, none finds an older one's names.
     store, seen = dist.HashStore(), []
+    store.set_timeout(datetime.timedelta(seconds=5))
     store.set("here/1", "of a process killed before it was answered")
     for start in range(3):
         with ThreadPoolExecutor(3) as pool:
