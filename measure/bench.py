@@ -1,16 +1,16 @@
 """Benchmarks against peers and against the machine's own limits, all in one run.
 
-    python bench.py rope                  one GPU: the rotary kernel against its peers and a copy
-    python bench.py step                  one GPU: a LongReD step of Llama-3-8B, part by part
-    python bench.py memory                one GPU: planned against measured peaks, PCIe
-    python bench.py data                  any machine: tokenising against the library alone
-    python bench.py rope --device cpu     a smoke test of this file; its numbers mean nothing
+    python -m measure.bench rope          one GPU: the rotary kernel against its peers and a copy
+    python -m measure.bench step          one GPU: a LongReD step of Llama-3-8B, part by part
+    python -m measure.bench memory        one GPU: planned against measured peaks, PCIe
+    python -m measure.bench data          any machine: tokenising against the library alone
+    python -m measure.bench rope --device cpu    a smoke test; its numbers mean nothing
 
 Every run prints a table and writes it to results/ as JSON, with device, versions, date and command.
+From any other folder the command is python PATH/measure/bench.py.
 """
 
 import argparse
-import contextlib
 import functools
 import gc
 import itertools
@@ -32,28 +32,27 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
-from unittest import mock
+
+if not __package__:  # run by its path, which puts measure/ first among the places of modules
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import tiktoken
 import tokenizers
 import torch
-import torch.nn.functional as F
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
-import longred
-import memory
-import model as model_module
-import runs
-from longred import long_text_loss, short_text_distillation
-from model import Llama, ModelConfig
+from longred import short_text_distillation
+from machine import corpus, memory
+from machine import plan as planner
+from machine.tokenizer import LLAMA3_PATTERN, read_ranks
+from model import LOSS_ROWS, Attention, Llama, ModelConfig, next_token_loss
 from rope_kernels import apply_rope, rope_backend, rope_frequencies
 
-# ------------------------------------------------------------------------------------------------
-# Timing and bookkeeping, shared by the subcommands
-# ------------------------------------------------------------------------------------------------
+# ------------------------------------------------ Timing and bookkeeping, shared by the subcommands
 
 
 def microseconds(run, sets, device) -> float:
@@ -87,29 +86,28 @@ def host_microseconds(run, sets, device) -> float:
 
 def describe(device) -> dict:
     """Where and with what a result was measured."""
-    names = ("torch", "triton", "liger-kernel")
     installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
-    versions = {name: installed.get(name, "none") for name in names}
+    versions = {name: installed.get(name, "none") for name in ("torch", "triton", "liger-kernel")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
         "device": name or platform.machine(),
         "smoke_test": device.type == "cpu",
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", "measure.bench", *sys.argv[1:]]),
         "versions": versions | {"python": platform.python_version(), "cuda": torch.version.cuda},
     }
 
 
 def write_result(result, out_dir, name):
+    if result["smoke_test"]:
+        print("On a CPU: this shows that the file runs, and what is planned. Not a measurement.")
     path = Path(out_dir) / f"{name}{'-cpu-smoke' if result['smoke_test'] else ''}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {path}")
 
 
-# ------------------------------------------------------------------------------------------------
-# rope
-# ------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------- rope
 
 # Llama-3-8B. Bytes that must move: q and k, read once and written once.
 N_HEADS, N_KV_HEADS, HEAD_DIM, THETA = 32, 8, 128, 500_000.0
@@ -128,8 +126,6 @@ def bench_rope(args):
         print_rope(rows, n_tokens)
     result["host_us"] = rope_host(device)
     print("host time of a call, us:", {k: round(us, 1) for k, us in result["host_us"].items()})
-    if device.type == "cpu":
-        print("CPU smoke test: it shows that this file runs. Not a result.")
     write_result(result, args.out_dir, "rope")
 
 
@@ -267,11 +263,9 @@ def print_rope(rows, n_tokens):
         )
 
 
-# ------------------------------------------------------------------------------------------------
-# step and memory
-# ------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------- step and memory
 
-GIB = 2**30
+GIB = planner.GIB
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # --moments
 PEAK = 989e12  # dense bf16 FLOP/s of one H100 or H200, the denominator of MFU
 LLAMA3_8B = dict(d_model=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, d_ff=14336)
@@ -279,17 +273,15 @@ LLAMA3_8B = ModelConfig(**LLAMA3_8B, vocab_size=128256, rope_theta=2e7)
 # One optimizer step of the paper, 8 long, 6 short and 2 short-to-long micro-batches of 131,072
 # tokens, in passes of 32,768.
 UNITS = [
-    memory.Unit("long", 1, 32768, count=32),
-    memory.Unit("short", 32, 1024, count=24, taps=6),
-    memory.Unit("s2l", 4, 8192, count=8, taps=1),
+    planner.Unit("long", 1, 32768, count=32),
+    planner.Unit("short", 32, 1024, count=24, taps=6),
+    planner.Unit("s2l", 4, 8192, count=8, taps=1),
 ]
 # Sizes of the CPU smoke test: they show that everything runs, and nothing else.
 TINY = dict(d_model=64, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=160, vocab_size=512)
 TINY = replace(LLAMA3_8B, **TINY)
 TINY_UNITS = [
-    memory.Unit("long", 1, 256, count=32),
-    memory.Unit("short", 8, 32, count=24, taps=3),
-    memory.Unit("s2l", 2, 64, count=8, taps=1),
+    replace(u, batch=min(u.batch, 4), seq_len=u.seq_len // 128, taps=min(u.taps, 3)) for u in UNITS
 ]
 
 
@@ -300,7 +292,7 @@ class Trainer:
         self.student, self.teacher = (random_llama(config, device, seed) for seed in (0, 1))
         self.teacher.requires_grad_(False)
         adamw = 2e-5, (0.9, 0.95), 1e-8, 0.1
-        self.machine = memory.Machine(plan, self.student, self.teacher, *adamw)
+        self.machine = memory.OneGPU(plan, self.student, self.teacher, *adamw)
         tokens = dict(generator=torch.Generator(device).manual_seed(2), device=device)
         self.draw = functools.partial(torch.randint, config.vocab_size, **tokens)
 
@@ -309,11 +301,18 @@ class Trainer:
         ids = self.draw((unit.batch, unit.seq_len + 1))
         loss(self.student, self.teacher, ids, unit).backward()
 
+    def visit(self):
+        """The teacher leaves, where the plan lets it, and comes back."""
+        self.machine.ready("long")
+        self.machine.ready("short")
+
 
 def loss(student, teacher, ids, unit):
-    """What longred.extend computes for one unit; a tapped one compares the last hidden states."""
-    if not unit.taps:
-        return long_text_loss(student, ids)
+    """What longred.train computes for one unit; a tapped one compares the last hidden states."""
+    if not unit.taps:  # longred.long_text_loss, in a GPU's chunks on a CPU too
+        hidden, _ = student(ids[:, :-1])
+        nll, n = next_token_loss(hidden, student.lm_head_weight, ids[:, 1:], LOSS_ROWS)
+        return nll / n
     n = student.config.n_layers
     layers = list(range(n - unit.taps + 1, n + 1))
     return short_text_distillation(student, teacher, ids[:, :-1], layers)
@@ -348,7 +347,7 @@ def rooms(args, device):
     if gpu:  # a smaller GPU is a real limit, not a promise
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, gpu / total), device)
-    return gpu or memory.gpu_room(), host or runs.available_memory()
+    return gpu or planner.gpu_room(), host or planner.available_memory()
 
 
 def release_host():
@@ -356,14 +355,13 @@ def release_host():
     gc.collect()
     torch.cuda.synchronize()
     while memory._PINNED:
-        buffer = memory._PINNED.pop()
+        buffer = memory._PINNED.pop()  # lives until it is unlocked
         torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
-        del buffer  # not before
 
 
 def speed(config, unit, seconds):
     """A unit's seconds in the terms of the table."""
-    work = memory.model_flops(config, unit)
+    work = planner.model_flops(config, unit)
     return {
         "seconds": seconds,
         "tokens_per_s": unit.tokens / seconds,
@@ -391,28 +389,22 @@ def bench_step(args):
     result = describe(device)
     print(f"{result['device']}, {result['date']}, {result['versions']}")
     gpu, host = rooms(args, device)
-    plan = memory.make_plan(config, units, gpu, host, MOMENTS[args.moments], args.compile)
+    plan = planner.make_plan(config, units, gpu, host, MOMENTS[args.moments], args.compile)
     if tiny:  # everything would fit, so make it use everything
         torch.set_num_threads(1)
-        hard = memory.Policy(1, 2, offload=True, mlp_rows=100, compile=args.compile)
+        hard = planner.Policy(1, 2, offload=True, mlp_rows=100, compile=args.compile)
         plan.host_state, plan.teacher_resident, plan.slot_bytes = True, False, 2 * 256 * 64
         plan.policies = dict.fromkeys(plan.units, hard)
     print(plan.table(), flush=True)
     result |= our_step(config, plan, args.rounds, device)
-    ours, static = result["units"]["long"], 6 * memory.parameter_count(config) / GIB
+    ours = result["units"]["long"]["seconds"]
     result["peers"] = {}
     for name in ("transformers", "liger") if args.peers else ():
         reset_peak(device)
         theirs = result["peers"][name] = peer_step(name, config, units[0], args.rounds, device)
         print(f"{name}: {theirs}", flush=True)
         if "seconds" in theirs and not tiny:
-            print(
-                f"  ours is {theirs['seconds'] / ours['seconds']:.2f}x as fast; beyond weights and "
-                f"gradients it holds {ours['peak_gib'] - static:.1f} GiB to their "
-                f"{theirs['peak_gib'] - theirs['static_gib']:.1f}"
-            )
-    if tiny:
-        print("CPU smoke test: it shows that this file runs. Not a result.")
+            print(f"  ours is {theirs['seconds'] / ours:.2f}x as fast")
     write_result(result, args.out_dir, "step" + (f"-{args.gpu_gib:g}gib" if args.gpu_gib else ""))
 
 
@@ -431,29 +423,23 @@ def our_step(config, plan, rounds, device):
         reset_peak(device)
         run = functools.partial(trainer.unit, unit)
         seconds, first = timed(run, rounds, device)
-        peak = peak_bytes(device)
-        shares = kernel_shares(run) if device.type == "cuda" else {}
         policy = plan.policies[unit.name]
         numbers = speed(config, unit, seconds) | {
-            "roofline_percent": 100 * memory.unit_seconds(config, unit, policy) / seconds,
-            "peak_gib": peak / GIB,
+            "roofline_percent": 100 * planner.unit_seconds(config, unit, policy) / seconds,
+            "peak_gib": peak_bytes(device) / GIB,
             "planned_gib": sum(plan.gpu[unit.name].values()) / GIB,
             "first_s": first,
         }
-        more = {"unit": asdict(unit), "policy": asdict(policy), "gpu_time_percent": shares}
-        result["units"][unit.name] = numbers | more
+        shares = kernel_shares(run) if device.type == "cuda" else {}
+        settings = {"unit": asdict(unit), "policy": asdict(policy)}
+        result["units"][unit.name] = numbers | settings | {"gpu_time_percent": shares}
         parts[unit.name] = unit.count * seconds
         print(row.format(unit.name, *(f"{x:.4g}" for x in numbers.values())), shares, flush=True)
     reset_peak(device)
     parts["optimizer"], _ = timed(trainer.machine.optimizer.step, rounds, device)
-
-    def visit():
-        trainer.machine.ready("long")
-        trainer.machine.ready("short")
-
-    parts["teacher"], _ = timed(visit, rounds, device)
+    parts["teacher"], _ = timed(trainer.visit, rounds, device)
     total, tokens = sum(parts.values()), sum(u.count * u.tokens for u in units)
-    work = sum(u.count * memory.model_flops(config, u) for u in units)
+    work = sum(u.count * planner.model_flops(config, u) for u in units)
     result["step"] = {
         "seconds": total,
         "parts": parts,
@@ -528,7 +514,7 @@ def bench_memory(args):
         unit = replace(UNITS[0], seq_len=length, count=2**20 // length)
         units = [unit, *UNITS[1:]]
         try:
-            plan = memory.make_plan(LLAMA3_8B, units, gpu, host, MOMENTS[args.moments])
+            plan = planner.make_plan(LLAMA3_8B, units, gpu, host, MOMENTS[args.moments])
         except ValueError as e:
             print(f"{length}: {e}", flush=True)
             continue
@@ -550,8 +536,6 @@ def bench_memory(args):
             row["traced_gib"] = (work + static) / GIB
         result["rows"].append(row)
         print({k: round(v, 2) for k, v in row.items()}, flush=True)
-    if device.type == "cpu":
-        print("traced: allocations of the same code on fake tensors, counted. Not a measurement.")
     write_result(result, args.out_dir, "-".join(["memory", *map(str, args.lengths)]))
 
 
@@ -579,15 +563,23 @@ def pcie_rates(device, nbytes=2**30):
 
 
 class CountBytes(TorchDispatchMode):
-    """Follows the bytes of all living tensors made inside; kernels' own scratch is not seen."""
+    """Follows the bytes of all living tensors made inside; kernels' own scratch is not seen.
 
-    def __init__(self, known):
+    known: tensors that do not count. fp32_sums: shapes of the weights whose gradients a GPU writes
+    in fp32 at once (model.fp32_product); the bf16 product that a CPU makes first does not count.
+    """
+
+    def __init__(self, known, fp32_sums):
         super().__init__()
         self.now = self.peak = 0
         self.living = {t.untyped_storage()._cdata for t in known}
+        self.fp32_sums = fp32_sums
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
+        over_tokens = function is torch.ops.aten.mm.default and args[0].stride(0) == 1  # a.T @ b
+        if over_tokens and out.shape in self.fp32_sums:
+            return out
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.living:
                 storage = t.untyped_storage()
@@ -602,65 +594,64 @@ class CountBytes(TorchDispatchMode):
         self.now -= nbytes
 
 
-class _FakeKernel(torch.autograd.Function):
-    """Allocates what a GPU kernel would, and saves what it would: inputs in `saved`."""
+class TracedNorm(nn.RMSNorm):
+    def forward(self, x):  # one kernel on a GPU, which saves its input
+        return x * self.weight
 
-    @staticmethod
-    def forward(ctx, saved, *inputs):
-        ctx.save_for_backward(*saved)
-        out = tuple(torch.empty(x.shape, dtype=x.dtype) for x in inputs)
-        return out if len(out) > 1 else out[0]
 
-    @staticmethod
-    def backward(ctx, *grads):
-        return None, *(torch.empty(g.shape, dtype=g.dtype) for g in grads)
+class TracedAttention(Attention):
+    def qkv(self, x, rope):  # the rotary kernel makes q and k anew and saves neither
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.config.head_dim))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return q * 1.0, k * 1.0, v
+
+
+TRACED = {nn.RMSNorm: TracedNorm, Attention: TracedAttention}
+
+
+def fake_student(config):
+    """Weights in bf16 and gradients in fp32 that take no memory, under FakeTensorMode."""
+    torch.set_default_dtype(torch.bfloat16)  # fake parameters cannot be cast in place
+    student = Llama(config)
+    torch.set_default_dtype(torch.float32)
+    for module in student.modules():
+        module.__class__ = TRACED.get(type(module), type(module))
+    for p in student.parameters():
+        p.grad_dtype = torch.float32
+        p.grad = torch.zeros(p.shape)
+    return student
 
 
 def traced_peak(config, unit, policy):
     """Bytes that one unit adds at its worst to weights and gradients, counted on fake tensors.
 
-    The code that trains runs here at full size in seconds, without memory or GPU. Rotary, RMSNorm
-    and fp32 products have stand-ins that allocate what the GPU kernels do; CPU paths take more.
+    The code that trains runs here at full size in seconds, without memory or GPU: blocks under
+    their policy, losses, backward. Rotary and RMSNorm, of many operations on a CPU, are replaced by
+    one that allocates what their GPU kernel does.
     """
-    next_token_loss = functools.partial(model_module.next_token_loss, chunk_rows=memory.LOSS_ROWS)
-    stand_ins = [
-        (model_module, "apply_rope", lambda q, k, *_: _FakeKernel.apply((), q, k)),
-        (F, "rms_norm", lambda x, *_: _FakeKernel.apply((x, x.new_empty(*x.shape[:-1], 2)), x)),
-        (model_module, "fp32_product", lambda a, b: torch.empty(a.shape[0], b.shape[1])),
-        (memory, "host_buffer", lambda n, pin: torch.empty(n, dtype=torch.uint8)),
-        (longred, "next_token_loss", next_token_loss),  # in a GPU's chunks
-    ]
-    with contextlib.ExitStack() as stack:
-        for stand_in in stand_ins:
-            stack.enter_context(mock.patch.object(*stand_in))
-        stack.enter_context(FakeTensorMode())
-        stack.enter_context(warnings.catch_warnings())
+    offload = memory.Offload(config.n_layers, 0, torch.device("cpu"))  # gets its room below
+    hidden = torch.Size((unit.batch, unit.seq_len, config.d_model))
+
+    def teacher(_ids, _positions, taps):
+        return None, {i: torch.zeros(hidden, dtype=torch.bfloat16) for i in taps}
+
+    with FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Offload compares addresses, here all 0
-        stack.callback(torch.set_default_dtype, torch.float32)
-        torch.set_default_dtype(torch.bfloat16)  # fake parameters cannot be cast in place
-        student = Llama(config)
-        torch.set_default_dtype(torch.float32)
-        hidden = torch.Size((unit.batch, unit.seq_len, config.d_model))
-        offload = memory.Offload(config.n_layers, 2 * hidden.numel(), torch.device("cpu"))
-        memory.use(student, policy, offload)
-        known = [offload.host, *student.parameters()]
-        for p in student.parameters():
-            p.grad_dtype = torch.float32
-            p.grad = torch.zeros(p.shape)
-            known.append(p.grad)
+        student = fake_student(config)
+        offload.slot_bytes = 2 * hidden.numel()
+        offload.host = torch.empty(config.n_layers * offload.slot_bytes, dtype=torch.uint8)
+        memory.apply_policy(student, policy, offload)
         ids = torch.zeros(unit.batch, unit.seq_len + 1, dtype=torch.int64)
-
-        def teacher(_ids, _positions, taps):
-            return None, {i: torch.zeros(hidden, dtype=torch.bfloat16) for i in taps}
-
-        with CountBytes(known) as count:
+        weights, mlp = list(student.parameters()), student.layers[0].mlp
+        fp32_sums = {w.shape for w in (*mlp.parameters(), student.lm_head_weight)}
+        with CountBytes([offload.host, *weights, *(w.grad for w in weights)], fp32_sums) as count:
             loss(student, teacher, ids, unit).backward()
     return count.peak
 
 
-# ------------------------------------------------------------------------------------------------
-# data
-# ------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------- data
 
 
 def tokenise(mode: str, folder: Path, cache: str, specs: list[str]) -> dict:
@@ -680,9 +671,8 @@ def tokenise(mode: str, folder: Path, cache: str, specs: list[str]) -> dict:
         return result
 
     if mode == "ours":
-        log = dict(log=lambda line: None)
-        corpus = measured(data.tokenize, specs, tokenizer, cache, "ours", **log)
-        n_tokens = len(corpus.tokens) - corpus.n_docs * (tokenizer.add_bos + tokenizer.add_eos)
+        text = measured(data.tokenize, specs, tokenizer, cache, "ours", log=lambda line: None)
+        n_tokens = len(text.tokens) - text.n_docs * (tokenizer.add_bos + tokenizer.add_eos)
     else:
         library = library_calls(folder)[mode]
         texts = library_texts(specs)
@@ -699,19 +689,17 @@ def library_calls(folder: Path) -> dict:
         raw.encode_special_tokens = True
         calls = {"encode_batch": raw.encode_batch, "encode_batch_fast": raw.encode_batch_fast}
         return {k: functools.partial(f, add_special_tokens=False) for k, f in calls.items()}
-    ranks = data.read_ranks(folder / "tokenizer.model")
-    coder = tiktoken.Encoding(
-        "", pat_str=data.LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={}
-    )
+    ranks = read_ranks(folder / "tokenizer.model")
+    coder = tiktoken.Encoding("", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
     encode = coder.encode_ordinary_batch
     return {"encode_ordinary_batch": functools.partial(encode, num_threads=os.cpu_count())}
 
 
 def library_texts(specs: list[str]):
     """Every document whole."""
-    for file in data.find_files(specs, {}):
-        with data._open(file) as (stream, _):
-            yield from map("".join, data._documents(file, stream, False))
+    for file in corpus.find_files(specs, {}):
+        with corpus._open(file) as (stream, _):
+            yield from map("".join, corpus._documents(file, stream, False))
 
 
 def bench_data(args):
@@ -732,7 +720,7 @@ def bench_data(args):
                 with ProcessPoolExecutor(1, mp_context=spawn) as alone:
                     cache = f"{folder}/{turn}"
                     found.append(alone.submit(tokenise, mode, tokenizer, cache, specs).result())
-    size = sum(os.path.getsize(file.path) for file in data.find_files(specs, {})) / 1e6
+    size = sum(os.path.getsize(file.path) for file in corpus.find_files(specs, {})) / 1e6
     tokens = {r["tokens"] for rs in results.values() for r in rs}
     print(f"{size:,.1f} MB, {sorted(tokens)} tokens, {os.cpu_count()} cores, {args.rounds} rounds")
     print(f"{'':21} {'MB/s':>7} {'MB/cpu-s':>9} {'peak MB':>8}")
@@ -745,8 +733,8 @@ def bench_data(args):
         best = max(row[key] for mode, row in table.items() if mode != "ours")
         print(f"ours / the library's best, by {unit}: {table['ours'][key] / best:.0%} (need 90%)")
     # Tokenising is the processor's work wherever it runs: a result, not a smoke test.
-    about = describe(torch.device("cpu")) | {"smoke_test": False, "cores": os.cpu_count()}
-    write_result(about | {"MB": size, "rounds": args.rounds, "rows": table}, args.out_dir, "data")
+    result = describe(torch.device("cpu")) | {"smoke_test": False, "cores": os.cpu_count()}
+    write_result(result | {"MB": size, "rounds": args.rounds, "rows": table}, args.out_dir, "data")
 
 
 def _train_bpe(folder: Path, specs: list[str]) -> Path:
@@ -758,7 +746,7 @@ def _train_bpe(folder: Path, specs: list[str]) -> Path:
     quiet = dict(initial_alphabet=alphabet, show_progress=False)
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=32_000, **quiet)
     files, size = [], 0
-    for file in data.find_files(specs, {}):
+    for file in corpus.find_files(specs, {}):
         if (size := size + os.path.getsize(file.path)) < 10_000_000:
             files.append(file.path)
     tk.train(files, trainer)
@@ -766,7 +754,7 @@ def _train_bpe(folder: Path, specs: list[str]) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------- the command
 
 
 def integers(text):
@@ -774,9 +762,8 @@ def integers(text):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser("python -m measure.bench", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(required=True)
 
     def command(name, run, rounds, text):
@@ -796,7 +783,7 @@ def main(argv=None):
     step = command("step", bench_step, 2, "one LongReD step of Llama-3-8B, by its units, and peers")
     step("--compile", action="store_true", help="torch.compile the blocks")
     step("--peers", action=argparse.BooleanOptionalAction, default=True)
-    peak = command("memory", bench_memory, 2, "planned and measured peak of a long unit")
+    peak = command("memory", bench_memory, 2, "planned and measured (CPU: traced) peak of a pass")
     peak("--lengths", type=integers, default=[32768, 131072], help="tokens, comma-separated")
     for add in (step, peak):
         add("--gpu_gib", type=float, help="use no more than this (default: all)")

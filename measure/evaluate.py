@@ -1,16 +1,17 @@
 """What an extension of the context window kept, and what it gained.
 
-    python evaluate.py --base ORIGINAL --ckpt OUT [OUT ...] --data TEXT... --lengths 512,1024,2048
-    python evaluate.py --base DIR --write_samples stories.jsonl --n_samples 400
-    python evaluate.py --base DIR --ckpt DIR --data TEXT... --select_corpus selected.jsonl
+    python -m measure.evaluate --base DIR --ckpt OUT [OUT ...] --data TEXT... --lengths 512,2048
+    python -m measure.evaluate --base DIR --write_samples stories.jsonl --n_samples 400
+    python -m measure.evaluate --base DIR --ckpt DIR --data TEXT... --select_corpus selected.jsonl
 
 The first compares the original with any number of extended checkpoints and leaves report.md,
 results.json and pictures in --out_dir; the second writes short text sampled from a model itself,
-the third LongRecipe's training text: sentences rich in what the extension changed most.
+the third LongRecipe's training text (measure/select_corpus.py). From any other folder the command
+is python PATH/measure/evaluate.py.
 
     task        question, and where it is answered
     ----------  ------------------------------------------------------------------------------------
-    kept        short text: loss, KL(original || it), same first choice, drift by layer  (kept)
+    kept        short text: loss, KL(original || it), first choices, drift  (short_text_drift)
     position    long text: loss by position, with and without the far context  (position_losses)
     repeat      is a passage better known the second time, and from how far?  (repeat_scores)
     niah_... vt cwe fwe    RULER (Hsieh et al., arXiv 2404.06654), in our own words  (make_sample)
@@ -38,6 +39,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+if not __package__:  # run by its path, which puts measure/ first among the places of modules
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -45,6 +49,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
+from machine.checkpoints import resolve_checkpoint
+from machine.memory import pad_heads
+from machine.tokenizer import Tokenizer
 from model import (
     PCD,
     Llama,
@@ -54,10 +61,9 @@ from model import (
     load_config,
     local_view,
     merge_weights,
-    resolve_checkpoint,
 )
 
-FORMAT = 2  # of a kept result; raised when what is measured changes
+FORMAT = 2  # of a remembered result; raised when what is measured changes
 CHUNK = 8192  # tokens of a sequence read at a time, so that 128K fits one GPU
 BATCH_TOKENS = 65536  # tokens whose keys and values are held at a time
 
@@ -65,7 +71,7 @@ BATCH_TOKENS = 65536  # tokens whose keys and values are held at a time
 
 
 @torch.no_grad()
-def kept(
+def short_text_drift(
     base: Llama, model: Llama, input_ids: Tensor, rows: int = 512, attention_sequences: int = 8
 ) -> dict:
     """How far a model has moved from the original on short text (LongReD section 3).
@@ -122,15 +128,15 @@ def position_losses(
     length = input_ids.shape[1] - 1
     total = torch.zeros(length, dtype=torch.float64)
     window = min(window or length, length)
-    ends = [*range(window, length, max(1, window // 4)), length]
+    windows = [*range(window, length, max(1, window // 4)), length]  # where each ends
     name = "loss by position" + (f", window {window}" if window < length else "")
     for ids in tqdm(input_ids, desc=name, unit="seq", leave=False, disable=None):
         done = 0  # positions scored
-        for end in ends:
-            start = end - window
-            for at, hidden in read(model, ids[None, start:end]):
-                skip = max(0, done - start - at)  # read for context alone
-                first = start + at + skip
+        for end in windows:
+            begin = end - window
+            for start, hidden in read(model, ids[None, begin:end]):
+                skip = max(0, done - begin - start)  # read for context alone
+                first = begin + start + skip
                 nll = token_losses(model, hidden[0, skip:], ids[first + 1 :], rows)
                 total[first : first + len(nll)] += nll
             done = end
@@ -202,12 +208,30 @@ def repeat_sequences(
     for index in range(n):
         rng = np.random.default_rng([seed, zlib.crc32(b"repeat"), length, index])
         first = np.resize(np.roll(tokens, -rng.integers(len(tokens))), length)
-        text, again = first[: length - passage], first[length - passage :]
+        text, repeated = first[: length - passage], first[length - passage :]
         for depth in depths:
-            at = round(depth * room)
-            rows.append(np.concatenate([text[:at], again, text[at:room], again]))
+            place = round(depth * room)
+            rows.append(np.concatenate([text[:place], repeated, text[place:room], repeated]))
         rows.append(first)
     return torch.from_numpy(np.stack(rows)), passage
+
+
+def repeat(a: Namespace, model: Llama, long: Tensor, length: int, pcd: dict | None) -> dict:
+    """What a passage's having been read before is worth at one length, a.samples at each depth.
+
+    long: (B, T) int64, held-out text. Returns losses in nats on seen and new passages and shares
+    of right first choices; under PCD (`repeat_scores`) only the latter.
+    """
+    tokens = long.flatten().numpy()
+    ids, passage = repeat_sequences(tokens, length, a.depths, a.samples, a.seed)
+    scores = repeat_scores(model, ids.to(a.device), passage, pcd=pcd)
+    scores = scores.view(a.samples, -1, 2).mean(0)  # (depths + 1, 2), the last a new passage
+    seen, (new, new_right) = scores[:-1], scores[-1].tolist()
+    found = {"seen_right": seen[:, 1].mean().item(), "new_right": new_right}
+    if pcd is None:
+        found |= {"seen": seen[:, 0].mean().item(), "new": new, "depths": a.depths}
+        found["by_depth"] = (new - seen[:, 0]).tolist()
+    return found
 
 
 # ------------------------------------------------------------------------------ RULER's tasks
@@ -247,7 +271,7 @@ class Sample:
 class Source:
     """What samples are made of: a tokenizer, and text with its words and ends of sentences."""
 
-    def __init__(self, tokenizer: data.Tokenizer, tokens: np.ndarray):
+    def __init__(self, tokenizer: Tokenizer, tokens: np.ndarray):
         self.tokenizer, self.tokens = tokenizer, tokens
         text = tokenizer.decode(tokens[:1_000_000].tolist())
         # RULER's room for answers is in tokens of about 4 characters.
@@ -255,8 +279,8 @@ class Source:
         self.words = sorted(set(re.findall(r"\b[a-z]{4,9}\b", text)))
         self.newline = self.encode("\n")[-1:]
         seen = np.unique(np.concatenate([tokens, self.encode(NOISE + "\n")]))
-        ends = [i for i in seen if tokenizer.decode([int(i)]).rstrip(" ")[-1:] in list(".!?\n")]
-        self.sentence_ends = np.array(ends, dtype=np.int64)
+        closing = [i for i in seen if tokenizer.decode([int(i)]).rstrip(" ")[-1:] in list(".!?\n")]
+        self.sentence_ends = np.array(closing, dtype=np.int64)
         if len(self.words) < 100:
             raise ValueError(
                 f"--data holds {len(self.words)} different words of 4 to 9 small letters in its "
@@ -395,13 +419,13 @@ def _bury(source, haystack: str, pieces: list, depths: list, room: int, rng) -> 
         filler = np.resize(np.roll(source.tokens, -rng.integers(len(source.tokens))), n)
     else:
         filler = np.resize(source.encode(NOISE if haystack == "noise" else haystack), n)
-    ends = np.flatnonzero(np.isin(filler, source.sentence_ends)) + 1
-    ends = np.concatenate([[0], ends, [n]])
+    gaps = np.flatnonzero(np.isin(filler, source.sentence_ends)) + 1
+    gaps = np.concatenate([[0], gaps, [n]])  # between sentences
     out, last = [], 0
     for i in np.argsort(depths, kind="stable"):
-        at = int(ends[np.abs(ends - depths[i] * n).argmin()])
-        out += [filler[last:at], pieces[i]]
-        last = at
+        gap = int(gaps[np.abs(gaps - depths[i] * n).argmin()])
+        out += [filler[last:gap], pieces[i]]
+        last = gap
     return np.concatenate([*out, filler[last:]])
 
 
@@ -425,7 +449,7 @@ def score(text: str, answers: list[str]) -> float:
     return sum(a.lower() in words for a in answers) / len(answers)
 
 
-def ask(generate: Callable, samples: list[Sample], tokenizer: data.Tokenizer) -> list[float]:
+def ask(generate: Callable, samples: list[Sample], tokenizer: Tokenizer) -> list[float]:
     """Score of each sample; all are of one task and length, so a batch needs no padding.
 
     generate: (prompts (B, T) int64, n_new) -> (B, n_new) int64.
@@ -440,11 +464,18 @@ def ask(generate: Callable, samples: list[Sample], tokenizer: data.Tokenizer) ->
     return scores
 
 
-def ruler(a: Namespace, generate: Callable, source: Source, task: str, length: int) -> dict:
+def ruler(
+    a: Namespace, model: Llama, source: Source, task: str, length: int, pcd: dict | None
+) -> dict:
     """A task at one length, a.samples at each of a.depths: share answered in full, and of all.
 
     Returns {"skipped": why} where the task does not fit the length.
     """
+
+    def generate(prompts: Tensor, n_new: int) -> Tensor:
+        made = model.generate(prompts.to(a.device), n_new, pcd=pcd)
+        return made[:, prompts.shape[1] :].cpu()
+
     samples = []
     try:
         for i in tqdm(range(len(a.depths) * a.samples), desc="write", leave=False, disable=None):
@@ -545,42 +576,33 @@ def measure(
 
     @functools.cache
     def load(path: Path) -> Llama:
-        model = load_checkpoint(path, device=a.device, dtype=a.dtype)
+        model = pad_heads(load_checkpoint(path, device=a.device, dtype=a.dtype))
         return merge_weights(model, load(base), share) if share and path == folder else model
 
     def once(task: str, compute: Callable[[], dict], **settings) -> dict:
         key = {"task": task, "checkpoint": identity, "dtype": str(a.dtype), **settings}
         return remember(cache, key, compute)
 
-    def generate(prompts: Tensor, n_new: int) -> Tensor:
-        made = load(folder).generate(prompts.to(a.device), n_new, pcd=pcd)
-        return made[:, prompts.shape[1] :].cpu()
-
-    def positions(window: int | None) -> list[float]:
+    def positions(window: int | None) -> dict:
         losses = position_losses(load(folder), texts.long.to(a.device), window)
-        return [round(nll, 4) for nll in losses.tolist()]
+        return {"nll": [round(nll, 4) for nll in losses.tolist()]}
 
-    def repeat(length: int) -> dict:
-        tokens = texts.long.flatten().numpy()
-        ids, passage = repeat_sequences(tokens, length, a.depths, a.samples, a.seed)
-        scores = repeat_scores(load(folder), ids.to(a.device), passage, pcd=pcd)
-        scores = scores.view(a.samples, -1, 2).mean(0)  # (depths + 1, 2), the last a new passage
-        seen, (new, new_right) = scores[:-1], scores[-1].tolist()
-        found = {"seen_right": seen[:, 1].mean().item(), "new_right": new_right}
-        if pcd is None:
-            found |= {"seen": seen[:, 0].mean().item(), "new": new, "depths": a.depths}
-            found["by_depth"] = (new - seen[:, 0]).tolist()
-        return found
+    def drift() -> dict:
+        return short_text_drift(load(base), load(folder), texts.short.to(a.device))
+
+    def asked(task: str, length: int) -> dict:
+        if task == "repeat":
+            return repeat(a, load(folder), texts.long, length, pcd)
+        return ruler(a, load(folder), texts.source, task, length, pcd)
 
     text = {"text": _digest(texts.long), "original_len": texts.original_len}
     tasks = a.tasks if pcd is None else [t for t in a.tasks if t in ("repeat", *RULER)]
     if "kept" in tasks:
         both = {"text": _digest(texts.short), "base": fingerprint(base)}
-        ids = texts.short.to(a.device)
-        out["kept"] = once("kept", lambda: kept(load(base), load(folder), ids), **both)
+        out["kept"] = once("kept", drift, **both)
     if "position" in tasks:
         out["position"] = {
-            name: once("position", lambda w=window: {"nll": positions(w)}, window=window, **text)
+            name: once("position", functools.partial(positions, window), window=window, **text)
             for name, window in (("whole", None), ("cut", texts.original_len))
         }
     drawn = {**text, "seed": a.seed, "samples": a.samples, "depths": a.depths}
@@ -589,10 +611,8 @@ def measure(
     if pcd is not None:
         drawn["pcd"] = pcd
     for task in [t for t in tasks if t not in ("kept", "position")]:
-        run = functools.partial(ruler, a, generate, texts.source, task)
-        run = repeat if task == "repeat" else run
         for length in texts.lengths:
-            result = once(task, functools.partial(run, length), length=length, **drawn)
+            result = once(task, functools.partial(asked, task, length), length=length, **drawn)
             out.setdefault(task, {})[str(length)] = result
     load.cache_clear()  # it refers to itself: 8B would wait for the next collection of garbage
 
@@ -864,7 +884,7 @@ def _draw_maps(plt, results: list, tasks, title: str, most: float | None = None)
 
 def write_samples(a: Namespace) -> None:
     """Sample texts from the model, each from its BOS token (else EOS) to its EOS token."""
-    model = load_checkpoint(a.base, device=a.device, dtype=a.dtype)
+    model = pad_heads(load_checkpoint(a.base, device=a.device, dtype=a.dtype))
     tokenizer = data.load_tokenizer(resolve_checkpoint(a.base))
     first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     if first is None:
@@ -878,129 +898,9 @@ def write_samples(a: Namespace) -> None:
             batch = torch.full((min(50, a.n_samples - start), 1), first, device=a.device)
             texts = model.generate(batch, length - 1, a.temperature, generator=generator)
             for ids in texts[:, 1:].tolist():
-                ends = [i for i, t in enumerate(ids) if t in (tokenizer.eos_id, first)]
-                f.write(json.dumps({"text": tokenizer.decode(ids[: (ends + [None])[0]])}) + "\n")
+                stops = [i for i, t in enumerate(ids) if t in (tokenizer.eos_id, first)]
+                f.write(json.dumps({"text": tokenizer.decode(ids[: (stops + [None])[0]])}) + "\n")
             bar.update(len(batch))
-
-
-# ------------------------------------------------------ LongRecipe's impactful tokens (section 4.1)
-
-
-@torch.no_grad()
-def logit_change(base: Llama, extended: Llama, input_ids: Tensor, rows: int = 256) -> Tensor:
-    """log softmax(S' - S) of each token that came, S and S' the two models' logits (eq. 2).
-
-    input_ids: (T + 1,) int64. Returns (T,) fp32 on the CPU: above -ln V the extension raised the
-    token that came more than the rest of the vocabulary.
-    Differs: eq. 3 sums raw logit changes over samples; logits carry a free constant at each
-    position, which the softmax removes and that sum does not, so scores stay eq. 2's.
-    """
-    parts = []
-    both = (read(model, input_ids[None, :-1]) for model in (base, extended))
-    for (at, hidden), (_, changed) in zip(*both, strict=True):
-        for start in range(0, hidden.shape[1], rows):
-            rise = extended.logits(changed[0, start : start + rows]).float()
-            rise -= base.logits(hidden[0, start : start + rows]).float()  # (rows, V)
-            came = input_ids[at + start + 1 : at + start + 1 + len(rise), None]
-            parts.append(rise.log_softmax(-1).gather(-1, came)[:, 0].cpu())
-    return torch.cat(parts)
-
-
-def token_kinds(tokenizer: data.Tokenizer) -> tuple[np.ndarray, list[str]]:
-    """A kind for every token: ((V,) index into the names, names).
-
-    Differs: the paper counts parts of speech. A tagger would tie us to one language and one way of
-    cutting words, so a kind is the token's own text, case and blanks aside, and all numbers are
-    one: the classes the paper finds (numerals, pronouns, auxiliaries, conjunctions, adpositions)
-    are closed ones, whose frequent words are tokens of their own.
-    """
-    texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
-    kinds = ["number" if any(c.isdigit() for c in t) else t.strip().lower() or t for t in texts]
-    names, index = np.unique(kinds, return_inverse=True)
-    return index, names.tolist()
-
-
-def anchor_kinds(
-    scores: np.ndarray, kinds: np.ndarray, n_kinds: int, top: float = 0.2
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The kinds that are frequent among the `top` share of tokens by score: impactful ones.
-
-    scores: (T,) of tokens; kinds: (T,) theirs. Returns (anchors, most frequent first; each kind's
-    share of the impactful tokens; its share of all).
-    Differs: the paper takes the top fifth of the vocabulary at each position; here only tokens that
-    came are scored, and the fifth is of all positions read.
-    "Frequent" is left open in the paper; here: more frequent than among all tokens, and of those
-    kinds the most frequent ones that make up half of the impactful tokens, or all there are.
-    """
-    impactful = kinds[np.argsort(-scores, kind="stable")[: max(1, int(top * len(scores)))]]
-    among, overall = (np.bincount(x, minlength=n_kinds) / len(x) for x in (impactful, kinds))
-    order = np.argsort(-among, kind="stable")
-    order = order[among[order] > overall[order]]
-    covered = np.cumsum(among[order]) - among[order]  # by the kinds before
-    return order[covered < 0.5], among, overall
-
-
-def select_sentences(
-    ids: np.ndarray, starts: np.ndarray, is_anchor: np.ndarray, keep: float
-) -> np.ndarray:
-    """The part of a document to train on: (T,) bool, whole sentences only.
-
-    Sentences without an anchor go; of the others the ones densest in anchors stay, in their order
-    in the text, until they make up `keep` of the document's tokens (the last may exceed it).
-    ids: (T,) int64. starts: data.sentence_starts. is_anchor: (V,) bool.
-    """
-    lengths = np.diff(np.append(starts, len(ids)))
-    anchors = np.add.reduceat(is_anchor[ids].astype(np.int64), starts)
-    order = np.argsort(-anchors / lengths, kind="stable")
-    before = np.cumsum(lengths[order]) - lengths[order]
-    kept = np.zeros(len(starts), bool)
-    kept[order] = (before < keep * len(ids)) & (anchors[order] > 0)
-    return np.repeat(kept, lengths)
-
-
-def select_corpus(a: Namespace) -> None:
-    """Score a sample of the training part of --data, then select from all of that part.
-
-    The paper filters an 80K sample to the 24K trained on, hence --keep 0.3, document by document.
-    What training holds out is left out here too: selected text has other checksums.
-    """
-    if not a.data or len(a.ckpt) != 1 or not 0 < a.keep <= 1:
-        raise ValueError("--select_corpus needs one --ckpt, --data, and a --keep in (0, 1]")
-    folder = resolve_checkpoint(a.base)
-    tokenizer = data.load_tokenizer(folder, a.add_eos)
-    where = dict(device=a.device, dtype=a.dtype)
-    base, extended = (load_checkpoint(x, **where) for x in (folder, a.ckpt[0]))
-    length = a.length or extended.config.max_position_embeddings
-    corpus = data.tokenize(a.data, tokenizer, a.cache_dir, "data")
-    sample = data.Stream(corpus, "impactful", a.seed, 1, length)
-    n = min(sample.n_sequences, max(1, a.eval_tokens // length))
-    rows = [sample.batch(i)[0] for i in tqdm(range(n), desc="reading", unit="seq", disable=None)]
-    scores = torch.cat([logit_change(base, extended, row.to(a.device)) for row in rows]).numpy()
-    of_token, names = token_kinds(tokenizer)
-    kinds = of_token[torch.cat([row[1:] for row in rows]).numpy()]
-    anchors, among, overall = anchor_kinds(scores, kinds, len(names))
-    is_anchor, ends = np.isin(of_token, anchors), data.sentence_ends(tokenizer)
-    special = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
-    total = kept = documents = 0
-    with whole_file(a.select_corpus) as f:
-        for start, size in zip(*corpus.segments(), strict=True):
-            ids = corpus.tokens[start : start + size].astype(np.int64)
-            ids = ids[~np.isin(ids, special)]
-            total += len(ids)
-            if len(ids):
-                ids = ids[select_sentences(ids, data.sentence_starts(ids, ends), is_anchor, a.keep)]
-            if len(ids):
-                f.write(json.dumps({"text": tokenizer.decode(ids)}) + "\n")
-                kept, documents = kept + len(ids), documents + 1
-    print(
-        f"{len(anchors)} anchor kinds, from {len(scores):,} tokens read at {length:,}; the most "
-        "frequent, with their share of the impactful fifth and of all:"
-    )
-    print(", ".join(f"{names[k]!r} {among[k]:.3f} {overall[k]:.3f}" for k in anchors[:20]))
-    print(
-        f"kept {kept:,} of {total:,} tokens in {documents:,} of {corpus.n_docs:,} documents: "
-        f"{a.select_corpus}; train on it with --method longrecipe --long_data {a.select_corpus}"
-    )
 
 
 # ---------------------------------------------------------------------------------- the command
@@ -1009,11 +909,14 @@ def select_corpus(a: Namespace) -> None:
 def parse_args(argv: list[str] | None) -> Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "evaluate.py", description=__doc__, formatter_class=formatter, allow_abbrev=False
+        "python -m measure.evaluate",
+        description=__doc__,
+        formatter_class=formatter,
+        allow_abbrev=False,
     )
 
     def error(message: str):
-        raise SystemExit(f"evaluate: {message}; all flags: python evaluate.py --help")
+        raise SystemExit(f"evaluate: {message}; all flags: python -m measure.evaluate --help")
 
     def numbers(kind: type) -> Callable:
         return lambda text: [kind(part) for part in text.split(",")]
@@ -1096,6 +999,8 @@ def main(argv: list[str] | None = None) -> None:
         if a.write_samples:
             write_samples(a)
         elif a.select_corpus:
+            from measure.select_corpus import select_corpus  # which reads models as we do
+
             select_corpus(a)
         else:
             compare(a)
@@ -1112,9 +1017,9 @@ def compare(a: Namespace) -> None:
         if seen[name] > 1 and not spec.startswith(f"{name}="):
             found[i] = (spec, *more)  # two folders of one name are two rows unless asked for as one
     for _, folder, _ in found:  # the text that a run of longred.py was given
-        about = folder and folder.parent / "longred.json"
-        if about and about.is_file() and not a.data:
-            config = json.loads(about.read_text())["config"]
+        run = folder and folder.parent / "longred.json"
+        if run and run.is_file() and not a.data:
+            config = json.loads(run.read_text())["config"]
             a.data, a.short_data = config["long_data"], a.short_data or config["short_data"]
             a.add_eos = config["add_eos"] if a.add_eos is None else a.add_eos
     runs = [("original", base)] + [(name, folder) for name, folder, _ in found if folder]

@@ -1,16 +1,13 @@
 """Memory: how 8 billion parameters train on one GPU, and how long their text may be.
 
-What training keeps, per parameter: a bf16 weight and an fp32 gradient (6 B) that must be on the
-GPU, and AdamW's state (10 B), touched once a step, that need not be. What it keeps per token: a
-block's activations, most of which are cheaper to make again than to keep. Four mechanisms compose:
+Four mechanisms compose; machine/plan.py chooses among them and OneGPU is such a plan at work:
 
     AdamW         bf16 weight + 16-bit remainder = the exact fp32 master; m and v; in host memory
                   where the GPU has no room, streamed through it once a step
-    use           how blocks run: recomputed in backward, attention outputs kept, some blocks left
-                  alone, inputs waiting in host memory (Offload), the MLP in tiles (model._TiledMLP)
+    apply_policy  how blocks run: recomputed in backward, attention outputs saved, some blocks left
+                  alone, inputs waiting in host memory (Offload), the MLP in tiles (TiledMLP)
     Visitor       a frozen teacher, on the GPU only while it is needed
-    make_plan     the memory table before anything is allocated, and the fastest choice that fits;
-                  Machine is that plan at work
+    in_chunks     hidden states compared a few thousand tokens at a time
 
 Everything here also runs on a CPU, where streams are empty words and every copy is done when it
 returns. Sizes in bytes unless said otherwise; GiB = 2^30.
@@ -19,17 +16,15 @@ returns. Sizes in bytes unless said otherwise; GiB = 2^30.
 import math
 import mmap
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import cache, partial
-from itertools import product
+from functools import cache, partial, wraps
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from model import LOSS_ROWS, MLP, Llama, ModelConfig
-
-GIB = 2**30
+from machine.plan import DISTANCE_ROWS, GIB, Plan, Policy
+from model import MLP, Llama, causal_attention, fp32_product
 
 # ------------------------------------------------------------------------------------- host memory
 
@@ -261,22 +256,6 @@ class AdamW:
 # ------------------------------------------------------------------------------------- activations
 
 
-@dataclass
-class Policy:
-    """How the blocks of one kind of micro-batch run while gradients are on.
-
-    In the order in which blocks run: first those recomputed in full, then `attention` of them that
-    keep the attention's output, and last `unchecked` ones that keep everything. The last, because
-    their activations are gone again when the others need room for recomputing.
-    """
-
-    unchecked: int = 0  # blocks that are not recomputed; 3.6 GB each at 32K tokens of Llama-3-8B
-    attention: int = 0  # recomputed blocks that keep the attention's output; 0.27 GB each there
-    offload: bool = False  # the inputs of recomputed blocks wait in host memory
-    mlp_rows: int = 8192  # tokens of one MLP tile
-    compile: bool = False  # torch.compile, one graph for all blocks of a kind
-
-
 # What SDPA turns into, on a GPU and on a CPU; `Policy.attention` keeps their output.
 ATTENTION_OPS = [
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -353,43 +332,123 @@ class Offload:
         self.on_gpu[i] = t
 
 
+class TiledMLP(MLP):
+    """The MLP with its tokens in tiles; apply_policy gives a model's MLPs this class."""
+
+    recomputing = False  # for all: true while a block runs a second time, only for what it saves
+    rows = 8192  # tokens in a tile
+    save = False  # gate and up for backward
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+        return _Tiles.apply(x, *weights, self.rows, self.save, self.recomputing)
+
+
+class _Tiles(torch.autograd.Function):
+    """down(silu(gate(x)) * up(x)) in tiles of tokens, keeping x alone, or x, gate and up.
+
+    forward     a = silu(x Wg') * (x Wu'),  y = a Wd'
+    backward    da = dy Wd;  dup = da * silu(gate);  dgate = silu'(gate) (da * up)
+                dx = dgate Wg + dup Wu;  dWd = dy' a;  dWg = dgate' x;  dWu = dup' x
+    Gradients of the weights are summed over tiles in fp32. Without `save`, backward makes gate and
+    up again. A recomputed block makes those two products again anyway; here its second run leaves
+    them to us (`recomputing`), so tiling costs no matmul, only the traffic of the fp32 sums.
+    """
+
+    @staticmethod
+    def forward(ctx, x, gate_weight, up_weight, down_weight, rows, save, recomputing):
+        ctx.rows = rows
+        if recomputing:
+            ctx.save_for_backward(x, gate_weight, up_weight, down_weight)
+            return x.detach()  # of the right shape; the checkpoint stops here and drops it
+        flat = x.flatten(0, -2)  # (B T, D)
+        out = torch.empty_like(flat)
+        weights = gate_weight, up_weight
+        saved = [flat.new_empty(len(flat), len(w)) for w in weights] if save else []
+        for i in range(0, len(flat), rows):
+            tile = slice(i, i + rows)
+            if save:
+                gate, up = (whole[tile] for whole in saved)
+                torch.mm(flat[tile], gate_weight.T, out=gate)
+                torch.mm(flat[tile], up_weight.T, out=up)
+            else:
+                gate, up = (F.linear(flat[tile], w) for w in weights)  # (rows, d_ff)
+            torch.mm(F.silu(gate).mul_(up), down_weight.T, out=out[tile])
+        ctx.save_for_backward(x, *weights, down_weight, *saved)
+        return out.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        x, gate_weight, up_weight, down_weight, *saved = ctx.saved_tensors
+        flat, grad_out = x.flatten(0, -2), grad_out.flatten(0, -2)
+        grad_x = torch.empty_like(flat)
+        sums = [None, None, None]  # gradients of gate, up and down
+        for i in range(0, len(flat), ctx.rows):
+            tile = slice(i, i + ctx.rows)
+            if saved:
+                gate, up = (whole[tile] for whole in saved)
+            else:
+                gate, up = (F.linear(flat[tile], w) for w in (gate_weight, up_weight))
+            grad_gate, grad_up = _swiglu_backward(grad_out[tile], gate, up, down_weight, sums)
+            _add_product(sums, 0, grad_gate, flat[tile])
+            _add_product(sums, 1, grad_up, flat[tile])
+            torch.mm(grad_gate, gate_weight, out=grad_x[tile])
+            grad_x[tile].addmm_(grad_up, up_weight)
+            del gate, up, grad_gate, grad_up  # or they would outlive the next tile's first half
+        return grad_x.view_as(x), *sums, None, None, None
+
+
+def _swiglu_backward(grad_out: Tensor, gate: Tensor, up: Tensor, down_weight: Tensor, sums: list):
+    """From (rows, D) to the gradients of gate and up, (rows, d_ff); adds that of down to sums."""
+    act = F.silu(gate)
+    _add_product(sums, 2, grad_out, act * up)
+    grad_act = grad_out @ down_weight
+    grad_up = act.mul_(grad_act)
+    return torch.ops.aten.silu_backward(grad_act.mul_(up), gate), grad_up
+
+
+def _add_product(sums: list, i: int, a: Tensor, b: Tensor) -> None:
+    product = fp32_product(a.T, b)
+    sums[i] = product if sums[i] is None else sums[i].add_(product)
+
+
 @contextmanager
-def _again(inner):
-    MLP.recomputing = True  # for all threads: backward runs in another one
+def _recomputing(inner):
+    TiledMLP.recomputing = True  # for all threads: backward runs in another one
     try:
         with inner:
             yield
     finally:  # the checkpoint leaves by an exception as soon as it has what it needs
-        MLP.recomputing = False
+        TiledMLP.recomputing = False
 
 
-def _keep_attention():
+def _save_attention():
     return create_selective_checkpoint_contexts(ATTENTION_OPS)
 
 
-def _contexts(keep: bool):
+def _contexts(save_attention: bool):
     """The contexts a checkpointed block first runs in and is recomputed in."""
-    first, again = _keep_attention() if keep else (nullcontext(), nullcontext())
-    return first, _again(again)
+    first, second = _save_attention() if save_attention else (nullcontext(), nullcontext())
+    return first, _recomputing(second)
 
 
-def _eager(block: nn.Module, x: Tensor, rope: tuple, recompute: bool, keep: bool) -> Tensor:
-    """A block, recomputed in backward or not, its attention's output kept or not."""
+def _eager(block: nn.Module, x: Tensor, rope: tuple, recompute: bool, save: bool) -> Tensor:
+    """A block, recomputed in backward or not, its attention's output saved or not."""
     if not recompute:
         return block(x, rope)
-    contexts = partial(_contexts, keep)
+    contexts = partial(_contexts, save)
     return checkpoint(
         block, x, rope, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
     )
 
 
-def _graph(block: nn.Module, x: Tensor, rope: tuple, recompute: bool, keep: bool) -> Tensor:
+def _graph(block: nn.Module, x: Tensor, rope: tuple, recompute: bool, save: bool) -> Tensor:
     """The same for torch.compile, with the checkpoint inside the graph: recomputation that nobody
     reads, down_proj's, is dropped there without our help."""
     if not recompute:
         return block(x, rope)
-    if keep:
-        return checkpoint(block, x, rope, use_reentrant=False, context_fn=_keep_attention)
+    if save:
+        return checkpoint(block, x, rope, use_reentrant=False, context_fn=_save_attention)
     return checkpoint(block, x, rope, use_reentrant=False)
 
 
@@ -398,24 +457,25 @@ def _compiled():
     return torch.compile(_graph, dynamic=False, fullgraph=True)
 
 
-def use(model: Llama, policy: Policy, offload: Offload | None = None) -> None:
+def apply_policy(model: Llama, policy: Policy, offload: Offload | None = None) -> None:
     """Make the model's blocks run by `policy` from the next forward pass on.
 
     offload: where inputs wait, with policy.offload; one for all policies of a model.
     """
     first_unchecked = len(model.layers) - policy.unchecked
-    first_kept = first_unchecked - policy.attention
-    assert 0 <= first_kept and bool(offload) >= policy.offload, (policy, len(model.layers))
+    first_saved = first_unchecked - policy.attention
+    assert 0 <= first_saved and bool(offload) >= policy.offload, (policy, len(model.layers))
     for i, block in enumerate(model.layers):
-        block.mlp.rows = 0 if model.config.mlp_bias else policy.mlp_rows
-        block.mlp.keep = i >= first_unchecked
+        if not model.config.mlp_bias:
+            block.mlp.__class__ = TiledMLP
+            block.mlp.rows, block.mlp.save = policy.mlp_rows, i >= first_unchecked
     run = _compiled() if policy.compile else _eager
 
     def run_block(i: int, block: nn.Module, x: Tensor, rope: tuple) -> Tensor:
         recompute = i < first_unchecked
         away = policy.offload and recompute
         with offload.hooks(i, x) if away else nullcontext():
-            return run(block, x, rope, recompute, i >= first_kept)
+            return run(block, x, rope, recompute, i >= first_saved)
 
     model.run_block = run_block
 
@@ -451,276 +511,54 @@ class Visitor:
             p.data = home
 
 
-DISTANCE_ROWS = 8192  # tokens whose fp32 copies exist at a time
+# ------------------------------------------------------------------------- distances, small heads
 
 
-def in_chunks(distance, student: Tensor, teacher: Tensor, rows: int = DISTANCE_ROWS) -> Tensor:
-    """distance(student, teacher), a mean over tokens, with fp32 copies of `rows` tokens at a time.
+def in_chunks(distance):
+    """Decorate distance(student, teacher), a mean over tokens of (B, T, D) hidden states of one
+    layer, to make fp32 copies of DISTANCE_ROWS tokens at a time.
 
-    student, teacher: (B, T, D) hidden states of one layer. Left to autograd, cosine_distance keeps
-    some ten fp32 copies, 5 GB a layer at 32K tokens of Llama-3-8B; six layers would pile them up.
+    Left to autograd, a cosine distance saves some ten fp32 copies, 5 GB a layer at 32K tokens of
+    Llama-3-8B; six layers would pile them up.
     """
-    pairs = zip(student.flatten(0, -2).split(rows), teacher.flatten(0, -2).split(rows), strict=True)
-    total = student.shape[:-1].numel()
-    return sum(
-        checkpoint(distance, s, t, use_reentrant=False, preserve_rng_state=False) * (len(s) / total)
-        for s, t in pairs
+
+    @wraps(distance)
+    def chunked(student: Tensor, teacher: Tensor, rows: int = DISTANCE_ROWS) -> Tensor:
+        parts = (hidden.flatten(0, -2).split(rows) for hidden in (student, teacher))
+        total = student.shape[:-1].numel()
+        once = dict(use_reentrant=False, preserve_rng_state=False)
+        return sum(
+            checkpoint(distance, s, t, **once) * (len(s) / total)
+            for s, t in zip(*parts, strict=True)
+        )
+
+    return chunked
+
+
+def pad_heads(model: Llama) -> Llama:
+    """Give torch's CPU attention kernel heads of 16 where they are narrower: 1.6 x as fast as 8."""
+    if model.config.head_dim < 16 and not model.embed_tokens.weight.is_cuda:
+        for block in model.layers:
+            block.self_attn.attend = _padded_attention
+    return model
+
+
+def _padded_attention(q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor:
+    """model.causal_attention on heads of 16: zeros add nothing to a score, whose scale stays."""
+    if start:  # a few tokens against a cache, whose copy would cost more
+        return causal_attention(q, k, v, start)
+    width = q.shape[-1]
+    q, k, v = (F.pad(t.transpose(1, 2), (0, 16 - width)) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=width**-0.5, enable_gqa=True
     )
+    return out[..., :width].transpose(1, 2)
 
 
-# --------------------------------------------------------------------------------------- planner
-
-# Ceilings of one H200 (bf16 matmul on random data, device copies: measured, before this code was;
-# attention: FA3 on an H100 as published; PCIe: assumed). They rank plans, so their ratios matter;
-# bench.py step times.
-MATMUL, ATTENTION_FORWARD, ATTENTION_BACKWARD = 790e12, 650e12, 540e12  # FLOP/s
-COPY, PCIE = 4.3e12, 50e9  # bytes/s
-ELEMENTWISE = 152  # bytes per token, block and d_model: norms, rotary, SwiGLU, residuals, if fused
-# Kept free: CUDA's context lies outside the allocator, fragments inside it. Unmeasured.
-GPU_SPARE, GPU_SPARE_FRACTION, HOST_SPARE = 1.0 * GIB, 0.03, 6 * GIB
+# ------------------------------------------------------------------------------ a plan at work
 
 
-@dataclass(frozen=True)
-class Unit:
-    """One kind of forward and backward pass, `count` of them in an optimizer step."""
-
-    name: str
-    batch: int  # sequences
-    seq_len: int
-    count: int = 1
-    taps: int = 0  # hidden states compared with the teacher's; 0: cross-entropy, no teacher
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.seq_len
-
-
-@dataclass
-class Plan:
-    """What `make_plan` decided, and why: bytes by term, on the GPU for each unit, on the host."""
-
-    host_state: bool  # AdamW's state waits in host memory
-    teacher_resident: bool  # else parked, on the GPU for the distillation units only
-    moments: torch.dtype
-    units: dict[str, Unit]  # as they will run: with fewer sequences in a pass where that helps
-    policies: dict[str, Policy]
-    gpu: dict[str, dict[str, int]]
-    host: dict[str, int]
-    slot_bytes: int  # of Offload; 0: nothing is offloaded
-    seconds: float  # of one optimizer step at the ceilings above: ranks plans, promises nothing
-
-    def table(self) -> str:
-        """The memory table, GiB, one column a unit."""
-        names = list(self.gpu)
-        lines = ["memory plan, GiB".ljust(38) + "".join(n.rjust(9) for n in names)]
-        for term in dict.fromkeys(t for terms in self.gpu.values() for t in terms):
-            row = (self.gpu[n].get(term, 0) / GIB for n in names)
-            lines.append(f"  {term:<36}" + "".join(f"{x:9.2f}" for x in row))
-        total = (sum(self.gpu[n].values()) / GIB for n in names)
-        lines.append("  GPU peak".ljust(38) + "".join(f"{x:9.2f}" for x in total))
-        lines += [f"  host: {term:<30}{x / GIB:9.2f}" for term, x in self.host.items() if x]
-        lines.append("  host".ljust(38) + f"{sum(self.host.values()) / GIB:9.2f}")
-        for n, p in self.policies.items():
-            lines.append(
-                f"  {n}: {self.units[n].batch} x {self.units[n].seq_len:,} tokens a pass, "
-                f"{p.unchecked} blocks unchecked, {p.attention} recomputed but for attention, "
-                f"MLP tiles of {p.mlp_rows}" + (", inputs offloaded" if p.offload else "")
-            )
-        lines.append(f"  a step takes {self.seconds:.3g} s at least, every kernel at its ceiling")
-        return "\n".join(lines)
-
-
-def parameter_count(config: ModelConfig, lm_head: bool = True) -> int:
-    """Weights, norms and biases left out (0.003% of Llama-3-8B)."""
-    heads = 2 * config.n_heads + 2 * config.n_kv_heads
-    block = config.d_model * (heads * config.head_dim + 3 * config.d_ff)
-    embeddings = 1 + (lm_head and not config.tie_embeddings)
-    return config.n_layers * block + embeddings * config.vocab_size * config.d_model
-
-
-def flops(config: ModelConfig, unit: Unit) -> dict[str, float]:
-    """FLOPs of one forward pass: matmuls and causal attention of ONE block, the LM head."""
-    block = parameter_count(replace(config, n_layers=1, vocab_size=0))
-    q = config.n_heads * config.head_dim
-    return {
-        "matmul": 2.0 * unit.tokens * block,
-        "attention": 2.0 * unit.tokens * unit.seq_len * q,  # half the square, QK and PV
-        "head": 0.0 if unit.taps else 2.0 * unit.tokens * config.vocab_size * config.d_model,
-    }
-
-
-def model_flops(config: ModelConfig, unit: Unit) -> float:
-    """FLOPs of a unit, nothing counted twice: student forward, twice that backward, teacher."""
-    once = flops(config, unit)
-    passes = 4 if unit.taps else 3
-    return config.n_layers * passes * (once["matmul"] + once["attention"]) + 3 * once["head"]
-
-
-def unit_seconds(config: ModelConfig, unit: Unit, policy: Policy) -> float:
-    """Seconds of a unit if every kernel ran at its ceiling, recomputation included."""
-    once, n = flops(config, unit), config.n_layers
-    matmul, attention = once["matmul"] / MATMUL, once["attention"] / ATTENTION_FORWARD
-    recomputed = n - policy.unchecked
-    block = parameter_count(replace(config, n_layers=1, vocab_size=0))
-    down = config.d_ff * config.d_model / block  # early stop: down_proj is not run again
-    seconds = n * (3 * matmul + attention + 2.5 * once["attention"] / ATTENTION_BACKWARD)
-    seconds += recomputed * (1 - down) * matmul + (recomputed - policy.attention) * attention
-    seconds += 3 * once["head"] / MATMUL
-    if unit.taps:
-        seconds += n * (matmul + attention)
-    tiles = -(-unit.tokens // policy.mlp_rows)
-    traffic = n * unit.tokens * config.d_model * ELEMENTWISE
-    traffic += n * tiles * 3 * config.d_ff * config.d_model * 16  # fp32 sums: product, read, write
-    traffic += 12 * parameter_count(config)  # a pass adds bf16 gradients to fp32 ones
-    # An offload hidden behind compute costs 1-2% (Unsloth's figure; unmeasured here).
-    return (seconds + traffic / COPY) * (1.02 if policy.offload else 1.0)
-
-
-def activation_memory(config: ModelConfig, unit: Unit, policy: Policy) -> dict[str, int]:
-    """Bytes on the GPU beyond weights, gradients, state and teacher, at a unit's worst moment."""
-    m, d, f = unit.tokens, config.d_model, config.d_ff
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    x = 2 * m * d  # one hidden state
-    lse = 4 * m * config.n_heads
-    recomputed = config.n_layers - policy.unchecked
-    block = 2 * m * (3 * d + 2 * q + 2 * kv) + lse + 8 * m  # what autograd keeps beside x and MLP
-    # A block's backward is widest in the MLP, or in attention with its fp32 gradient of q. The
-    # first block it meets has its activations counted below if unchecked, else makes them now.
-    tiles = 3 if policy.unchecked else 5  # gate and up count with the block where it keeps them
-    in_mlp = tiles * 2 * min(policy.mlp_rows, m) * f + 4 * 4 * f * d + 2 * x
-    in_attention = 2 * m * (4 * q + 2 * kv) - x
-    backward = max(in_mlp, in_attention) + (0 if policy.unchecked else block)
-    # Gradients of the hidden states compared; the last one's is used up before any block's.
-    in_block = backward + max(0, unit.taps - 1) * x
-    if unit.taps:  # the teacher's hidden states, and ours unless they are inputs counted below
-        compared = (2 if policy.offload else 1) * unit.taps * x
-        chunk = 40 * min(DISTANCE_ROWS, m) * d  # ten fp32 copies
-        at_loss = 2 * x + compared + chunk + x
-    else:  # fp32 and bf16 logits, then bf16 d(logits) and an fp32 product, beside the fp32 sum
-        rows, v = min(LOSS_ROWS, m), config.vocab_size
-        at_loss = 2 * x + 4 * v * d + max(6 * rows * v, 2 * rows * v + 4 * v * d) + x
-    worst = "in a block's backward" if in_block > at_loss else "at the loss"
-    on_gpu = min(recomputed, 2) if policy.offload else recomputed
-    mlp_kept = 2 * m * (4 if config.mlp_bias else 2) * f
-    return {
-        "inputs of recomputed blocks": on_gpu * x,
-        "attention outputs kept": policy.attention * (2 * m * q + lse),
-        "unchecked blocks": policy.unchecked * (x + block + mlp_kept),
-        "working memory " + worst: max(in_block, at_loss),
-    }
-
-
-def best_policy(config: ModelConfig, unit: Unit, room: int, offload: bool):
-    """The fastest (seconds a step, unit, policy) whose activations fit in `room` bytes, or None.
-
-    offload: whether inputs may wait in host memory, for units that gain by it.
-    """
-    best = None
-    batches = sorted({max(1, unit.batch >> i) for i in range(6)})  # fewer a pass, more passes
-    for away, batch, rows in product((False, True)[: 1 + offload], batches, (8192, 16384, 32768)):
-        part = replace(unit, batch=batch, count=unit.count * -(-unit.batch // batch))
-        for unchecked in range(config.n_layers + 1 - away):
-            policy = Policy(unchecked, 0, away, rows)
-            left = room - sum(activation_memory(config, part, policy).values())
-            if left < 0:
-                break
-            kept = 2 * part.tokens * config.n_heads * (config.head_dim + 2)
-            policy.attention = min(config.n_layers - unchecked, left // kept)
-            seconds = part.count * unit_seconds(config, part, policy)
-            if best is None or seconds < best[0]:
-                best = seconds, part, policy
-    return best
-
-
-def make_plan(
-    config: ModelConfig,
-    units: list[Unit],
-    gpu_bytes: int,
-    host_bytes: int,
-    moments: torch.dtype = torch.float32,
-    compile: bool = False,
-) -> Plan:
-    """Choose the fastest plan that fits this model, these units, this GPU and this host.
-
-    gpu_bytes, host_bytes: free now, for all of the run; a spare part of each is left alone.
-    Raises ValueError where none fits, saying what is missing and which flags would save how much.
-    """
-    plan = _fastest(config, units, gpu_bytes, host_bytes, moments)
-    if plan is None:
-        raise ValueError(_advice(config, units, gpu_bytes, host_bytes, moments))
-    for policy in plan.policies.values():
-        policy.compile = compile
-    return plan
-
-
-def _fastest(config, units, gpu_bytes, host_bytes, moments) -> Plan | None:
-    n = parameter_count(config)
-    state_bytes = n * (2 + 2 * moments.itemsize)
-    parked = 2 * n  # the teacher, with its LM head: the closing report needs it
-    visiting = 2 * parameter_count(config, lm_head=False)
-    gpu_room = int(gpu_bytes * (1 - GPU_SPARE_FRACTION) - GPU_SPARE)
-    best = None
-    for offload, swapped, host_state in product((False, True), repeat=3):
-        host = {
-            "AdamW's state": state_bytes if host_state else 0,
-            "teacher": parked if swapped else 0,
-            "block inputs": 0,
-        }
-        seconds = state_bytes / PCIE if host_state else 12 * n * 12 / COPY
-        seconds += visiting / PCIE if swapped and any(u.taps for u in units) else 0
-        parts, policies, gpu, slot_bytes = {}, {}, {}, 0
-        for unit in units:
-            fixed = {
-                "weights, bf16": 2 * n,
-                "gradients, fp32": 4 * n,
-                "AdamW's state": 0 if host_state else state_bytes,
-                "teacher, bf16": (visiting if unit.taps else 0) if swapped else parked,
-            }
-            found = best_policy(config, unit, gpu_room - sum(fixed.values()), offload)
-            if found is None:
-                break
-            cost, part, policy = found
-            seconds += cost
-            parts[unit.name], policies[unit.name] = part, policy
-            gpu[unit.name] = fixed | activation_memory(config, part, policy)
-            if policy.offload:
-                slot_bytes = max(slot_bytes, 2 * part.tokens * config.d_model)
-                host["block inputs"] = config.n_layers * slot_bytes
-        else:
-            fits = sum(host.values()) <= max(0, host_bytes - HOST_SPARE)
-            if fits and (best is None or seconds < best.seconds):
-                where = host_state, not swapped
-                best = Plan(*where, moments, parts, policies, gpu, host, slot_bytes, seconds)
-    return best
-
-
-def _advice(config, units, gpu_bytes, host_bytes, moments) -> str:
-    """Why nothing fits, and what would."""
-    n, longest = parameter_count(config), max(units, key=lambda u: u.seq_len)
-    lines = [
-        f"this does not fit {gpu_bytes / GIB:.1f} GiB of GPU and {host_bytes / GIB:.1f} GiB of "
-        f"host memory: weights and gradients take {6 * n / GIB:.1f} GiB of the GPU, AdamW's state "
-        f"{n * (2 + 2 * moments.itemsize) / GIB:.1f} GiB of either, and a pass over "
-        f"{longest.seq_len} tokens its activations"
-    ]
-
-    def fits(changed: list[Unit], m: torch.dtype = moments) -> bool:
-        return _fastest(config, changed, gpu_bytes, host_bytes, m) is not None
-
-    if moments == torch.float32:
-        verdict = "and fits" if fits(units, torch.bfloat16) else "which is not enough alone"
-        lines.append(f"--moments bf16 saves {4 * n / GIB:.1f} GiB, {verdict}")
-    for seq_len in range(longest.seq_len // 8192 * 8192, 0, -8192):
-        shorter = [replace(u, seq_len=min(u.seq_len, seq_len)) for u in units]
-        if seq_len < longest.seq_len and fits(shorter):
-            lines.append(f"--target_len {seq_len} fits")
-            break
-    else:
-        lines.append("no length fits: a bigger GPU, more host memory, or more GPUs with torchrun")
-    return "; ".join(lines)
-
-
-class Machine:
+class OneGPU:
     """A plan at work: the optimizer, the teacher's visits, the inputs' slots."""
 
     def __init__(self, plan: Plan, student: Llama, teacher: Llama, *adamw):
@@ -736,7 +574,7 @@ class Machine:
 
     def ready(self, name: str) -> None:
         """Set up for the passes of unit `name`: the student's policy, the teacher here or not."""
-        use(self.student, self.plan.policies[name], self.offload)
+        apply_policy(self.student, self.plan.policies[name], self.offload)
         if self.teacher:
             self.teacher.come() if self.plan.units[name].taps else self.teacher.leave()
 
@@ -746,8 +584,3 @@ class Machine:
         self.student.run_block = None
         if self.teacher:
             self.teacher.come(lm_head=True)
-
-
-def gpu_room() -> int:
-    """Bytes of the current GPU that are free for this run."""
-    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()

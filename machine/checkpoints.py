@@ -1,0 +1,575 @@
+"""Checkpoints of every kind, in and out: where they lie, what they hold, whether it is sound.
+
+    resolve_checkpoint(name) -> folder                  known names and hub ids are downloaded
+    read_config(folder, from_hf) -> ModelConfig         config.json, or Meta's params.json
+    check_config(dict) -> dict                          defaults filled in; else refused
+    open_tensors(folder, shapes, config) -> read(name)  names, shapes, dtypes checked beforehand
+    new_folder(out_dir), carry_over(source, ...)        an export, and what stands beside weights
+
+Checkpoints come from anywhere: a header or config that lies ends as ValueError in one line, before
+any memory is taken for what it claims, and nothing in a file is ever run.
+
+Tensors have Hugging Face's names, and q and k its half-split rotary convention (dimension j pairs
+with j + H/2). Only Meta's own format pairs neighbours (2j, 2j + 1): those rows are permuted here.
+"""
+
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from rope_kernels import rope_frequencies
+
+# ------------------------------------------------------------------------------------ where it lies
+
+# Short names for --ckpt; any other "owner/name" is tried on the hub as it is.
+HUB_NAMES = {
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama3-8b-instruct": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "llama3-70b": "meta-llama/Meta-Llama-3-70B",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama3.2-3b": "meta-llama/Llama-3.2-3B",
+    "mistral-7b-v0.3": "mistralai/Mistral-7B-v0.3",
+    "qwen2-7b": "Qwen/Qwen2-7B",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+}
+
+
+def resolve_checkpoint(path_or_name: str | os.PathLike) -> Path:
+    """Find the folder of a checkpoint: a folder, an OUT_DIR holding hf/, a known name, a hub id.
+
+    Local folders win. Raises ValueError saying which names exist or how to provide the weights.
+    """
+    text = str(path_or_name)
+    folder = Path(text).expanduser()
+    for candidate in (folder, folder / "hf"):
+        if (candidate / "config.json").is_file() or (candidate / "params.json").is_file():
+            return candidate
+    if folder.exists():
+        raise ValueError(
+            f"{folder} holds no config.json (nor does {folder / 'hf'}): need a Hugging Face folder "
+            "with config.json, model.safetensors and tokenizer.json, or Meta's with params.json, "
+            "consolidated.00.pth and tokenizer.model"
+        )
+    repo = HUB_NAMES.get(text.lower(), text)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.startswith((".", "/")):
+        raise ValueError(
+            f"no checkpoint {text!r}: not a folder here, not a hub id owner/name, and not one of "
+            f"{', '.join(HUB_NAMES)}"
+        )
+    return _download(text, repo)
+
+
+def _download(name: str, repo: str) -> Path:
+    from huggingface_hub import get_token, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    from machine.tokenizer import TOKENIZER_FILES
+
+    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
+    login = "your token was refused" if get_token() else "you are not logged in"
+    try:
+        found = snapshot_download(
+            repo,
+            allow_patterns=[*wanted, *TOKENIZER_FILES],
+            ignore_patterns=["original/*", "consolidated*"],  # Meta's copy doubles the download
+        )
+        return Path(found)
+    except GatedRepoError:
+        reason = f"its licence must be accepted at https://huggingface.co/{repo}, and {login}"
+    except RepositoryNotFoundError:
+        reason = f"the hub has no such repository, or it is private and {login}"
+    except Exception as e:  # a dozen network errors from three libraries
+        said = " ".join(str(e.__cause__ or e).split())
+        reason = f"nothing is cached, the hub refused or is out of reach ({said:.100}), and {login}"
+    raise ValueError(
+        f"cannot get {name!r} from the hub as {repo}: {reason}. Either run `hf auth login` and `hf "
+        f"download {repo} --exclude 'original/*'` where there is a network, or pass the folder: "
+        "--ckpt /path/to/folder (with config.json, *.safetensors and tokenizer.json)"
+    ) from None
+
+
+# ------------------------------------------------------------------------------------------- config
+
+# Bytes of JSON read at most: the largest real header is below 1 MB, and a parse takes many times
+# the text, so that a forged one could take all memory.
+MOST_JSON = 2**22
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises ValueError, one line, whatever the file holds."""
+    try:
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"{path.stat().st_size:,} bytes, need at most {MOST_JSON:,}")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ValueError(f"cannot read {path}: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged: {e}; fetch it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, need an object")
+    return content
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_config(folder: Path, from_hf: Callable):
+    """from_hf of config.json's content, or of what Meta's params.json would be there.
+
+    Of Meta's weights the headers are read too, for the widths that params.json leaves out.
+    Raises ValueError naming the file and the fault.
+    """
+    meta = not (folder / "config.json").is_file() and (folder / "params.json").is_file()
+    path = folder / ("params.json" if meta else "config.json")
+    hf = read_json(path)
+    if meta:
+        hf = _hf_from_meta(folder, hf)
+    try:
+        config = from_hf(hf)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    if meta:  # unknown, rather than transformers' default
+        config.max_position_embeddings = hf.get("max_position_embeddings")
+    return config
+
+
+# model_type -> the architecture that config.json names
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
+# ModelConfig's names -> config.json's
+CONFIG_NAMES = {
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "d_ff": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "rope_scaling": "rope_scaling",
+    "tie_embeddings": "tie_word_embeddings",
+}
+
+
+def check_config(hf: dict) -> dict:
+    """A config.json, in the spelling of transformers 4 or 5, with every default filled in.
+
+    Rotary is under rope_theta and rope_scaling (None: unscaled, else every key by its newest name).
+    Raises ValueError naming the entry that is missing, absurd or that describes something no Llama
+    computes (sliding windows, partial rotary, ...).
+    """
+    family = str(hf.get("model_type", "llama"))
+    if family not in FAMILIES:
+        raise ValueError(f"model_type is {family:.60}, need one of {', '.join(FAMILIES)}")
+    n_layers = _number(hf, "num_hidden_layers", most=1000)
+    _refuse_unsupported(hf, family, n_layers)
+    d_model = _number(hf, "hidden_size")
+    n_heads = _number(hf, "num_attention_heads")
+    n_kv_heads = _number(hf, "num_key_value_heads", n_heads)
+    if n_heads % n_kv_heads:
+        raise ValueError(
+            f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads "
+            f"{n_kv_heads}; config.json is damaged or not a Llama's"
+        )
+    head_dim = _number(hf, "head_dim", d_model // n_heads)
+    window = _number(hf, "max_position_embeddings", 2048, most=2**40)
+    theta, scaling = _rope_from_hf(hf, window)
+    rope_frequencies(head_dim, theta, scaling)  # a bad theta or scaling ends here, explained
+    return hf | {
+        "model_type": family,
+        "num_key_value_heads": n_kv_heads,
+        "head_dim": head_dim,
+        "intermediate_size": _number(hf, "intermediate_size"),
+        "vocab_size": _number(hf, "vocab_size"),
+        "rms_norm_eps": _number(hf, "rms_norm_eps", 1e-6, most=1, kind=float),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "max_position_embeddings": window,
+        "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
+        "attention_bias": family == "llama" and bool(hf.get("attention_bias", False)),
+        "mlp_bias": family == "llama" and bool(hf.get("mlp_bias", False)),
+    }
+
+
+def _number(hf: dict, key: str, default=None, most: int = 2**20, kind: type = int):
+    """An entry of somebody's config.json. 2^20 is far above any Llama, and no product overflows."""
+    value = default if hf.get(key) is None else hf[key]
+    if type(value) is not kind or not 0 < value <= most:
+        need = f"a number ({kind.__name__}) above 0, at most {most}"
+        raise ValueError(f"{key} is {value!r:.60}, need {need}")
+    return value
+
+
+def _refuse_unsupported(hf: dict, family: str, n_layers: int) -> None:
+    """What this model computes: each entry and the values it may have. Absent ones are fine."""
+    if family == "mistral":
+        hf = {"sliding_window": 4096} | hf  # transformers' default
+    if family == "qwen2" and not hf.get("use_sliding_window"):
+        hf = hf | {"sliding_window": None}
+    for key, computed in {
+        "sliding_window": (None,),
+        "layer_types": (None, ["full_attention"] * n_layers),
+        "hidden_act": (None, "silu"),
+        "partial_rotary_factor": (None, 1.0),
+        "quantization_config": (None,),
+    }.items():
+        if hf.get(key) not in computed:
+            raise ValueError(
+                f"{key} is {hf[key]!r:.60}, which this model does not compute; it needs full "
+                "attention, SiLU, full rotary and plain weights"
+            )
+
+
+def _rope_from_hf(hf: dict, window: int) -> tuple[float, dict | None]:
+    """(theta, scaling) from transformers 4's two keys or 5's one."""
+    scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise ValueError(f"rope_scaling is {scaling!r:.60}, need an object or null")
+    scaling = dict(scaling)
+    theta = scaling.pop("rope_theta", None)
+    theta = hf.get("rope_theta") if theta is None else theta
+    if theta is None:
+        print("the config gives no rope_theta: using 10,000, as the first Llama 2 releases meant")
+        theta = 10_000.0
+    return theta, _full_scaling(scaling, window)
+
+
+def new_scaling(config, rope_scaling: dict | None, name: object) -> dict | None:
+    """The scaling of a ModelConfig called `name` once rope_scaling replaced it; None leaves it.
+
+    {"rope_type": "default"} removes a scaling. Raises ValueError for one on top of another.
+    """
+    if rope_scaling is None:
+        return config.rope_scaling
+    scaling = _full_scaling(rope_scaling, config.max_position_embeddings)
+    if scaling and config.rope_scaling:
+        raise ValueError(
+            f"{name} is already scaled by {config.rope_scaling}, on top of which "
+            f"{scaling['rope_type']!r} is not defined; raise rope_theta instead, or "
+            'remove the scaling first with rope_type "default"'
+        )
+    return scaling
+
+
+def _full_scaling(scaling: dict, window: int | None) -> dict | None:
+    """A scaling as ModelConfig has it: None for none, every key under its newest name."""
+    scaling = dict(scaling)
+    kind = scaling.pop("type", None)  # the key's name before transformers 4.43
+    if scaling.setdefault("rope_type", kind or "default") == "default":
+        return None
+    if scaling["rope_type"] == "yarn":  # unwritten, it is the window itself
+        scaling.setdefault("original_max_position_embeddings", window)
+    return scaling
+
+
+# --------------------------------------------------------------------------------------- weights in
+
+
+def hf_name(name: str) -> str:
+    """Hugging Face's name of a Llama's parameter, which only the LM head has without a prefix."""
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def open_tensors(folder: Path, shapes: dict[str, tuple], config) -> Callable[[str], Tensor]:
+    """Check a folder's tensors before any is read; return what reads one by its name.
+
+    shapes: {Hugging Face's name: shape} of all that are needed. config: a ModelConfig.
+    Raises ValueError for a tensor missing, extra, misshapen or quantised, and for a damaged file.
+    """
+    if (folder / "config.json").is_file():
+        return _hf_tensors(folder, shapes, config.tie_embeddings)
+    return _meta_tensors(folder, shapes, config)
+
+
+def copy_whole(mine: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor, or this process's shard of it where `mine` is sharded."""
+    if isinstance(mine, DTensor):
+        whole = whole.to(mine.device, mine.dtype)
+        whole = distribute_tensor(whole, mine.device_mesh, mine.placements, src_data_rank=None)
+    mine.copy_(whole)
+
+
+def _hf_tensors(folder: Path, shapes: dict, tied: bool) -> Callable[[str], Tensor]:
+    """Check a Hugging Face folder's tensors by name, shape and dtype; return what reads one."""
+    files = _weight_files(folder)
+    ignored = {n for n in files if n.endswith(("rotary_emb.inv_freq", "rope.freqs"))}
+    if tied:
+        ignored.add("lm_head.weight")  # some writers store the tied matrix twice
+    _check_names(folder, shapes.keys(), files.keys() - ignored)
+    for name, shape in shapes.items():
+        path, entry = files[name]
+        if entry["shape"] != list(shape) or entry["dtype"] not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(
+                f"{path}: {name} is {entry['dtype']} {entry['shape']}, need F32, F16 or BF16 "
+                f"{list(shape)} by config.json; weights of another model, or quantised ones"
+            )
+
+    def read(name: str) -> Tensor:
+        # Opened anew for each tensor, so that the pages of a memory-mapped file do not add up.
+        with safe_open(files[name][0], framework="pt") as f:
+            return f.get_tensor(name)
+
+    return read
+
+
+def _weight_files(folder: Path) -> dict[str, tuple[Path, dict]]:
+    """{tensor name: (file, its dtype and shape)}, from the headers alone."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        names = [single.name]
+    elif index.is_file():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise ValueError(f"{index} is damaged: it has no weight_map; fetch it again")
+        names = sorted({Path(str(n)).name for n in names.values()})  # of this folder, no other
+    else:
+        raise ValueError(
+            f"{folder} holds neither model.safetensors nor model.safetensors.index.json; download "
+            "the weights, or convert .bin files with transformers' save_pretrained"
+        )
+    files = {}
+    for path in (folder / n for n in names):
+        try:
+            header = _safetensors_header(path)
+        except (SafetensorError, OSError, ValueError, RecursionError) as e:
+            raise ValueError(
+                f"{path} is missing, truncated or damaged ({e}); fetch it again"
+            ) from None
+        if twice := files.keys() & header.keys():
+            raise ValueError(f"{min(twice)} stands in both {files[min(twice)][0]} and {path}")
+        files |= {name: (path, entry) for name, entry in header.items()}
+    return files
+
+
+def _safetensors_header(path: Path) -> dict[str, dict]:
+    """{tensor name: {"dtype", "shape", "data_offsets"}}, after safetensors' own checks.
+
+    Those refuse holes, overlaps and sizes that do not add up; a name given twice passes them.
+    """
+    with open(path, "rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        if size > MOST_JSON:
+            raise ValueError(f"a header of {size:,} bytes, need at most {MOST_JSON:,}")
+        text = f.read(size)
+    with safe_open(path, framework="pt"):
+        pairs = json.loads(text, object_pairs_hook=list)
+    header = {name: dict(entry) for name, entry in pairs}
+    if len(header) < len(pairs):
+        raise ValueError("a name stands twice in its header")
+    header.pop("__metadata__", None)
+    return header
+
+
+def _check_names(place: Path, expected: Set[str], found: Set[str]) -> None:
+    """Tensor names, after those that may be ignored were taken out of `found`."""
+    for problem, names in (("lacks", expected - found), ("has the unknown", found - expected)):
+        if names:
+            some = sorted(map(str, names))[:3]
+            raise ValueError(
+                f"{place} {problem} {len(names)} tensor(s), {some!r:.200}; its config and its "
+                "weights do not belong together"
+            )
+
+
+# ------------------------------------------------------------------------------------ Meta's format
+
+# Our parameter names -> Meta's. There w1 is the gate, w2 the way down, w3 the way up.
+META_NAMES = {
+    "embed_tokens": "tok_embeddings",
+    "lm_head": "output",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def _meta_files(folder: Path) -> list[Path]:
+    """consolidated.00.pth and on: one file for each rank of Meta's model parallelism."""
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    got = [path.name for path in paths]
+    if not got or got != [f"consolidated.{i:02d}.pth" for i in range(len(got))]:
+        raise ValueError(f"{folder}: need consolidated.00.pth and on, got {got}; fetch the rest")
+    return paths
+
+
+def _open_meta(path: Path) -> dict[str, Tensor]:
+    """One of Meta's files, memory-mapped. Nothing but tensors is ever unpickled from it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type for entry in archive.infolist()):
+                raise ValueError("compressed, as no torch.save does: it could unpack to any size")
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as e:  # what a damaged pickle raises is anything
+        raise ValueError(
+            f"{path} is truncated, damaged, or a pickle of more than tensors, which is never run "
+            f"({type(e).__name__}); fetch it again from where the weights are published"
+        ) from None
+    floats = torch.float32, torch.float16, torch.bfloat16
+    good = isinstance(tensors, dict) and all(
+        isinstance(t, Tensor) and t.dtype in floats for t in tensors.values()
+    )
+    if not good:
+        raise ValueError(f"{path} is no plain dict of tensors in fp32, fp16 or bf16")
+    return tensors
+
+
+def _hf_from_meta(folder: Path, params: dict) -> dict:
+    """params.json as a config.json; widths that it leaves out come from the first file's shapes."""
+    files = _meta_files(folder)
+    first = _open_meta(files[0])
+    embedding, output = first.get("tok_embeddings.weight"), first.get("output.weight")
+    gate = first.get("layers.0.feed_forward.w1.weight")
+    if embedding is None or gate is None:
+        raise ValueError(f"{files[0]} lacks tok_embeddings or layers.0.feed_forward.w1")
+    # Llama 3.2 ties the two, and may store both. The first row tells for all others, cheaply.
+    tied = output is None or (
+        torch.equal(output[0], embedding[0]) and torch.equal(output, embedding)
+    )
+    vocab = params.get("vocab_size", -1)  # -1 in Llama 2: as many as the tokenizer has
+    if vocab == -1:
+        vocab = (embedding if output is None else output).shape[0] * len(files)
+    hf = {
+        "hidden_size": params.get("dim"),
+        "num_hidden_layers": params.get("n_layers"),
+        "num_attention_heads": params.get("n_heads"),
+        "num_key_value_heads": params.get("n_kv_heads"),
+        "head_dim": params.get("head_dim"),
+        "intermediate_size": gate.shape[0] * len(files),
+        "vocab_size": vocab,
+        "rms_norm_eps": params.get("norm_eps", 1e-5),
+        "rope_theta": params.get("rope_theta"),
+        "sliding_window": params.get("sliding_window"),  # Mistral 0.1; refused by from_hf
+        "tie_word_embeddings": tied,
+        "torch_dtype": str(embedding.dtype).removeprefix("torch."),
+    }
+    if vocab == 128256:  # Llama 3; no other params.json tells the window
+        hf["max_position_embeddings"] = 8192
+    if params.get("use_scaled_rope"):  # Llama 3.1 on; 3.2, the tied one, divides by 32
+        hf["max_position_embeddings"] = 131072
+        hf["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": params.get("rope_scaling_factor", 32.0 if tied else 8.0),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": params.get("rope_high_freq_factor", 4.0),
+            "original_max_position_embeddings": 8192,
+        }
+    return {key: value for key, value in hf.items() if value is not None}
+
+
+def _meta_tensors(folder: Path, shapes: dict, config) -> Callable[[str], Tensor]:
+    """Check the shards of Meta's tensors by name and shape; return what reads one and joins it."""
+    paths, half = _meta_files(folder), config.head_dim // 2
+    expected = {_meta_name(name): shape for name, shape in shapes.items()}
+    ignored = {"rope.freqs"} | ({"output.weight"} if config.tie_embeddings else set())
+    held = [{name: t.shape for name, t in _open_meta(path).items()} for path in paths]
+    for path, found in zip(paths, held, strict=True):
+        _check_names(path, expected.keys(), found.keys() - ignored)
+    split = {n: _split_dim(folder, n, s, [f[n] for f in held]) for n, s in expected.items()}
+
+    # Opened anew for each block, so that the pages of the memory-mapped files do not add up.
+    @lru_cache(1)
+    def shards(block: str) -> list[dict[str, Tensor]]:
+        return [_open_meta(path) for path in paths]
+
+    def read(name: str) -> Tensor:
+        theirs = _meta_name(name)
+        parts = [shard[theirs] for shard in shards(".".join(theirs.split(".")[:2]))]
+        whole = parts[0] if split[theirs] is None else torch.cat(parts, split[theirs])
+        if "q_proj" in name or "k_proj" in name:  # neighbours (2j, 2j + 1) -> halves
+            whole = whole.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
+        return whole
+
+    return read
+
+
+def _meta_name(name: str) -> str:
+    name = name.removeprefix("model.")
+    for ours, theirs in META_NAMES.items():
+        name = re.sub(rf"(^|\.){re.escape(ours)}\.", rf"\1{theirs}.", name)
+    return name
+
+
+def _split_dim(folder: Path, name: str, whole: tuple, parts: list[tuple]) -> int | None:
+    """Which dimension the shards cut; None: each holds the whole.
+
+    By shape, because it differs: Llama 3 cuts the token embedding's rows, Llama 2 its columns.
+    """
+    if all(part == whole for part in parts):
+        return None
+    for cut, n in enumerate(whole):
+        size = (*whole[:cut], n // len(parts), *whole[cut + 1 :])
+        if n % len(parts) == 0 and all(part == size for part in parts):
+            return cut
+    raise ValueError(
+        f"{folder}: {name} is {[tuple(p) for p in parts]} in {len(parts)} files, params.json asks "
+        f"for {tuple(whole)}; a file is missing, or they do not belong together"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- out
+
+
+@contextmanager
+def new_folder(out_dir: Path) -> Iterator[Path]:
+    """A folder to write a checkpoint in, which takes out_dir's name and place once it is complete.
+
+    An older checkpoint there is replaced; anything else is refused with ValueError.
+    """
+    if out_dir.exists() and not (out_dir / "config.json").is_file() and any(out_dir.iterdir()):
+        raise ValueError(f"{out_dir} exists and is no checkpoint; pass another folder or remove it")
+    partial = out_dir.with_name(out_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for shard in partial.glob("*.safetensors"):  # written for the owner's eyes only by safetensors
+        shutil.copymode(partial / "config.json", shard)
+    previous = out_dir.with_name(out_dir.name + ".previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    if out_dir.exists():
+        out_dir.rename(previous)
+    partial.rename(out_dir)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def carry_over(source: Path, out_dir: Path, hf: dict) -> dict:
+    """Put into an export what stands beside a checkpoint's weights: tokenizer, generation settings.
+
+    source: whatever --ckpt takes, or a folder of tokenizer files alone. hf: config.json's content.
+    Returns it, with the ids of begin and end of text if Meta's config left them to the tokenizer.
+    """
+    from machine.tokenizer import TOKENIZER_FILES, carry_tokenizer
+
+    if not any((source / name).is_file() for name in TOKENIZER_FILES):
+        source = resolve_checkpoint(source)
+    special = carry_tokenizer(source, out_dir, hf.get("max_position_embeddings"))
+    if (source / "generation_config.json").is_file():
+        settings = read_json(source / "generation_config.json")
+        settings.pop("max_length", None)  # it would stop generation inside the new window
+        write_json(out_dir / "generation_config.json", settings)
+    return special | hf

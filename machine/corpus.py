@@ -1,0 +1,497 @@
+"""Text of any usual kind -> token files on disk, made once and memory-mapped from then on.
+
+    files, folders, globs, hub datasets --find_files()--> Files
+    Files --documents, in pieces--> ids --> data.Corpus, by tokenize()
+
+The cache folder is named after a fingerprint of the files' contents, the tokenizer and the options,
+and appears under that name only when it is complete; what is being built lies beside it in a
+`.part` folder, and a killed run goes on from its last finished shard.
+
+A document is stored as [BOS] + tokens + [EOS]:
+    BOS where the model's tokenizer puts one in front by itself (add_bos_token in
+        tokenizer_config.json, else the post-processor of tokenizer.json; Meta's own: always);
+    EOS wherever the tokenizer names one: pretraining ends documents with it, whether or not the
+        tokenizer adds it to prompts. For a model trained otherwise: `--no-add_eos`.
+"""
+
+import codecs
+import contextlib
+import fnmatch
+import glob
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from tqdm import tqdm
+
+from data import Corpus
+from machine.tokenizer import Tokenizer, optional
+
+FORMAT = 2  # part of the cache key: raise it when the files' layout or the cutting rule changes
+PIECE = 1 << 14  # characters: longer documents go to the tokenizer in pieces, for speed and memory
+LONGEST_PIECE = 1 << 16  # without a safe cut an unsafe one is made: a million blanks kill tiktoken
+BATCH = 1 << 20  # characters handed to the tokenizer at once; it has two batches in hand
+SHARD = 32  # batches between two notes of how far a build has come: what a kill costs
+# Of a cache folder, beside meta.json. The second holds three int64 for each document: its end as an
+# offset in tokens, the checksum of its text, and its source (index of the spec that named it).
+FILES = ("tokens.bin", "documents.bin")
+
+# Text for a real checkpoint when none is named: files of the Hugging Face hub, readable with the
+# packages of requirements.txt. Long: books (public domain, 1.1 GB) and papers (CC BY, CC BY-SA,
+# CC0; 0.2 GB), about 0.9G tokens. Short and short-to-long: RedPajama's sample without its books,
+# 2.9 GB, about 0.7G tokens, mixed nearly as the paper mixes SlimPajama (its Table 8), whose files
+# need zstandard; its parts keep their own terms: Common Crawl's (1.5 GB), ODC-BY (c4, 0.9 GB), MIT,
+# BSD or Apache 2.0 (github, 0.2 GB), the papers' own (arxiv, 0.1 GB), CC BY-SA (the rest, 0.2 GB).
+DEFAULT_LONG = [
+    "hf:common-pile/project_gutenberg_filtered/project_gutenberg-dolma-000[01].json.gz",
+    "hf:common-pile/arxiv_papers_filtered/arxiv-papers-0007.json.gz",
+]
+PARTS = ("cc_2019-30", "cc_2023-06", "c4", "github", "arxiv", "stackexchange", "wikipedia")
+DEFAULT_SHORT = [f"hf:togethercomputer/RedPajama-Data-1T-Sample/{p}_sample.jsonl" for p in PARTS]
+
+# ---------------------------------------------------------------------------- reading text
+
+
+@dataclass
+class File:
+    path: str  # on disk, or inside its hub dataset; kind "rows": the dataset's name
+    source: int  # index of the spec that named it
+    column: str  # field of a record that holds the text
+    kind: str  # text | jsonl | parquet | rows (of a hub dataset, streamed)
+    fingerprint: str = ""
+    stat: tuple = ()  # size, mtime, ctime, device and inode before it was read; hub: size
+    hub: tuple = ()  # (dataset, commit): fetched when it is read; rows: also config and split
+
+
+@dataclass
+class Piece:
+    text: str
+    first: bool  # of its document
+    last: bool
+    checksum: int  # of its document's first piece
+    source: int
+    position: int  # bytes of all files read before its end, for the progress bar
+
+
+def _kind(path: str) -> str:
+    found = re.search(r"\.(jsonl|ndjson|parquet|json(?=\.))(\.gz|\.zst)?$", path.lower())
+    return "text" if not found else "parquet" if found[1] == "parquet" else "jsonl"
+
+
+def find_files(specs: list[str], remembered: dict) -> list[File]:
+    """Specs -> the files they name, sorted, each file once.
+
+    specs: a file, a folder (all files below it, hidden ones left out), a glob, or
+        hf:owner/name[/config][:split]: a dataset of the Hugging Face hub, where config is a folder,
+        file or glob in it and split a word of the file names ("train" unless told, where there is
+        such); each may end in #column, the field of records to read ("text" unless told).
+    remembered: what hub specs named before, used first and added to: data stay as they were.
+    """
+    found = {}
+    for source, spec in enumerate(map(str, specs)):
+        path, column = spec, "text"
+        if "#" in spec and not os.path.exists(spec):
+            path, column = spec.rsplit("#", 1)
+        if path.startswith("hf:"):
+            remembered[path] = remembered.get(path) or _hub_files(path)
+            for name, size, *hub in remembered[path]:
+                kind, key = "rows" if len(hub) > 2 else _kind(name), "/".join([*hub, name])
+                found.setdefault(key, File(name, source, column, kind, key, (size,), tuple(hub)))
+            continue
+        path = os.path.expanduser(path)
+        path = f"{glob.escape(path)}/**" if os.path.isdir(path) else path
+        paths = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+        stats = {p: _stat(p) for p in paths if os.path.isfile(p)}
+        # An empty file among others is no fault.
+        full = {p: stat for p, stat in stats.items() if stat[0]}
+        if not full:
+            what = "only empty files" if stats else "no file"
+            raise ValueError(f"{what} at {spec}: need a text file, folder, glob or hf:owner/name")
+        for p, stat in full.items():
+            found.setdefault(stat[3:], File(p, source, column, _kind(p), stat=stat))
+    return list(found.values())
+
+
+def _hub_files(spec: str) -> list[list]:
+    """hf:owner/name[/config][:split] -> [file name, size, dataset, commit] of each; all of it as
+    rows, [dataset, 0, dataset, commit, config, split], where no file can be told to be meant."""
+    import huggingface_hub
+
+    name, _, split = spec[3:].partition(":")
+    owner, name, config = [*name.split("/", 2), "", ""][:3]
+    repo = f"{owner}/{name}"
+    try:
+        info = huggingface_hub.HfApi().dataset_info(repo, files_metadata=True)
+    except Exception as error:  # its error classes differ from version to version
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"cannot list {spec} ({reason}); check name and network, or name a downloaded folder"
+        ) from error
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings}
+    chosen = _choose(list(sizes), config, split)
+    if not chosen and any(c in config for c in "*?[."):
+        raise ValueError(f"no file {config!r} in {repo}; it has {', '.join([*sizes][:5])} ...")
+    streamed = [[repo, 0, repo, info.sha, config, split]]
+    return [[name, sizes[name], repo, info.sha] for name in chosen] or streamed
+
+
+def _choose(names: list[str], config: str, split: str) -> list[str]:
+    """Files of a hub dataset that config (a file, glob or folder) and split speak of."""
+    if exact := fnmatch.filter(names, config):
+        return sorted(exact)
+    names = [n for n in names if _kind(n) != "text" and (not config or f"/{config}/" in f"/{n}")]
+    in_split = re.compile(rf"(^|[/_.-]){split or 'train'}([/_.-]|$)")
+    return sorted(filter(in_split.search, names)) or ([] if split else sorted(names))
+
+
+def _decoded(stream, path: str, digest=None) -> Iterator[str]:
+    """UTF-8 text of a stream, whose bytes also go into digest; ValueError at what is not text."""
+    decoder, offset, block = codecs.getincrementaldecoder("utf-8-sig")(), 0, b" "
+    while block:
+        block = stream.read(1 << 20)
+        if digest:
+            digest.update(block)
+        try:
+            if b"\0" in block:
+                raise ValueError(f"binary, with a zero byte at {offset + block.index(0)}")
+            yield decoder.decode(block, final=not block)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is not UTF-8 text ({error}, block at byte {offset}); convert it (iconv -f "
+                "latin1 -t utf-8), name files by a glob without it, or pass --skip_bad_lines"
+            ) from error
+        offset += len(block)
+
+
+def _split(blocks: Iterable[str], cut: re.Pattern | None) -> Iterator[tuple[str, bool]]:
+    """One document -> (piece, is it the last), cut where the tokens do not notice."""
+    rest = ""
+    for block in itertools.chain(blocks, [None]):
+        rest, start = rest + (block or ""), 0
+        # All of `rest` is cut at the end of the text; before it, only what has room for a cut.
+        while len(rest) - start > (PIECE if block is None else LONGEST_PIECE):
+            end = start + LONGEST_PIECE
+            found = cut.search(rest, start + PIECE, end + 1) if cut else None
+            if found is None and len(rest) <= end:
+                break
+            yield rest[start : found.start() if found else end], False
+            start = found.end() if found else end
+        rest = rest[start:]
+    if rest:
+        yield rest, True
+
+
+@contextlib.contextmanager
+def _open(file: File):
+    """(stream of decompressed bytes, raw stream whose position tells the progress)"""
+    path, name = file.path, file.path.lower()
+    if file.kind == "rows":
+        yield None, None
+        return
+    if file.hub:
+        import huggingface_hub
+
+        path = huggingface_hub.hf_hub_download(
+            file.hub[0], path, repo_type="dataset", revision=file.hub[1]
+        )
+    with open(path, "rb") as raw:
+        if name.endswith(".gz"):
+            yield gzip.GzipFile(fileobj=raw), raw
+        elif name.endswith(".zst"):
+            unpacker = optional("zstandard", path).ZstdDecompressor()
+            yield io.BufferedReader(unpacker.stream_reader(raw, read_across_frames=True)), raw
+        else:
+            yield raw, raw
+
+
+def _records(file: File, stream) -> Iterator[bytes | dict]:
+    """Records of a file: lines of JSON, still to be parsed, or dicts."""
+    if file.kind == "jsonl":
+        yield from stream
+    elif file.kind == "parquet":
+        table = optional("pyarrow.parquet", file.path).ParquetFile(stream)
+        columns = [file.column] if file.column in table.schema_arrow.names else None
+        for batch in table.iter_batches(batch_size=256, columns=columns):
+            yield from batch.to_pylist()
+    else:
+        repo, commit, config, split = file.hub
+        yield from optional("datasets", repo).load_dataset(
+            repo, config or None, split=split or "train", revision=commit, streaming=True
+        )
+
+
+def _documents(file: File, stream, skip_bad: bool) -> Iterator[Iterable[str] | None]:
+    """Texts of a file, in blocks; None for a record left out because it is none."""
+    if file.kind == "text":
+        yield _decoded(stream, file.path)
+        return
+    for number, record in enumerate(_records(file, stream), 1):
+        try:
+            if isinstance(record, bytes):
+                record = json.loads(record) if record.strip() else {file.column: ""}
+            text = record.get(file.column) if isinstance(record, dict) else None
+            if text is None:
+                raise ValueError(f"no {file.column!r} in {str(record)[:60]}...; try PATH#FIELD")
+            text.encode()  # half a surrogate pair is legal JSON and not text
+            yield [text]
+        except (ValueError, AttributeError) as error:
+            if not skip_bad:
+                raise ValueError(
+                    f"{file.path}:{number}: not a record with text ({error}); mend it, or leave "
+                    "out such records with --skip_bad_lines"
+                ) from error
+            yield None
+
+
+def _pieces(files: list[File], cut, skip_bad: bool, count: dict) -> Iterator[Piece]:
+    """Documents in order, as pieces. count["bad"] goes up with every record left out."""
+    before = 0  # bytes in files read
+    for file in files:
+        try:
+            with _open(file) as (stream, raw):
+                for document in _documents(file, stream, skip_bad):
+                    if document is None:
+                        count["bad"] += 1
+                        continue
+                    checksum = None
+                    for text, last in _split(document, cut):
+                        first = checksum is None
+                        checksum = zlib.crc32(text.encode()) if first else checksum
+                        position = before + (raw.tell() if raw else 0)
+                        yield Piece(text, first, last, checksum, file.source, position)
+        except Exception as error:  # every reader has its own
+            if type(error) is ValueError:  # ours, with file and remedy
+                raise
+            raise ValueError(f"cannot read {file.path}: {error}; fetch or leave it out") from error
+        before += file.stat[0]
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces in batches of BATCH characters."""
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encoded(batches, encode) -> Iterator[tuple[list[Piece], list]]:
+    """(batch, ids of its pieces), in order.
+
+    Libraries encode without Python's lock. With two batches in hand their threads never rest while
+    the ids of one become Python's, the one before is written and another is read.
+    """
+    jobs = deque()
+    with ThreadPoolExecutor(2) as pool:
+        for batch in batches:
+            jobs.append((batch, pool.submit(encode, [piece.text for piece in batch])))
+            if len(jobs) > 2:
+                batch, job = jobs.popleft()
+                yield batch, job.result()
+        for batch, job in jobs:
+            yield batch, job.result()
+
+
+def _fingerprint(files: list[File], seen: dict, skip_bad: bool, log: Callable) -> list[File]:
+    """Fill in each file's content fingerprint; read only files not seen before or changed since.
+
+    Plain text is also checked here, before hours of work: what is not UTF-8 is an error, or with
+    skip_bad left out. seen: path -> size, times and fingerprint, remembered from run to run.
+    """
+    good = []
+    for file in tqdm(files, "checking files", disable=None, leave=False):
+        if not file.hub:
+            path = os.path.abspath(file.path)
+            try:
+                if seen.get(path, [])[:-1] != list(file.stat):
+                    seen[path] = [*file.stat, _hash(file)]
+            except ValueError as error:
+                if not skip_bad:
+                    raise
+                log(f"left out: {error}")
+                continue
+            file.fingerprint = seen[path][-1]
+            # Written a moment ago, it can change within one tick of its clock: not remembered.
+            if time.time_ns() - max(file.stat[1:3]) < 2e9:
+                del seen[path]
+        good.append(file)
+    return good
+
+
+def _stat(path: str) -> tuple:
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino
+
+
+def _hash(file: File) -> str:
+    digest = hashlib.sha256()
+    with open(file.path, "rb") as stream:
+        if file.kind == "text" and not file.path.lower().endswith((".gz", ".zst")):
+            for _ in _decoded(stream, file.path, digest):
+                pass
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:32]
+
+
+# ---------------------------------------------------------------------------- tokenising
+
+
+def tokenize(
+    specs: list[str],
+    tokenizer: Tokenizer,
+    cache_dir: str | Path,
+    name: str = "text",
+    skip_bad_lines: bool = False,
+    log: Callable[[str], None] = print,
+) -> Corpus:
+    """Tokenise text once; later calls map what lies on disk.
+
+    specs: files, folders, globs, hub datasets (find_files says how they are written).
+    name: of the stream, for the log.
+    skip_bad_lines: leave out and count malformed records and files that are not text.
+    Raises: ValueError at a missing, empty or unreadable file, a malformed record, a full disk.
+    """
+    cache_dir, seen_path = Path(cache_dir), Path(cache_dir) / "seen_files.json"
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        seen = _read_json(seen_path)
+        known = str(seen)
+        files = _fingerprint(find_files(specs, seen), seen, skip_bad_lines, log)
+        if str(seen) != known:
+            _write_atomic(seen_path, seen)
+        key = [FORMAT, PIECE, skip_bad_lines, tokenizer.fingerprint]
+        key += [tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos, tokenizer.add_eos]
+        key += [(file.fingerprint, file.source, file.column, file.kind) for file in files]
+        fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+        folder = cache_dir / f"tokens-{fingerprint}"
+        meta = _complete(folder)
+        if meta is None:
+            log(f"{name}: tokenising {len(files):,} files, or waiting for a run that is at it")
+            with FileLock(f"{folder}.lock"):  # a killed run's lock frees itself
+                meta = _complete(folder, log)
+                meta = meta or _build(folder, files, tokenizer, name, skip_bad_lines, log)
+        tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
+        records = np.fromfile(folder / "documents.bin", dtype=np.int64).reshape(-1, 3)
+    except OSError as error:
+        raise ValueError(
+            f"{name}: {error}; if the disk is full, free about half the text's size in {cache_dir} "
+            "and run again: it goes on where it stopped"
+        ) from error
+    left_out = f"; {meta['bad']:,} bad records left out" if meta["bad"] else ""
+    log(f"{name}: {len(records):,} documents, {len(tokens):,} tokens in {folder}{left_out}")
+    starts = np.append(0, records[:, 0])
+    return Corpus(name, tokens, starts, records[:, 1], records[:, 2], fingerprint, folder)
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _write_atomic(path: Path, content: dict) -> None:
+    """Runs that share a cache may write seen_files.json at once: each by a name of its own."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as stream:
+        json.dump(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def _complete(folder: Path, log: Callable = lambda _: None) -> dict | None:
+    """The cache's description if it is whole, None if it is to be built."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        if all(os.path.getsize(folder / name) == meta[name] for name in FILES):
+            return meta
+    except (OSError, ValueError, KeyError):
+        pass
+    if folder.is_dir():
+        log(f"{folder} is damaged: building it anew")
+    return None
+
+
+def _build(folder, files, tokenizer, name, skip_bad, log) -> dict:
+    """Tokenise into folder.part, shard by shard; rename when done. Returns the description."""
+    part, began = Path(f"{folder}.part"), time.perf_counter()
+    part.mkdir(exist_ok=True)
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    fresh = {file: 0 for file in FILES} | {"dtype": dtype, "pieces": 0, "bad": 0}  # bytes, counts
+    total, item = sum(file.stat[0] for file in files), np.dtype(dtype).itemsize
+    with contextlib.ExitStack() as stack:
+        bar = tqdm(None, f"tokenising {name}", total, unit="B", unit_scale=True, disable=None)
+        stack.enter_context(bar)
+        streams = {file: stack.enter_context(open(part / file, "ab")) for file in FILES}
+        state = _read_json(part / "meta.json") or fresh
+        if any(stream.tell() < state[file] for file, stream in streams.items()):
+            state = fresh
+        for file, stream in streams.items():
+            stream.truncate(state[file])  # what a killed run wrote after its last shard
+        if state[FILES[0]]:
+            log(f"{name}: going on after {state[FILES[0]] // item:,} tokens of an interrupted run")
+
+        def finish_shard():  # it is finished when meta.json is on disk, after what it speaks of
+            for stream in streams.values():
+                stream.flush()
+                os.fsync(stream.fileno())
+            _write_atomic(part / "meta.json", state)
+
+        # What was tokenised is read again and dropped, plain text 100 times as fast as one core
+        # tokenises it.
+        state["bad"] = 0
+        pieces = _pieces(files, tokenizer.cut, skip_bad, state)
+        pieces = itertools.islice(pieces, state["pieces"], None)
+        size = 0  # characters
+        for n, (batch, ids) in enumerate(_encoded(_batches(pieces), tokenizer.encode), 1):
+            _append(batch, ids, tokenizer, state, *streams.values())
+            bar.set_postfix_str(f"{state[FILES[0]] // item:,} tokens", refresh=False)
+            bar.update(batch[-1].position - bar.n)
+            size += sum(len(piece.text) for piece in batch)
+            if n % SHARD == 0:
+                finish_shard()
+        finish_shard()
+    for file in files:
+        if not file.hub and _stat(file.path) != file.stat:
+            shutil.rmtree(part)
+            raise ValueError(f"{file.path} changed while it was read: run again")
+    if not state[FILES[0]]:
+        raise ValueError(f"{name}: no text in {len(files)} files; name files that hold some")
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+    os.replace(part, folder)
+    size, seconds = size / 1e6, time.perf_counter() - began
+    log(f"{name}: tokenised {size:,.1f}M characters in {seconds:,.1f} s, {size / seconds:,.2f}M/s")
+    return state
+
+
+def _append(batch, ids, tokenizer, state, tokens, records) -> None:
+    """Write one tokenised batch: documents' tokens and, where one ends, its record."""
+    parts, ended, n_tokens = [], [], state[FILES[0]] // np.dtype(state["dtype"]).itemsize
+    for piece, piece_ids in zip(batch, ids, strict=True):
+        first = [tokenizer.bos_id] if tokenizer.add_bos and piece.first else []
+        last = [tokenizer.eos_id] if tokenizer.add_eos and piece.last else []
+        parts += [first, piece_ids, last]
+        n_tokens += len(first) + len(piece_ids) + len(last)
+        if piece.last:
+            ended.append((n_tokens, piece.checksum, piece.source))
+    flat = np.concatenate(parts, dtype=state["dtype"], casting="unsafe")
+    state[FILES[0]] += tokens.write(flat.data)
+    state[FILES[1]] += records.write(np.array(ended, dtype=np.int64).data)
+    state["pieces"] += len(batch)

@@ -1,0 +1,266 @@
+"""Keeping a run from being lost: the lock on OUT_DIR, signals, and when a state is saved.
+
+One process writes a state in a thread while the next step's forward and backward passes run, which
+read the weights and leave AdamW's state alone; the next update waits for it. So 96 GB of state
+(Llama-3-8B on one GPU) need no second copy in memory. Of many processes each writes its shards,
+and training waits: they have to agree that all is written.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from machine import states
+from machine.many import Processes
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one OUT_DIR are not noticed there
+    fcntl = None
+
+
+class StopSignal:
+    """Turns SIGINT and SIGTERM into a flag, so that the loop ends between micro-batches.
+
+    Launchers send SIGTERM more than once: another one changes nothing. A second Ctrl-C gives up at
+    once; what was saved stays. `number` is None, or the signal that asked for the stop.
+    """
+
+    def __init__(self):
+        self.number = None
+        self.previous = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.previous[number] = signal.signal(number, self._flag)
+            except ValueError:  # not the main thread: whoever called us owns the signals
+                pass
+        return self
+
+    def _flag(self, number, frame):
+        if number == signal.SIGINT == self.number:
+            raise KeyboardInterrupt
+        self.number = self.number or number
+
+    def __exit__(self, *exc):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def refuse_taken(out_dir: Path) -> None:
+    """A new run wants an OUT_DIR that can be written and holds no other. Raises ValueError."""
+    if (out_dir / "longred.json").exists():
+        raise ValueError(
+            f"{out_dir} already holds a run; continue it with --resume {out_dir}, or pass another "
+            "--out_dir"
+        )
+    there = out_dir
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"cannot write to --out_dir {out_dir}: check {there}, or pass another")
+    for name in ("hf", "log.jsonl", "checkpoints"):
+        if (out_dir / name).exists():
+            raise ValueError(f"{out_dir} holds another's {name}; pass another --out_dir")
+
+
+class Keeper:
+    """Keeps a run from being lost: the lock on OUT_DIR, signals, and the states to resume from.
+
+    `step` steps are complete. `sound`: student and optimizer hold exactly those; false while an
+    update is under way. An error that finds them sound saves them.
+    """
+
+    def __init__(self, processes: Processes):
+        self.processes = processes
+        self.out_dir = self.lock = self.thread = self.failure = None
+        self.step, self.sound = 0, False
+        self.saved_step, self.saved_at = 0, time.monotonic()
+        self.done_at, self.step_seconds = None, None  # of the last whole step
+        self.stop = StopSignal()
+
+    def claim(self, out_dir: Path, resumed: bool) -> None:
+        """Make OUT_DIR ours. Raises ValueError where it is another's or cannot be written."""
+        self.out_dir = out_dir
+        if self.processes.rank:
+            return
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            self.lock = open(out_dir / "lock", "a")
+            if fcntl:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is at work in {out_dir}; wait for it, or pass another --out_dir"
+            ) from None
+        except OSError as e:
+            raise ValueError(
+                f"cannot write to --out_dir {out_dir}: {e.strerror}; pass another"
+            ) from None
+        if not resumed:
+            refuse_taken(out_dir)
+
+    def load(self, c, config: dict, student: nn.Module, optimizer) -> int:
+        """Load the newest state, catch signals. Returns the steps behind us.
+
+        config: of c, what a state must have been made with.
+        """
+        self.c, self.config, self.model, self.optimizer = c, config, student, optimizer
+        newest = self.processes.from_rank_0(lambda: states.newest_state(self.out_dir))
+        if newest:
+            manifest = states.read_manifest(newest)
+            states.check_same(manifest, {"config": config}, self.out_dir, c.resume_anyway)
+            states.read_state(newest, student, optimizer)
+            self.step = self.saved_step = manifest["step"]
+            print(f"resuming after step {self.step}")
+        self.sound = True
+        self.stop.__enter__()
+        return self.step
+
+    def check_stop(self) -> None:
+        """Between micro-batches: end here where a signal asked for it, the last step saved."""
+        number = int(self.processes.total([self.stop.number or 0], "MAX")[0])
+        if not number:
+            return
+        self.save()
+        self.wait()
+        print(f"\nstopped by signal {number} after step {self.step}. {self.how_to_resume()}")
+        sys.exit(128 + number)
+
+    def before_update(self) -> None:
+        """optimizer.step() writes what is being saved: not before that is on disk."""
+        self.wait()
+        self.sound = False
+
+    def step_done(self, step: int, log, last: int, bad: bool) -> None:
+        """`step` of `last` is complete and logged: save where one is due. bad: it was skipped."""
+        self.step, self.sound = step, True
+        now, before = time.monotonic(), self.done_at
+        self.done_at, self.step_seconds = now, now - before if before else None
+        due = step % self.c.save_every == 0 or step == last
+        minutes = (now - self.saved_at) / 60
+        late = self.processes.from_rank_0(lambda: 0 < self.c.save_minutes <= minutes)
+        if (due or late) and not bad:
+            if self.processes.rank == 0:
+                os.fsync(log.fileno())
+            self.save()
+
+    def save(self) -> None:
+        """Begin to write the state after self.step, where it is not saved yet."""
+        self.wait()
+        if self.saved_step == self.step or not self.c.keep:
+            return
+        self.saved_step, self.saved_at = self.step, time.monotonic()
+        state = states.run_state(self.model, self.optimizer)
+        if self.processes.size > 1:
+            self._write(*state)
+            self._say_saved(time.monotonic() - self.saved_at)
+        else:
+            self.thread = threading.Thread(target=self._write_beside, args=state)
+            self.thread.start()
+
+    def _write_beside(self, tensors: dict, words: dict) -> None:
+        on_gpu = next(iter(tensors.values())).is_cuda
+        try:  # on a stream of its own: weights are copied between, not after, the passes' kernels
+            with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext():
+                self._write(tensors, words)
+        except Exception as e:
+            self.failure = e
+
+    def _write(self, tensors: dict, words: dict) -> None:
+        """Write the state beside the older ones, then drop all but --keep.
+
+        Raises ValueError in every process where one cannot write; the older ones are as they were.
+        """
+        step, rank = self.saved_step, self.processes.rank
+        folder = self.out_dir / "checkpoints"
+        partial, name = folder / f"step-{step:06d}.partial", f"shard-{rank:05d}.safetensors"
+
+        def attempt(write):  # the others must not wait for one that failed
+            try:
+                return write()
+            except OSError as e:
+                return e
+
+        def prepare():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+        def finish(files: dict):
+            manifest = {"step": step, "config": self.config, "optimizer": words, "files": files}
+            states.publish(partial, manifest, self.c.keep)
+
+        failed = self.processes.from_rank_0(lambda: attempt(prepare))
+        if not failed:
+            mine = attempt(lambda: {name: states.write_shard(partial / name, tensors)})
+            files = {}
+            for part in self.processes.everyone(mine):
+                if isinstance(part, OSError):
+                    failed = part
+                else:
+                    files |= part
+        if not failed:
+            failed = self.processes.from_rank_0(lambda: attempt(lambda: finish(files)))
+        if failed:
+            if rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise states.cannot_save(folder, step, sum(t.nbytes for t in tensors.values()), failed)
+
+    def how_to_resume(self) -> str:
+        size = self.processes.size
+        many = f"torchrun --nproc_per_node {size}" if size > 1 else "python"
+        return f"Continue with: {many} longred.py --resume {self.out_dir}"
+
+    def finish(self) -> None:
+        """All steps are done and on disk; from here on signals act as usual."""
+        self.stop.__exit__()
+        self.check_stop()
+        self.wait()
+        self.sound = False
+        self.model = self.optimizer = None  # the report needs their memory
+
+    def wait(self) -> None:
+        """For the state being written. Raises ValueError where that failed."""
+        if not self.thread:
+            return
+        began = time.monotonic()
+        self.thread.join()
+        self.thread = None
+        if self.failure:
+            raise self.failure
+        self._say_saved(time.monotonic() - began)
+
+    def _say_saved(self, waited: float) -> None:
+        share = f", {waited / self.step_seconds:.1%} of a step" if self.step_seconds else ""
+        print(
+            f"saved the state after step {self.saved_step} in "
+            f"{time.monotonic() - self.saved_at:.1f} s; training waited {waited:.2f} s{share}",
+            flush=True,
+        )
+
+    def close(self, error: BaseException | None) -> None:
+        """The run is over. error: what ended it, if anything; the steps done are saved."""
+        try:
+            if self.thread:
+                self.thread.join()
+            alone = self.processes.size == 1  # the other processes may be inside a pass
+            if alone and isinstance(error, Exception) and self.sound and not self.failure:
+                self.save()
+                self.wait()
+                if self.saved_step:
+                    print(f"ended after step {self.step}. {self.how_to_resume()}", flush=True)
+        except ValueError as e:
+            print(f"longred: {e}", file=sys.stderr)  # beside the error that brought us here
+        finally:
+            self.stop.__exit__()
+            if self.lock:
+                self.lock.close()

@@ -1,0 +1,389 @@
+"""What a run needs, before anything is allocated: memory, disk, and the fastest plan that fits.
+
+What training keeps, per parameter: a bf16 weight and an fp32 gradient (6 B) that must be on the
+GPU, and AdamW's state (10 B), touched once a step, that need not be. What it keeps per token: a
+block's activations, most of which are cheaper to make again than to keep. `make_plan` weighs the
+mechanisms of machine/memory.py against each other and prints what it chose as a table.
+
+Sizes in bytes unless said otherwise; GiB = 2^30.
+"""
+
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from model import LOSS_ROWS, ModelConfig
+
+GIB = 2**30
+DISTANCE_ROWS = 8192  # tokens whose hidden states are compared at a time (memory.in_chunks)
+
+# Ceilings of one H200 (bf16 matmul on random data, device copies: measured, before this code was;
+# attention: FA3 on an H100 as published; PCIe: assumed). They rank plans, so their ratios matter;
+# measure/bench.py step times.
+MATMUL, ATTENTION_FORWARD, ATTENTION_BACKWARD = 790e12, 650e12, 540e12  # FLOP/s
+COPY, PCIE = 4.3e12, 50e9  # bytes/s
+ELEMENTWISE = 152  # bytes per token, block and d_model: norms, rotary, SwiGLU, residuals, if fused
+# Kept free: CUDA's context lies outside the allocator, fragments inside it. Unmeasured.
+GPU_SPARE, GPU_SPARE_FRACTION, HOST_SPARE = 1.0 * GIB, 0.03, 6 * GIB
+
+
+@dataclass
+class Policy:
+    """How the blocks of one kind of micro-batch run while gradients are on.
+
+    In the order in which blocks run: first those recomputed in full, then `attention` of them that
+    keep the attention's output, and last `unchecked` ones that keep everything. The last, because
+    their activations are gone again when the others need room for recomputing.
+    """
+
+    unchecked: int = 0  # blocks that are not recomputed; 3.6 GB each at 32K tokens of Llama-3-8B
+    attention: int = 0  # recomputed blocks that keep the attention's output; 0.27 GB each there
+    offload: bool = False  # the inputs of recomputed blocks wait in host memory
+    mlp_rows: int = 8192  # tokens of one MLP tile
+    compile: bool = False  # torch.compile, one graph for all blocks of a kind
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One kind of forward and backward pass, `count` of them in an optimizer step."""
+
+    name: str
+    batch: int  # sequences
+    seq_len: int
+    count: int = 1
+    taps: int = 0  # hidden states compared with the teacher's; 0: cross-entropy, no teacher
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.seq_len
+
+
+@dataclass
+class Plan:
+    """What `make_plan` decided, and why: bytes by term, on the GPU for each unit, on the host."""
+
+    host_state: bool  # AdamW's state waits in host memory
+    teacher_resident: bool  # else parked, on the GPU for the distillation units only
+    moments: torch.dtype
+    units: dict[str, Unit]  # as they will run: with fewer sequences in a pass where that helps
+    policies: dict[str, Policy]
+    gpu: dict[str, dict[str, int]]
+    host: dict[str, int]
+    slot_bytes: int  # of Offload; 0: nothing is offloaded
+    seconds: float  # of one optimizer step at the ceilings above: ranks plans, promises nothing
+
+    def table(self) -> str:
+        """The memory table, GiB, one column a unit."""
+        names = list(self.gpu)
+        lines = ["memory plan, GiB".ljust(38) + "".join(n.rjust(9) for n in names)]
+        for term in dict.fromkeys(t for terms in self.gpu.values() for t in terms):
+            row = (self.gpu[n].get(term, 0) / GIB for n in names)
+            lines.append(f"  {term:<36}" + "".join(f"{x:9.2f}" for x in row))
+        total = (sum(self.gpu[n].values()) / GIB for n in names)
+        lines.append("  GPU peak".ljust(38) + "".join(f"{x:9.2f}" for x in total))
+        lines += [f"  host: {term:<30}{x / GIB:9.2f}" for term, x in self.host.items() if x]
+        lines.append("  host".ljust(38) + f"{sum(self.host.values()) / GIB:9.2f}")
+        for n, p in self.policies.items():
+            lines.append(
+                f"  {n}: {self.units[n].batch} x {self.units[n].seq_len:,} tokens a pass, "
+                f"{p.unchecked} blocks unchecked, {p.attention} recomputed but for attention, "
+                f"MLP tiles of {p.mlp_rows}" + (", inputs offloaded" if p.offload else "")
+            )
+        lines.append(f"  a step takes {self.seconds:.3g} s at least, every kernel at its ceiling")
+        return "\n".join(lines)
+
+
+def parameter_count(config: ModelConfig, lm_head: bool = True) -> int:
+    """Weights, norms and biases left out (0.003% of Llama-3-8B)."""
+    heads = 2 * config.n_heads + 2 * config.n_kv_heads
+    block = config.d_model * (heads * config.head_dim + 3 * config.d_ff)
+    embeddings = 1 + (lm_head and not config.tie_embeddings)
+    return config.n_layers * block + embeddings * config.vocab_size * config.d_model
+
+
+def flops(config: ModelConfig, unit: Unit) -> dict[str, float]:
+    """FLOPs of one forward pass: matmuls and causal attention of ONE block, the LM head."""
+    block = parameter_count(replace(config, n_layers=1, vocab_size=0))
+    q = config.n_heads * config.head_dim
+    return {
+        "matmul": 2.0 * unit.tokens * block,
+        "attention": 2.0 * unit.tokens * unit.seq_len * q,  # half the square, QK and PV
+        "head": 0.0 if unit.taps else 2.0 * unit.tokens * config.vocab_size * config.d_model,
+    }
+
+
+def model_flops(config: ModelConfig, unit: Unit) -> float:
+    """FLOPs of a unit, nothing counted twice: student forward, twice that backward, teacher."""
+    once = flops(config, unit)
+    passes = 4 if unit.taps else 3
+    return config.n_layers * passes * (once["matmul"] + once["attention"]) + 3 * once["head"]
+
+
+def unit_seconds(config: ModelConfig, unit: Unit, policy: Policy) -> float:
+    """Seconds of a unit if every kernel ran at its ceiling, recomputation included."""
+    once, n = flops(config, unit), config.n_layers
+    matmul, attention = once["matmul"] / MATMUL, once["attention"] / ATTENTION_FORWARD
+    recomputed = n - policy.unchecked
+    block = parameter_count(replace(config, n_layers=1, vocab_size=0))
+    down = config.d_ff * config.d_model / block  # early stop: down_proj is not run again
+    seconds = n * (3 * matmul + attention + 2.5 * once["attention"] / ATTENTION_BACKWARD)
+    seconds += recomputed * (1 - down) * matmul + (recomputed - policy.attention) * attention
+    seconds += 3 * once["head"] / MATMUL
+    if unit.taps:
+        seconds += n * (matmul + attention)
+    tiles = -(-unit.tokens // policy.mlp_rows)
+    traffic = n * unit.tokens * config.d_model * ELEMENTWISE
+    traffic += n * tiles * 3 * config.d_ff * config.d_model * 16  # fp32 sums: product, read, write
+    traffic += 12 * parameter_count(config)  # a pass adds bf16 gradients to fp32 ones
+    # An offload hidden behind compute costs 1-2% (Unsloth's figure; unmeasured here).
+    return (seconds + traffic / COPY) * (1.02 if policy.offload else 1.0)
+
+
+def activation_memory(config: ModelConfig, unit: Unit, policy: Policy) -> dict[str, int]:
+    """Bytes on the GPU beyond weights, gradients, state and teacher, at a unit's worst moment."""
+    m, d, f = unit.tokens, config.d_model, config.d_ff
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    x = 2 * m * d  # one hidden state
+    lse = 4 * m * config.n_heads
+    recomputed = config.n_layers - policy.unchecked
+    block = 2 * m * (3 * d + 2 * q + 2 * kv) + lse + 8 * m  # what autograd keeps beside x and MLP
+    # A block's backward is widest in the MLP, or in attention with its fp32 gradient of q. The
+    # first block it meets has its activations counted below if unchecked, else makes them now.
+    tiles = 3 if policy.unchecked else 5  # gate and up count with the block where it keeps them
+    in_mlp = tiles * 2 * min(policy.mlp_rows, m) * f + 4 * 4 * f * d + 2 * x
+    in_attention = 2 * m * (4 * q + 2 * kv) - x
+    backward = max(in_mlp, in_attention) + (0 if policy.unchecked else block)
+    # Gradients of the hidden states compared; the last one's is used up before any block's.
+    in_block = backward + max(0, unit.taps - 1) * x
+    if unit.taps:  # the teacher's hidden states, and ours unless they are inputs counted below
+        compared = (2 if policy.offload else 1) * unit.taps * x
+        chunk = 40 * min(DISTANCE_ROWS, m) * d  # ten fp32 copies
+        at_loss = 2 * x + compared + chunk + x
+    else:  # fp32 and bf16 logits, then bf16 d(logits) and an fp32 product, beside the fp32 sum
+        rows, v = min(LOSS_ROWS, m), config.vocab_size
+        at_loss = 2 * x + 4 * v * d + max(6 * rows * v, 2 * rows * v + 4 * v * d) + x
+    worst = "in a block's backward" if in_block > at_loss else "at the loss"
+    on_gpu = min(recomputed, 2) if policy.offload else recomputed
+    mlp_saved = 2 * m * (4 if config.mlp_bias else 2) * f
+    return {
+        "inputs of recomputed blocks": on_gpu * x,
+        "attention outputs kept": policy.attention * (2 * m * q + lse),
+        "unchecked blocks": policy.unchecked * (x + block + mlp_saved),
+        "working memory " + worst: max(in_block, at_loss),
+    }
+
+
+def best_policy(config: ModelConfig, unit: Unit, room: int, offload: bool):
+    """The fastest (seconds a step, unit, policy) whose activations fit in `room` bytes, or None.
+
+    offload: whether inputs may wait in host memory, for units that gain by it.
+    """
+    best = None
+    batches = sorted({max(1, unit.batch >> i) for i in range(6)})  # fewer a pass, more passes
+    for away, batch, rows in product((False, True)[: 1 + offload], batches, (8192, 16384, 32768)):
+        part = replace(unit, batch=batch, count=unit.count * -(-unit.batch // batch))
+        for unchecked in range(config.n_layers + 1 - away):
+            policy = Policy(unchecked, 0, away, rows)
+            left = room - sum(activation_memory(config, part, policy).values())
+            if left < 0:
+                break
+            saved = 2 * part.tokens * config.n_heads * (config.head_dim + 2)
+            policy.attention = min(config.n_layers - unchecked, left // saved)
+            seconds = part.count * unit_seconds(config, part, policy)
+            if best is None or seconds < best[0]:
+                best = seconds, part, policy
+    return best
+
+
+def make_plan(
+    config: ModelConfig,
+    units: list[Unit],
+    gpu_bytes: int,
+    host_bytes: int,
+    moments: torch.dtype = torch.float32,
+    compile: bool = False,
+) -> Plan:
+    """Choose the fastest plan that fits this model, these units, this GPU and this host.
+
+    gpu_bytes, host_bytes: free now, for all of the run; a spare part of each is left alone.
+    Raises ValueError where none fits, saying what is missing and which flags would save how much.
+    """
+    plan = _fastest(config, units, gpu_bytes, host_bytes, moments)
+    if plan is None:
+        raise ValueError(_advice(config, units, gpu_bytes, host_bytes, moments))
+    for policy in plan.policies.values():
+        policy.compile = compile
+    return plan
+
+
+def _fastest(config, units, gpu_bytes, host_bytes, moments) -> Plan | None:
+    n = parameter_count(config)
+    state_bytes = n * (2 + 2 * moments.itemsize)
+    parked = 2 * n  # the teacher, with its LM head: the closing report needs it
+    visiting = 2 * parameter_count(config, lm_head=False)
+    gpu_room = int(gpu_bytes * (1 - GPU_SPARE_FRACTION) - GPU_SPARE)
+    best = None
+    for offload, swapped, host_state in product((False, True), repeat=3):
+        host = {
+            "AdamW's state": state_bytes if host_state else 0,
+            "teacher": parked if swapped else 0,
+            "block inputs": 0,
+        }
+        seconds = state_bytes / PCIE if host_state else 12 * n * 12 / COPY
+        seconds += visiting / PCIE if swapped and any(u.taps for u in units) else 0
+        parts, policies, gpu, slot_bytes = {}, {}, {}, 0
+        for unit in units:
+            fixed = {
+                "weights, bf16": 2 * n,
+                "gradients, fp32": 4 * n,
+                "AdamW's state": 0 if host_state else state_bytes,
+                "teacher, bf16": (visiting if unit.taps else 0) if swapped else parked,
+            }
+            found = best_policy(config, unit, gpu_room - sum(fixed.values()), offload)
+            if found is None:
+                break
+            cost, part, policy = found
+            seconds += cost
+            parts[unit.name], policies[unit.name] = part, policy
+            gpu[unit.name] = fixed | activation_memory(config, part, policy)
+            if policy.offload:
+                slot_bytes = max(slot_bytes, 2 * part.tokens * config.d_model)
+                host["block inputs"] = config.n_layers * slot_bytes
+        else:
+            fits = sum(host.values()) <= max(0, host_bytes - HOST_SPARE)
+            if fits and (best is None or seconds < best.seconds):
+                where = host_state, not swapped
+                best = Plan(*where, moments, parts, policies, gpu, host, slot_bytes, seconds)
+    return best
+
+
+def _advice(config, units, gpu_bytes, host_bytes, moments) -> str:
+    """Why nothing fits, and what would."""
+    n, longest = parameter_count(config), max(units, key=lambda u: u.seq_len)
+    lines = [
+        f"this does not fit {gpu_bytes / GIB:.1f} GiB of GPU and {host_bytes / GIB:.1f} GiB of "
+        f"host memory: weights and gradients take {6 * n / GIB:.1f} GiB of the GPU, AdamW's state "
+        f"{n * (2 + 2 * moments.itemsize) / GIB:.1f} GiB of either, and a pass over "
+        f"{longest.seq_len} tokens its activations"
+    ]
+
+    def fits(changed: list[Unit], m: torch.dtype = moments) -> bool:
+        return _fastest(config, changed, gpu_bytes, host_bytes, m) is not None
+
+    if moments == torch.float32:
+        verdict = "and fits" if fits(units, torch.bfloat16) else "which is not enough alone"
+        lines.append(f"--moments bf16 saves {4 * n / GIB:.1f} GiB, {verdict}")
+    for seq_len in range(longest.seq_len // 8192 * 8192, 0, -8192):
+        shorter = [replace(u, seq_len=min(u.seq_len, seq_len)) for u in units]
+        if seq_len < longest.seq_len and fits(shorter):
+            lines.append(f"--target_len {seq_len} fits")
+            break
+    else:
+        lines.append("no length fits: a bigger GPU, more host memory, or more GPUs with torchrun")
+    return "; ".join(lines)
+
+
+# ------------------------------------------------------------------------------- what there is
+
+
+def gpu_room() -> int:
+    """Bytes of the current GPU that are free for this run."""
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+
+
+def preflight(c, model: ModelConfig, streams, alone: bool) -> None:
+    """Refuse what would fail after hours: a run that its disk or its memory cannot hold.
+
+    c: the run's settings. streams: with rows and seq_len of a forward pass. alone: no torchrun.
+    """
+    n = parameter_count(model)
+    export = n * (model.stored_dtype() or torch.float32).itemsize
+    # A state: fp32 weights (on a GPU bf16 and a remainder) and AdamW's two moments.
+    bf16 = c.device.startswith("cuda") and c.moments == "bf16" and alone
+    check_disk(Path(c.out_dir), export, c.keep and (c.keep + 1) * n * (8 if bf16 else 12))
+    if not alone and (c.gpu_gib or c.compile or c.moments != "fp32"):
+        raise ValueError(
+            "--gpu_gib, --moments and --compile are one GPU's: drop them with torchrun"
+        )
+    if alone and c.device == "cpu":
+        tokens = max(s.rows * s.seq_len for s in streams)
+        # fp32 student, teacher, gradients and the two moments
+        check_memory(20 * n, activation_bytes(model, tokens, c.recompute))
+
+
+def activation_bytes(model, tokens: int, recompute: bool) -> int:
+    """About what one forward pass keeps for backward in fp32, at `tokens` tokens.
+
+    A block keeps about 9 vectors of width d_model (inputs and outputs of norms and attention, q, k,
+    v) and 4 of width d_ff (SmolLM2's shape, 6 layers, 512 tokens: 139 MB here, 140 MB measured).
+    With recompute it keeps its input only, and one block at a time is whole.
+    """
+    block = 4 * tokens * (9 * model.d_model + 4 * model.d_ff)
+    if not recompute:
+        return model.n_layers * block
+    return 4 * tokens * model.d_model * model.n_layers + block
+
+
+def check_disk(out_dir: Path, export: int, states: int) -> None:
+    """ValueError unless out_dir's disk has room for the export and the states, in bytes."""
+    there = out_dir.absolute()
+    while not there.is_dir():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    free += sum(p.stat().st_size for p in (out_dir / "checkpoints").rglob("*"))  # these will go
+    if export + states > free:
+        raise ValueError(
+            f"--out_dir {out_dir} needs {_gb(export + states)} (export {_gb(export)}, --keep + 1 "
+            f"states to resume from {_gb(states)}), its disk has {_gb(free)} free; make room, pass "
+            "another --out_dir or a smaller --keep (0: save none)"
+        )
+
+
+def check_memory(weights: int, activations: int) -> None:
+    """ValueError unless a run on the CPU fits what is free; weights: with gradients and AdamW."""
+    free = available_memory()
+    if free is not None and weights + activations > free:
+        raise ValueError(
+            f"memory: about {_gb(weights + activations)} needed (weights, teacher, gradients and "
+            f"AdamW {_gb(weights)}, activations {_gb(activations)}), {_gb(free)} are free; try "
+            "--recompute, a smaller --unit_tokens or --target_len, or a machine with more"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes this process can still take: the system's, within its container's limit.
+
+    None where neither can be read (macOS, Windows).
+    """
+    free = []
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free.append(int(fields["MemAvailable"].split()[0]) * 1024)
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        if limit != "max":
+            free.append(int(limit) - int(stat["anon"]))
+    except (OSError, KeyError, ValueError):
+        pass
+    return min(free, default=None)
+
+
+def peak_gib(device: str) -> float:
+    """Most memory held so far: the GPU allocator's, else this process's (0 where unknown)."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / GIB
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def _gb(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:,.1f} GB"

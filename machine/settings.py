@@ -1,0 +1,234 @@
+"""Settings of a run: the machine's flags, the paper's defaults, and what is refused.
+
+`Config` here holds what a machine needs to know; longred.Config inherits it and adds what is
+learnt, from what. Every field is a flag; None is worked out by `resolve`.
+"""
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from machine import corpus, plan
+from model import ModelConfig
+
+
+def opt(default, help: str, least: float | None = None):
+    """A field of Config and its command-line flag. least: the smallest value that makes sense."""
+    return field(default=default, metadata={"help": help, "least": least})
+
+
+@dataclass
+class Config:
+    """How a run lives on its machine; none of these changes what is learnt."""
+
+    out_dir: str | None = opt(None, "default: out/<ckpt name>-<target_len>; demo: out/demo")
+    resume: str | None = opt(None, "continue the run in this OUT_DIR; needs no other flag")
+    resume_anyway: bool = opt(False, "with --resume: although config, data or weights changed")
+    device: str | None = opt(None, "cuda or cpu (default: cuda where there is one)")
+    unit_tokens: int = opt(32768, "most tokens in one forward pass, at least one sequence", least=1)
+    recompute: bool = opt(False, "recompute blocks in backward on a CPU; a GPU's plan decides")
+    context: int | None = opt(None, "processes to a sequence, under torchrun (1)", least=1)
+    gpu_gib: float | None = opt(None, "GPU memory to plan for (default: all that is free)", least=0)
+    moments: Literal["fp32", "bf16"] = opt("fp32", "AdamW's m and v on a GPU")
+    compile: bool = opt(False, "torch.compile the blocks on a GPU")
+    save_every: int = opt(64, "steps between states that --resume can continue from", least=1)
+    save_minutes: float = opt(30.0, "minutes until one is saved anyway; 0: never", least=0)
+    keep: int = opt(2, "states kept; the disk needs room for one more; 0: save none", least=0)
+    max_bad_steps: int = opt(3, "stop after so many steps in a row that are not finite", least=1)
+    cache_dir: str = opt("out/tokens", "where tokenised text is kept, for all runs")
+    skip_bad_lines: bool = opt(False, "leave out and count malformed records, do not stop at them")
+    eval_tokens: int = opt(
+        65536, "held-out tokens a stream in the closing report; 0: no report", least=0
+    )
+
+
+# Fields that a resumed run may have otherwise: none changes a step's numbers beyond how they round
+# (or, steps, when a replay begins).
+HARMLESS = {f.name for f in fields(Config)} - {"recompute", "moments", "skip_bad_lines"}
+HARMLESS |= {"ckpt", "steps"}
+
+# -------------------------------------------------------------------------------------- defaults
+
+# The paper's base for (theta, window) -> target (App. B, tables 3 and 9); 32000 and 128000 there.
+PAPER_THETA = {
+    (500_000.0, 8192, 32768): 2e7,
+    (500_000.0, 8192, 131072): 1e8,
+    (1_000_000.0, 32768, 131072): 2e7,
+}
+# The rest of App. B: at 32K, and at 128K.
+PAPER = {
+    "alpha_short": (5.0, 2.0),
+    "alpha_s2l": (10.0, 15.0),
+    "position_scheme": ("cream", "uniform"),
+    "n_distill_layers": (6, 3),  # 3 only where the window grows by more than 8
+}
+MICRO_BATCH = 131072  # tokens in each of the paper's 16 micro-batches
+
+
+def default_theta(theta: float, original_len: int, target_len: int) -> float:
+    """ABF's new base: the paper's where it has one, else a rule.
+
+    The rule keeps how many frequencies complete a turn within the window: with wavelengths
+    2 pi theta^(2j/H), that is ln(new) / ln(theta) = ln(target / 2 pi) / ln(original / 2 pi).
+    Rounded to two digits.
+    """
+    for (base, window, target), new in PAPER_THETA.items():
+        if (theta, original_len) == (base, window) and 0.97 * target < target_len <= target:
+            return new
+    ratio = math.log(target_len / (2 * math.pi)) / math.log(original_len / (2 * math.pi))
+    return float(f"{theta**ratio:.1e}")
+
+
+def default_train_len(c: Config) -> int:
+    """LongRecipe's best ratio, 30% of the target (its table of ratios); all of it if ordinary.
+
+    From 4,096 on a multiple of 128, as attention on a GPU likes its lengths.
+    """
+    if c.long_position_scheme == "ordinary":
+        return c.target_len
+    multiple = 128 if c.target_len >= 4096 else 1
+    return round(0.3 * c.target_len / multiple) * multiple
+
+
+def rope_scaling(c: Config) -> dict | None:
+    """--rope_type in transformers' form; None keeps what the checkpoint has (ABF)."""
+    if c.rope_type is None:
+        return None
+    scaling = {"rope_type": c.rope_type}
+    if c.rope_type != "default":
+        scaling["factor"] = c.target_len / c.original_len
+    if c.rope_type == "yarn":
+        scaling["original_max_position_embeddings"] = c.original_len
+    return scaling
+
+
+def fill(c: Config, **defaults) -> None:
+    """Set the fields that were left to us."""
+    for name, value in defaults.items():
+        if getattr(c, name) is None:
+            setattr(c, name, value)
+
+
+def fill_defaults(c: Config, ckpt_name: str, theta: float) -> None:
+    """The paper's settings and the usual places, wherever nothing was said."""
+    far = c.target_len >= 128_000  # the paper's second set of settings
+    paper = {name: values[far] for name, values in PAPER.items()}
+    if far and c.target_len <= 8 * c.original_len:
+        paper["n_distill_layers"] = PAPER["n_distill_layers"][0]
+    alone = c.method in ("long_cpt", "longrecipe")  # baselines that read no other stream
+    if alone:
+        c.short_micro = c.s2l_micro = 0
+    fill(
+        c,
+        **paper,
+        out_dir=f"out/{ckpt_name}-{c.target_len}",
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        context=1,
+        # Short-to-long wants text like the short stream's; a user's own long text is near at hand.
+        s2l_data=c.long_data or c.short_data or corpus.DEFAULT_SHORT,
+        long_data=corpus.DEFAULT_LONG,
+        short_data=corpus.DEFAULT_SHORT,
+        long_position_scheme="longrecipe" if c.method == "longrecipe" else "ordinary",
+        long_micro=16 if alone else 8,
+        long_batch=max(1, MICRO_BATCH // c.target_len),
+        s2l_batch=max(1, MICRO_BATCH // c.original_len),
+        replay_batch=max(1, MICRO_BATCH // c.original_len),
+        short_len=1024,
+    )
+    if c.rope_type is None:
+        fill(c, rope_theta=default_theta(theta, c.original_len, c.target_len))
+    c.short_len = min(c.short_len, c.original_len)
+    fill(c, train_len=default_train_len(c), short_batch=max(1, MICRO_BATCH // c.short_len))
+
+
+# ---------------------------------------------------------------------------------------- checks
+
+
+def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
+    """Fill in what was left to us and refuse what cannot work, before anything is allocated."""
+    c = replace(config, ckpt=str(ckpt.resolve()))
+    fill(c, original_len=model.max_position_embeddings)
+    if c.original_len is None:
+        raise ValueError(
+            "--original_len is missing: Meta's params.json does not say it; pass 4096 for Llama 2, "
+            "2048 for Llama 1"
+        )
+    for f in fields(c):
+        value, least = getattr(c, f.name), f.metadata["least"]
+        if None not in (value, least) and not least <= value < math.inf:
+            raise ValueError(f"--{f.name} {value}: need at least {least}")
+    if c.target_len is None:
+        raise ValueError("--target_len is missing: how many tokens the extended model should read")
+    if c.target_len <= c.original_len:
+        raise ValueError(
+            f"--target_len {c.target_len} is not above the original window of {c.original_len}; "
+            "pass a longer one (or the true --original_len)"
+        )
+    check_device(c, plan.parameter_count(model))
+    fill_defaults(c, Path(config.ckpt).name, model.rope_theta)
+    if c.train_len > c.target_len:
+        raise ValueError(
+            f"--train_len {c.train_len} is above --target_len {c.target_len}; try a third of it"
+        )
+    if bool(c.replay_data) != bool(c.replay_steps):
+        raise ValueError(
+            f"--replay_data {c.replay_data} with --replay_steps {c.replay_steps}: need both or none"
+        )
+    if not 0 <= c.merge < 1:
+        raise ValueError(f"--merge {c.merge}: need the original's share, from 0 to below 1")
+    if not all(1 <= i <= model.n_layers for i in c.distill_layers or ()):
+        raise ValueError(
+            f"--distill_layers {c.distill_layers}: this model has hidden states 1 to "
+            f"{model.n_layers} (the last is after the final norm)"
+        )
+    check_lengths(c, model)
+    return c
+
+
+def check_device(c: Config, parameters: int) -> None:
+    if c.device and c.device.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {c.device}: need cpu or cuda")
+    if c.device is None and parameters > 1e9 and not torch.cuda.is_available():
+        raise ValueError(
+            f"torch {torch.__version__} sees no GPU, and {parameters / 1e9:.1f}B parameters are "
+            "not for a CPU; compare the CUDA it was built for with nvidia-smi's, or pass --device "
+            "cpu"
+        )
+
+
+def check_lengths(c: Config, model: ModelConfig) -> None:
+    """What attention asks of lengths: on a GPU, and where processes share a sequence."""
+    lengths = c.train_len, c.short_len, c.original_len
+    if any(n % c.context for n in (*lengths, model.n_heads, model.n_kv_heads)):
+        raise ValueError(
+            f"--context {c.context} must divide the lengths {lengths} and the model's "
+            f"{model.n_heads} heads and {model.n_kv_heads} kv heads"
+        )
+    if c.device.startswith("cuda"):  # cuDNN's attention is only sound at such lengths
+        for name, length in zip(("train_len", "short_len", "original_len"), lengths, strict=True):
+            if length % 128:
+                raise ValueError(
+                    f"--{name} {length}: attention on a GPU needs a multiple of 128, try "
+                    f"{max(128, length // 128 * 128)}"
+                )
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {c.device}: torch sees no GPU; pass --device cpu")
+
+
+def resumed_config(saved: dict, given: Config) -> Config:
+    """The config a run began with, for the OUT_DIR it lies in now."""
+    names = {f.name for f in fields(given)}
+    if unknown := saved.keys() - names:
+        raise ValueError(
+            f"--resume {given.resume}: its setting {min(unknown)} is not known here; resume it "
+            "with the version of longred that began it"
+        )
+    now = {"out_dir": given.resume, "resume": given.resume, "resume_anyway": given.resume_anyway}
+    for f in fields(given):
+        if f.name in HARMLESS or given.resume_anyway:
+            if f.name not in now and getattr(given, f.name) != f.default:
+                now[f.name] = getattr(given, f.name)
+    return type(given)(**(saved | now))

@@ -1,0 +1,301 @@
+"""The state of a run on disk, written so that a kill at any moment loses nothing.
+
+OUT_DIR/longred.json     what the run is: resolved config, chosen layers, data, code, versions
+OUT_DIR/log.jsonl        one object a step
+OUT_DIR/checkpoints/     step-NNNNNN/, the newest --keep: one shard-RRRRR.safetensors a process, and
+                         manifest.json with the size and checksum of every file beside it; resume
+                         takes the newest sound one. Nothing in a state is ever unpickled
+OUT_DIR/hf/              the export
+OUT_DIR/lock             held by the process at work here; it goes with the process, however it ends
+
+A state is written beside the older ones, flushed to disk, then renamed: a folder without ".partial"
+is complete, and the disk needs room for --keep + 1. Any number of processes resumes the shards of
+any other number. When a state is written, and what a signal does: machine/keeper.py.
+"""
+
+import ast
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from machine import memory
+from machine.plan import GIB
+
+# ----------------------------------------------------------------------------------- small files
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write under a temporary name, flush to disk, rename: readers see the old or the new file."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as f:
+        json.dump(content, f, indent=2)
+        f.flush()
+        os.fsync(f.fileno())
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside it last through a power failure."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def read_run(out_dir: str | os.PathLike) -> dict:
+    """OUT_DIR/longred.json. Raises ValueError where there is no run to resume."""
+    path = Path(out_dir) / "longred.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"--resume {out_dir}: no {path.name} there, so no run to resume") from None
+    except ValueError as e:
+        raise ValueError(f"--resume {out_dir}: {path} is damaged ({e})") from None
+
+
+# -------------------------------------------------------------------------- what a run depends on
+
+
+def code_fingerprints() -> dict[str, str]:
+    """{file: hash of what Python runs}, of the files a step is made of; comments do not count."""
+    root, found = Path(__file__).parent.parent, {}
+    names = ["longred.py", "model.py", "rope_kernels.py", "data.py"]
+    for name in (*names, *(f"machine/{p.name}" for p in sorted((root / "machine").glob("*.py")))):
+        tree = ast.parse((root / name).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value.value = ""  # a docstring
+        found[name] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+    return found
+
+
+def weight_fingerprints(folder: Path) -> dict[str, str]:
+    """{file: size and checksum of its first and last MiB} of a checkpoint's weights and config."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".pth") or path.name in ("config.json", "params.json"):
+            size = path.stat().st_size
+            with open(path, "rb") as f:
+                checksum = zlib.crc32(f.read(2**20))
+                f.seek(max(0, size - 2**20))
+                found[path.name] = f"{size}-{zlib.crc32(f.read(), checksum):08x}"
+    return found
+
+
+def check_same(saved: dict, now: dict, out_dir: Path, anyway: bool) -> None:
+    """Refuse to continue a run as a different one.
+
+    saved, now: {"config" or "data" or "weights": dict}; what `now` lacks is not compared.
+    anyway: print, do not refuse. Raises ValueError naming the first difference.
+    """
+    found = []
+    for part, new in now.items():
+        old = saved.get(part, {})
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                found.append(f"{part} {key} was {old.get(key)}, is {new.get(key)}")
+    if found and not anyway:
+        more = f" (and {len(found) - 1} more)" if found[1:] else ""
+        raise ValueError(
+            f"--resume {out_dir}: {found[0]}{more}; put back what the run began with, or pass "
+            "--resume_anyway to go on with what is here"
+        )
+    for difference in found:
+        print(f"warning: resuming although {difference}")
+
+
+def changed_code(saved: dict, now: dict) -> list[str]:
+    """Which files do other things than when the run began. A reader may edit: this only warns."""
+    files = [name for name in sorted(saved | now) if saved.get(name) != now.get(name)]
+    if files:
+        print(f"warning: resuming although the code changed in {', '.join(files)}")
+    return files
+
+
+# ----------------------------------------------------------------------------------------- states
+
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}  # safetensors' names
+
+
+def run_state(student: nn.Module, optimizer) -> tuple[dict[str, Tensor], dict]:
+    """All that changes from step to step, without a copy: (tensors by name, numbers and words).
+
+    torch.optim.AdamW gets its state here where it has none yet: zeros, as it would make itself.
+    """
+    tensors = {f"model.{name}": p.detach() for name, p in student.named_parameters()}
+    if isinstance(optimizer, memory.AdamW):
+        saved = optimizer.state_dict()
+        pieces = {f"optimizer.{i:06d}": piece for i, piece in enumerate(saved.pop("state"))}
+        return tensors | pieces, saved
+    for name, p in student.named_parameters():
+        if not optimizer.state[p]:
+            zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.tensor(0.0), **zeros}
+        tensors |= {f"optimizer.{key}.{name}": t for key, t in optimizer.state[p].items()}
+    return tensors, {}
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> list[int]:
+    """Write this process's part of each tensor, one after another; returns [size, checksum].
+
+    The format is safetensors', whose own writer would want all tensors on the CPU at once. The
+    checksum is taken on the way: 96 GB need not be read a second time.
+    """
+    parts = {n: t.to_local() if isinstance(t, DTensor) else t for n, t in tensors.items()}
+    header, end = {}, 0
+    for name, part in parts.items():
+        offsets = [end, end := end + part.nbytes]
+        header[name] = {"dtype": DTYPES[part.dtype], "shape": list(part.shape)}
+        header[name]["data_offsets"] = offsets
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    checksum = zlib.crc32(head)
+    with open(path, "wb") as f:
+        f.write(head)
+        for part in parts.values():
+            raw = part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            f.write(raw)
+            checksum = zlib.crc32(raw, checksum)
+        f.flush()
+        os.fsync(f.fileno())
+    return [len(head) + end, checksum]
+
+
+def file_checksum(path: Path) -> int:
+    checksum = 0
+    with open(path, "rb") as f:
+        while block := f.read(2**24):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def signed(manifest: dict) -> dict:
+    """With its own checksum in it."""
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    return content | {"checksum": zlib.crc32(json.dumps(content, sort_keys=True).encode())}
+
+
+def publish(partial: Path, manifest: dict, keep: int) -> None:
+    """Give a complete state its manifest and its name; drop the oldest, the torn and the damaged.
+
+    manifest: with "files": {name: [size, checksum]}, all that lies in `partial`.
+    """
+    write_json(partial / "manifest.json", signed(manifest))
+    final = partial.with_suffix("")
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    sync_folder(final.parent)
+    newest = sorted(final.parent.glob("step-??????"))[-keep:]
+    for old in final.parent.glob("step-*"):
+        if old not in newest:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def cannot_save(folder: Path, step: int, need: int, e: OSError) -> ValueError:
+    free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
+    full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    reason = "make room" if full else "mend that"
+    return ValueError(
+        f"cannot save the state after step {step} in {folder}: {e.strerror}; it takes "
+        f"{need / GIB:.3g} GiB, {free / GIB:.3g} GiB are free; older states are untouched: "
+        f"{reason} and continue with: python longred.py --resume {folder.parent}"
+    )
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a saved state; None: every file has its size and checksum."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        files = dict(manifest["files"])
+        if set(files) | {"manifest.json"} != {p.name for p in folder.iterdir()}:
+            return "files are missing or new"
+        if manifest != signed(manifest) or f"step-{manifest['step']:06d}" != folder.name:
+            return "manifest.json has not its checksum"
+        for name, (size, checksum) in files.items():
+            if (folder / name).stat().st_size != size:
+                return f"{name} has not its {size:,} bytes"
+            if file_checksum(folder / name) != checksum:
+                return f"{name} has not its checksum"
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        return f"manifest.json cannot be read ({type(e).__name__})"
+    return None
+
+
+def newest_state(out_dir: Path) -> Path | None:
+    """The newest sound state; damaged ones are set aside with a warning. None: none was saved.
+
+    Raises ValueError where states were saved and none is sound.
+    """
+    saved = sorted((out_dir / "checkpoints").glob("step-??????"), reverse=True)
+    for folder in saved:
+        wrong = damage(folder)
+        if wrong is None:
+            return folder
+        print(f"warning: {folder} is damaged, {wrong}: skipped", file=sys.stderr)
+        aside = folder.with_name(folder.name + ".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)  # the next save drops it
+    if saved:
+        raise ValueError(
+            f"--resume {out_dir}: none of the {len(saved)} saved states is sound; remove "
+            f"{out_dir / 'checkpoints'} to begin again at step 1"
+        )
+    return None
+
+
+def read_manifest(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+def read_state(folder: Path, student: nn.Module, optimizer) -> None:
+    """Load a saved state into student and optimizer, in place, tensor by tensor.
+
+    Shards of any number of processes, into any number. Raises ValueError where they do not fit.
+    """
+    tensors, _ = run_state(student, optimizer)
+    shards = {name: [] for name in tensors}
+    for path in sorted(folder.glob("shard-*.safetensors")):  # by rank: in the order of their rows
+        with safe_open(path, framework="pt") as f:  # memory-mapped: nothing is read yet
+            for name in f.keys():
+                shards.setdefault(name, []).append(f.get_tensor(name))
+    one_gpu = isinstance(optimizer, memory.AdamW)
+    if not all(shards.values()) or shards.keys() != tensors.keys():
+        if not one_gpu or "optimizer.000000" not in shards or not shards["optimizer.000000"]:
+            raise ValueError(
+                f"{folder}: one GPU's state (bf16 weights, remainders) and that of CPUs or many "
+                "GPUs (fp32) do not convert; resume as the run began, on one GPU or not"
+            )
+    if one_gpu:
+        pieces = [shards.pop(name)[0] for name in sorted(shards) if name.startswith("optimizer.")]
+        optimizer.load_state_dict(read_manifest(folder)["optimizer"] | {"state": pieces})
+    with torch.no_grad():
+        for name, parts in shards.items():
+            copy_rows(tensors[name], parts)
+
+
+def copy_rows(mine: Tensor, parts: list[Tensor]) -> None:
+    """Copy a whole tensor, given in parts of rows, or this process's rows where mine is sharded."""
+    if mine.ndim == 0:  # AdamW's count of steps, the same in every shard
+        mine.copy_(parts[0])
+        return
+    start, local = 0, mine
+    if isinstance(mine, DTensor):  # FSDP2 deals out rows: ceil(rows / processes) to each
+        each = -(-len(mine) // mine.device_mesh.size())
+        start, local = each * mine.device_mesh.get_local_rank(), mine.to_local()
+    rows = []
+    for part in parts:
+        rows.append(part[max(0, start) : max(0, start + len(local))])
+        start -= len(part)
+    local.copy_(torch.cat(rows) if rows[1:] else rows[0])

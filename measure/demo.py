@@ -1,0 +1,123 @@
+"""The demo, `python longred.py`: the paper's story at a size any laptop trains; no network.
+
+A byte-level Llama of 0.8M parameters learns the English prose that ships inside Python (window
+256), then its window is stretched to 1,024 over Python's own sources: once by long-text training
+alone, once by LongReD.
+"""
+
+import json
+import math
+import shutil
+import sysconfig
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+from longred import Config, long_text_loss, train
+from machine.states import read_run
+from measure import evaluate
+from model import Llama, ModelConfig, save_checkpoint
+
+
+def demo(config: Config) -> Path:
+    """Train the original, stretch it both ways, compare the three. Returns the demo's folder.
+
+    config: out_dir (default: out/demo), seed and device count; the rest is the demo's own.
+    """
+    out_dir = Path(config.out_dir or "out/demo")
+    prose, code, original = out_dir / "prose.jsonl", out_dir / "code.jsonl", out_dir / "original"
+    if not (original / "config.json").is_file():
+        write_demo_text(prose, code)
+        train_demo_model(config, original, prose)
+    flags = dict(ckpt=str(original), target_len=1024, rope_theta=1e5, steps=60, lr=5e-4)
+    flags |= dict(long_data=[str(code)], short_data=[str(prose)], s2l_data=[str(prose)])
+    flags |= dict(long_micro=2, long_batch=2, short_micro=2, short_batch=4)
+    flags |= dict(s2l_micro=1, s2l_batch=4, cache_dir=str(out_dir / "tokens"))
+    flags |= dict(seed=config.seed, device=config.device)
+    reports = {}
+    for method in ("long_cpt", "longred"):
+        folder = out_dir / method
+        if (folder / "longred.json").exists():
+            shutil.rmtree(folder)  # an earlier demo's
+        train(Config(method=method, out_dir=str(folder), **flags))
+        reports[method] = read_run(folder)["report"]
+    reports["original"] = reports["longred"]  # each measures the original too
+    rows, measured = {}, []
+    for name, title in (("original",) * 2, ("long_cpt", "Long CPT"), ("longred", "LongReD")):
+        row = reports[name]["rows"][name]
+        rows[title] = {
+            "prose loss at 256": row["short loss at 256"],
+            "code loss at 1,024": row["long loss at 1024"],
+            "drift of the last hidden state": row["drift (1 - cos)"],
+        }
+        losses = {"kept": {"loss": row["short loss at 256"]}}
+        losses["position"] = {"whole": {"nll": reports[name]["long loss in 32 parts"][name]}}
+        measured.append((title, out_dir / name / "hf", losses))
+    print(f"\nWhat the longer window gained, and what it cost:\n\n{evaluate.table(rows)}\n")
+    print(
+        f"More: python -m measure.evaluate --base {original} --ckpt {out_dir}/long_cpt "
+        f"{out_dir}/longred --out_dir {out_dir}/more"
+    )
+    try:
+        print("pictures:", *evaluate.draw(measured, out_dir, 256, 1024))
+    except ImportError:
+        print("for pictures: pip install matplotlib, then run this again")
+    return out_dir
+
+
+def write_demo_text(prose: Path, code: Path) -> None:
+    """Two .jsonl files: Python's help topics, and the sources of its standard library."""
+    from pydoc_data.topics import topics
+
+    prose.parent.mkdir(parents=True, exist_ok=True)
+    with open(prose, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics))
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    with open(code, "w", encoding="utf-8") as f:
+        for path in sorted(stdlib.rglob("*.py")):
+            parts = path.relative_to(stdlib).parts
+            if not {"site-packages", "test", "tests", "idlelib", "pydoc_data"} & set(parts):
+                f.write(json.dumps({"text": path.read_text("utf-8", "replace")}) + "\n")
+
+
+def train_demo_model(config: Config, out_dir: Path, prose: Path, steps: int = 600) -> None:
+    """Train the demo's original model, byte-level and 0.8M parameters, from scratch to a HF folder.
+
+    Plain next-token training: 600 steps of 12 x 256 tokens, a linear warm-up and a cosine to 0.
+    """
+    tokenizer_dir = write_byte_tokenizer(out_dir.with_name("tokenizer"))
+    tokenizer = data.load_tokenizer(tokenizer_dir)
+    corpus = data.tokenize([str(prose)], tokenizer, out_dir.with_name("tokens"), "prose")
+    text = data.Stream(corpus, "original", config.seed, 12, 256)
+    shape = dict(d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=352)
+    shape |= dict(vocab_size=256, rope_theta=1e4, max_position_embeddings=256)
+    generator = torch.Generator().manual_seed(config.seed)
+    model = Llama(ModelConfig(**shape)).init_weights(generator=generator)
+    peak_lr, warm_up = 4e-3, 40
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    bar = tqdm(range(steps), desc="training the demo's original model", unit="step")
+    for step in bar:
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = peak_lr * min(1.0, (step + 1) / warm_up) * cosine
+        loss = long_text_loss(model, text.batch(step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    save_checkpoint(model, out_dir, tokenizer_from=tokenizer_dir)
+
+
+def write_byte_tokenizer(folder: Path) -> Path:
+    """A tokenizer.json of 256 tokens, one a byte: no merges, no special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 printable stand-ins for the bytes
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder

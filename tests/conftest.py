@@ -1,0 +1,287 @@
+"""Tiny models, texts and runs that several files of tests share; nothing here is a test.
+
+Without a GPU the rotary kernel runs in Triton's interpreter, which must be chosen before the first
+import of rope_kernels; with one, the very same tests run the compiled kernel. Comparisons with the
+real weights and texts use ../shared and skip where it is absent.
+"""
+
+import base64
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import settings
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # wherever pytest was started
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import data
+import rope_kernels
+from longred import Config, train, write_byte_tokenizer
+from machine.tokenizer import LLAMA3_PATTERN
+from model import Llama, ModelConfig, load_checkpoint, save_checkpoint
+
+HERE = Path(__file__).resolve().parent.parent  # the repository's root
+SHARED = HERE.parent / "shared"
+STORIES = SHARED / "weights" / "stories260K"
+TEXTS = SHARED / "texts"
+needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason=f"real weights: no {STORIES}")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NO_TRITON = pytest.mark.skipif(rope_kernels.triton is None, reason="triton is not installed")
+PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+rope_kernels.interpret_on_cpu = False  # what is not about the kernel shall not pay for it
+torch.set_num_threads(1)  # tiny shapes: threads would mostly wait for each other
+
+
+# ------------------------------------------------------------------------------------------- models
+
+
+def tiny_config(**changes) -> ModelConfig:
+    """A Llama whose numbers all differ: GQA 6:2, head_dim not d_model / n_heads."""
+    shape = dict(d_model=48, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=16, d_ff=80)
+    shape |= dict(vocab_size=96, max_position_embeddings=64, rope_theta=500.0)
+    return ModelConfig(**(shape | changes))
+
+
+def tiny_llama(seed=0, std=0.2, **changes) -> Llama:
+    """At the usual std of 0.02 attention is flat and a wrong theta hardly shows; 0.2 shows it."""
+    model = Llama(tiny_config(**changes))
+    return model.init_weights(std, torch.Generator().manual_seed(seed)).eval()
+
+
+def tokens(batch=2, length=33, vocab=96, seed=1):
+    return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def hf_model(folder):
+    """The folder as transformers reads it, in fp32."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def rel(got, want):
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+def edit_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def meta_folder(folder, model, shards, embedding_dim=0, **params):
+    """The model as Meta's own files: other names, neighbours paired, cut across `shards` files."""
+    c = model.config
+    folder.mkdir()
+    state = {}
+    for name, t in model.state_dict().items():
+        name = name.replace("self_attn.", "attention.").replace("mlp.", "feed_forward.")
+        for ours, theirs in zip(
+            "q_proj k_proj v_proj o_proj gate_proj down_proj up_proj embed_tokens lm_head "
+            "input_layernorm post_attention_layernorm".split(),
+            "wq wk wv wo w1 w2 w3 tok_embeddings output attention_norm ffn_norm".split(),
+            strict=True,
+        ):
+            name = name.replace(ours, theirs)
+        if name.endswith(("wq.weight", "wk.weight")):
+            rows = [h * c.head_dim + j + half * c.head_dim // 2 for h in range(len(t) // c.head_dim)
+                    for j in range(c.head_dim // 2) for half in (0, 1)]  # fmt: skip
+            t = t[rows]
+        state[name] = t.to(torch.bfloat16)
+    for i in range(shards):
+        part = {"rope.freqs": torch.ones(c.head_dim // 2)}
+        for name, t in state.items():
+            rowwise = name.endswith(("wo.weight", "w2.weight"))
+            dim = embedding_dim if "tok_emb" in name else int(rowwise)
+            part[name] = t if t.ndim == 1 else t.chunk(shards, dim)[i].clone()
+        torch.save(part, folder / f"consolidated.{i:02d}.pth")
+    known = dict(dim=c.d_model, n_layers=c.n_layers, n_heads=c.n_heads, norm_eps=c.norm_eps)
+    known |= dict(n_kv_heads=c.n_kv_heads, vocab_size=c.vocab_size, rope_theta=c.rope_theta)
+    known |= {} if c.d_model == c.n_heads * c.head_dim else {"head_dim": c.head_dim}
+    (folder / "params.json").write_text(json.dumps(known | params))
+    return folder
+
+
+def tiktoken_file(path, text, merges=300):
+    """Ranks as in Meta's Llama 3 tokenizer.model: the bytes, then BPE's merges, learnt on text."""
+    ranks = {bytes([i]): i for i in range(256)}
+    words = [[bytes([b]) for b in word.encode()] for word in re.findall(r" ?\S+|\s+", text)]
+    for rank in range(256, 256 + merges):
+        pairs = Counter(pair for word in words for pair in zip(word, word[1:], strict=False))
+        left, right = max(pairs, key=lambda p: (pairs[p], p))
+        ranks[left + right] = rank
+        for word in words:
+            for i in range(len(word) - 2, -1, -1):
+                if word[i : i + 2] == [left, right]:
+                    word[i : i + 2] = [left + right]
+    lines = (f"{base64.b64encode(token).decode()} {rank}" for token, rank in ranks.items())
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """The same teacher and student, ours and transformers': student with another theta."""
+    original = save_checkpoint(tiny_llama(), tmp_path / "original")
+    student = load_checkpoint(original, rope_theta=9000.0).train()
+    extended = save_checkpoint(student, tmp_path / "extended")
+    return (load_checkpoint(original), student), (hf_model(original), hf_model(extended))
+
+
+def distance_by_hand(a, b):
+    dot = (a * b).sum(-1) / (a.square().sum(-1).sqrt() * b.square().sum(-1).sqrt())
+    return (1 - dot).mean()
+
+
+# --------------------------------------------------------------------------------------------- text
+
+
+def byte_tokenizer(folder):
+    """A folder with a tokenizer.json of 256 bytes and an end-of-text token, 256."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tk = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tk.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tk.decoder = decoders.ByteLevel()
+    tk.add_special_tokens(["<|end|>"])
+    folder.mkdir(parents=True, exist_ok=True)
+    tk.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    return data.load_tokenizer(folder)
+
+
+@pytest.fixture
+def tk(tmp_path):
+    """byte_tokenizer of the folder tmp_path / "tk"."""
+    return byte_tokenizer(tmp_path / "tk")
+
+
+def bpe(pattern=None):
+    """A byte-level BPE of 600 tokens, trained on English and Python."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tk = Tokenizer(models.BPE(ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(pattern or LLAMA3_PATTERN), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tk.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    tk.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    tk.train_from_iterator([prose(), Path(__file__).read_text()], trainer)
+    return tk
+
+
+def tiktoken_folder(folder, tk):
+    """The same BPE as Meta writes it: base64 of each token's bytes, and its rank."""
+    bs = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    byte_of = {chr(b): b for b in bs}
+    rest = (b for b in range(256) if b not in bs)
+    byte_of.update({chr(256 + i): b for i, b in enumerate(rest)})
+    ranks = sorted((i, bytes(byte_of[c] for c in t)) for t, i in tk.get_vocab().items())
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (base64.b64encode(token) + f" {i}\n".encode() for i, token in ranks)
+    (folder / "tokenizer.model").write_bytes(b"".join(lines))
+    return data.load_tokenizer(folder)
+
+
+def prose():
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[k] for k in sorted(topics))
+
+
+def documents(corpus):
+    return [ids.tolist() for ids in np.split(corpus.tokens, corpus.doc_starts[1:-1])]
+
+
+def made_corpus(lengths, checksums=None, sources=None):
+    """A corpus in memory whose every token is different."""
+    starts = np.append(0, np.cumsum(lengths))
+    n = len(lengths)
+    checksums = np.arange(n) if checksums is None else np.asarray(checksums)
+    sources = np.zeros(n, np.int64) if sources is None else np.asarray(sources)
+    return data.Corpus("made", np.arange(starts[-1]), starts, checksums, sources, "", Path())
+
+
+def run_python(code, *args, before=(), **env):
+    command = [*before, sys.executable, "-c", code, *map(str, args)]
+    env = {**os.environ, "PYTHONPATH": str(HERE), **env}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+# --------------------------------------------------------------------------------------------- runs
+
+WORDS = "the a red long short cat dog runs reads window of in to and 7 42 on, is. was; it\n".split(
+    " "
+)
+
+
+@pytest.fixture(scope="session")
+def ckpt(tmp_path_factory):
+    """A tiny byte-level checkpoint, window 64, with text beside it: (folder, long, short)."""
+    root = tmp_path_factory.mktemp("tiny")
+    model = tiny_llama(vocab_size=256, std=0.1)
+    write_byte_tokenizer(root / "tokenizer")
+    folder = save_checkpoint(model, root / "original", tokenizer_from=root / "tokenizer")
+    rng = random.Random(0)
+    for name in ("long", "short"):
+        (root / f"{name}.txt").write_text(" ".join(rng.choices(WORDS, k=12_000)))
+    return folder, root / "long.txt", root / "short.txt"
+
+
+def tiny_run(ckpt, out_dir, **changes) -> Config:
+    folder, long, short = ckpt
+    settings = dict(ckpt=str(folder), target_len=256, out_dir=str(out_dir), rope_theta=3000.0)
+    settings |= dict(long_data=[str(long)], short_data=[str(short)], steps=4, lr=1e-3)
+    settings |= dict(long_micro=2, long_batch=1, short_micro=1, short_batch=3, s2l_micro=1)
+    settings |= dict(
+        s2l_batch=2, cache_dir=str(out_dir.parent / "tokens"), eval_tokens=512, device="cpu"
+    )
+    return Config(**(settings | changes))
+
+
+def read_log(out_dir):
+    return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+
+
+def same_run(a, b):
+    """Two runs ended with the same bits and logged the same steps."""
+    one, two = (load_file(folder / "hf" / "model.safetensors") for folder in (a, b))
+    logs = [[(x["step"], x["loss"], x["grad_norm"]) for x in read_log(f)] for f in (a, b)]
+    return logs[0] == logs[1] and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def killed_after_two(whole, out):
+    """A copy of a run of 4 steps as it was somewhere after its state of step 2 was saved."""
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "hf")
+    shutil.rmtree(out / "checkpoints" / "step-000004")
+    return out
+
+
+@pytest.fixture(scope="session")
+def whole(ckpt, tmp_path_factory):
+    """An uninterrupted run of 4 steps, saved after 2 and 4."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(tiny_run(ckpt, out, save_every=2))
+    return out
+
+
+@pytest.fixture
+def at_two(whole, tmp_path):
+    return killed_after_two(whole, tmp_path / "killed")

@@ -1,0 +1,487 @@
+"""machine/checkpoints.py: every format in and out, and every hostile file refused in one line."""
+
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch._dynamo.testing
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longred import train, write_byte_tokenizer
+from machine import checkpoints
+from machine.checkpoints import resolve_checkpoint
+from model import ModelConfig, load_checkpoint, load_config, save_checkpoint
+from tests.conftest import (
+    HERE,
+    LLAMA3,
+    PROPERTY,
+    edit_weights,
+    hf_model,
+    meta_folder,
+    rel,
+    tiktoken_file,
+    tiny_config,
+    tiny_llama,
+    tiny_run,
+    tokens,
+)
+
+# ----------------------------------------------------------------------------- Hugging Face folders
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda t: t.pop("model.norm.weight"), "lacks 1 tensor.*model.norm.weight"),
+        (lambda t: t.update(extra=torch.ones(2)), "unknown 1 tensor.*extra"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(48).char()}), "norm.weight is I8"),
+        (lambda t: t.update({"lm_head.weight": torch.ones(3, 48)}), r"lm_head.* F32 \[3, 48\]"),
+    ],
+)
+def test_a_wrong_tensor_is_named(tmp_path, change, said):
+    folder = save_checkpoint(tiny_llama(), tmp_path / "hf")
+    edit_weights(folder, change)
+    with pytest.raises(ValueError, match=said):
+        load_checkpoint(folder)
+
+
+def test_what_old_writers_leave_in_the_file_is_ignored(tmp_path):
+    folder = save_checkpoint(tiny_llama(tie_embeddings=True), tmp_path / "hf")
+
+    def change(t):
+        t["lm_head.weight"] = t["model.embed_tokens.weight"].clone()
+        t["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+
+    edit_weights(folder, change)
+    assert load_checkpoint(folder).config.tie_embeddings
+
+
+def test_a_save_replaces_only_checkpoints(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        save_checkpoint(tiny_llama(), tmp_path / "thesis")
+    save_checkpoint(tiny_llama(), tmp_path / "hf")
+    save_checkpoint(tiny_llama(seed=5), tmp_path / "hf")
+    embedding = load_checkpoint(tmp_path / "hf").embed_tokens.weight
+    assert torch.equal(embedding, tiny_llama(5).embed_tokens.weight)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "thesis"]
+
+
+@pytest.mark.parametrize("kind", ["hf", "meta"])
+def test_weights_are_never_twice_in_memory(tmp_path, kind):
+    model = tiny_llama(d_model=1024, vocab_size=30_000, d_ff=4096, std=0.02)
+    size = sum(p.numel() * 4 for p in model.parameters())
+    if kind == "hf":
+        save_checkpoint(model, tmp_path / "it")
+    else:
+        meta_folder(tmp_path / "it", model, 2)
+    code = """
+import resource, sys, model
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+m = model.load_checkpoint(sys.argv[1])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "it"], cwd=HERE, capture_output=True, text=True
+    )
+    grown = int(out.stdout)
+    largest = 30_000 * 1024 * 4
+    assert size > 3e8 and grown < size + largest + 40e6, (grown, size)
+
+
+FAMILIES = {
+    "llama": dict(rope_theta=500.0),
+    "llama 3.2": dict(
+        rope_theta=5000.0,
+        tie_word_embeddings=True,
+        rope_scaling=LLAMA3 | {"original_max_position_embeddings": 32},
+    ),
+    "llama biased": dict(attention_bias=True, mlp_bias=True),
+    "mistral": dict(sliding_window=None, rope_theta=1000.0),
+    "qwen2": dict(use_sliding_window=False, rope_theta=1000.0),
+}
+EXTENSIONS = {
+    "none": {},
+    "theta": {"rope_theta": 9000.0},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "ntk": {"rope_scaling": {"type": "ntk", "factor": 4.0}},
+}
+
+
+def family_folder(folder, family):
+    """A tiny random checkpoint of that family, written by transformers."""
+    kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[family.split()[0]]
+    shape = tiny_config().to_hf() | dict(rope_scaling=None, head_dim=8, initializer_range=0.2)
+    shape = {k: v for k, v in shape.items() if k not in ("architectures", "model_type")}
+    config = getattr(transformers, f"{kind}Config")(**(shape | FAMILIES[family]))
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for name, p in theirs.named_parameters():
+        if name.endswith("bias"):  # zeros would hide a bias that is not read
+            p.data.normal_(generator=torch.Generator().manual_seed(len(name)))
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_equal_transformers_both_ways_after_each_extension(tmp_path, family):
+    theirs, ids = family_folder(tmp_path / "hf", family), tokens(length=101)
+    for name, extension in EXTENSIONS.items():
+        if family == "llama 3.2" and "rope_scaling" in extension:
+            with pytest.raises(ValueError, match="already scaled"):
+                load_checkpoint(tmp_path / "hf", **extension)
+            continue
+        ours = load_checkpoint(tmp_path / "hf", **extension)
+        ours.config.max_position_embeddings = 256
+        extended = hf_model(save_checkpoint(ours, tmp_path / name))
+        reread = load_checkpoint(tmp_path / name)
+        got, before = ours.logits(ours(ids)[0]), theirs(ids).logits
+        assert rel(got, extended(ids).logits) < 1e-4, name
+        assert rel(reread.logits(reread(ids)[0]), got) < 1e-5, name
+        assert (rel(got, before) < 1e-4) == (name == "none"), name
+        assert type(extended) is type(theirs) and extended.config.max_position_embeddings == 256
+        assert extended.config.tie_word_embeddings == theirs.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_spellings_of_transformers_4_and_5_read_alike(tmp_path, family):
+    family_folder(tmp_path, family)
+    five, four = (json.loads((tmp_path / "config.json").read_text()) for _ in range(2))
+    rope = four.pop("rope_parameters")
+    four |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": four.pop("dtype")}
+    four["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    older = four | {"rope_scaling": rope | {"type": rope["rope_type"]}}
+    older["rope_scaling"].pop("rope_type")  # as before 4.43
+    read = [ModelConfig.from_hf(hf) for hf in (five, four, older)]
+    assert [c.stored_dtype() for c in read] == [torch.float32] * 3
+    assert len({str(dataclasses.replace(c, hf={})) for c in read}) == 1
+    assert "rope_parameters" not in read[0].to_hf() and read[0].to_hf()["rope_theta"]
+
+
+def test_an_export_carries_what_stood_beside_the_weights(tmp_path):
+    write_byte_tokenizer(tmp_path / "tokenizer")
+    source = save_checkpoint(tiny_llama(), tmp_path / "source", tmp_path / "tokenizer")
+    (source / "generation_config.json").write_text(
+        '{"top_p": 0.9, "max_length": 4, "eos_token_id": [3, 5]}'
+    )
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 64,
+        "eos_token": "b",
+    }
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    model = load_checkpoint(source, rope_theta=9e3)
+    model.config.max_position_embeddings = 4096
+    out = save_checkpoint(model, tmp_path / "out", tokenizer_from=source)
+    theirs, tokenizer = hf_model(out), transformers.AutoTokenizer.from_pretrained(out)
+    assert theirs.generation_config.top_p == 0.9 and theirs.generation_config.max_length != 4
+    assert len({file.stat().st_mode for file in (out / "config.json", *out.glob("*.safe*"))}) == 1
+    assert theirs.generation_config.eos_token_id == [3, 5]
+    assert theirs.config.max_position_embeddings == tokenizer.model_max_length == 4096
+    assert tokenizer.eos_token == "b" and tokenizer.chat_template == "{{ messages }}"
+    assert tokenizer.decode(tokenizer("it's 7 o'clock").input_ids) == "it's 7 o'clock"
+
+
+# ----------------------------------------------------------------------------------- Meta's folders
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+@pytest.mark.parametrize("embedding_dim", [0, 1])
+def test_metas_shards_give_the_logits_of_the_same_weights(tmp_path, shards, embedding_dim):
+    shape = dict(n_heads=16, n_kv_heads=8, head_dim=4, d_model=64, n_layers=2)
+    model = tiny_llama(**shape).to(torch.bfloat16)
+    # Llama 2 leaves the vocabulary to the tokenizer
+    params = {} if embedding_dim == 0 else {"vocab_size": -1}
+    folder = meta_folder(tmp_path / "meta", model, shards, embedding_dim, **params)
+    ours = load_checkpoint(folder)
+    for (name, want), got in zip(model.named_parameters(), ours.parameters(), strict=True):
+        assert torch.equal(want.float(), got), name
+    assert ours.config.max_position_embeddings is None
+    assert ours.config.stored_dtype() == torch.bfloat16
+    theirs = hf_model(save_checkpoint(ours, tmp_path / "hf"))
+    assert rel(theirs(tokens()).logits, ours.logits(ours(tokens())[0])) < 1e-4
+
+
+def test_metas_window_and_scaling_follow_the_generation(tmp_path):
+    shape = dict(vocab_size=128256, d_model=16, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=8)
+    model = tiny_llama(**shape, n_layers=1)
+    model.lm_head.weight.data.mul_(2.0)
+    llama3 = load_config(meta_folder(tmp_path / "3", model, 1))
+    assert (llama3.max_position_embeddings, llama3.rope_scaling) == (8192, None)
+    scaled = load_config(meta_folder(tmp_path / "3.1", model, 1, use_scaled_rope=True))
+    assert scaled.max_position_embeddings == 131072 and scaled.rope_scaling == LLAMA3
+    assert not scaled.tie_embeddings
+    model.lm_head.weight.data.copy_(model.embed_tokens.weight)
+    tied = load_checkpoint(meta_folder(tmp_path / "3.2", model, 1, use_scaled_rope=True))
+    assert tied.config.tie_embeddings and tied.config.rope_scaling["factor"] == 32.0
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda f: (f / "consolidated.01.pth").unlink(), "asks for|a file is missing"),
+        (lambda f: (f / "consolidated.00.pth").unlink(), "need consolidated.00.pth"),
+        (lambda f: (f / "params.json").write_text("{}"), "params.json: num_hidden_layers is None"),
+        (lambda f: (f / "consolidated.01.pth").write_bytes(b"PK"), "01.pth is truncated, damaged"),
+        (lambda f: torch.save([1], f / "consolidated.01.pth"), "01.pth is no plain dict"),
+    ],
+)
+def test_a_damaged_meta_folder_is_refused_in_one_line(tmp_path, damage, said):
+    folder = meta_folder(tmp_path / "meta", tiny_llama(), 2)
+    damage(folder)
+    with pytest.raises(ValueError, match=said) as e:
+        load_checkpoint(folder)
+    assert "\n" not in str(e.value)
+
+
+def test_metas_folder_is_extended_and_its_export_is_a_checkpoint(ckpt, tmp_path):
+    folder = meta_folder(tmp_path / "meta", tiny_llama(vocab_size=612, n_layers=2, std=0.1), 2)
+    tiktoken_file(folder / "tokenizer.model", ckpt[1].read_text()[:4000], merges=20)
+    run = tiny_run(ckpt, tmp_path / "out", steps=1, distill_layers=[2], eval_tokens=0)
+    run.ckpt = str(folder)
+    with pytest.raises(ValueError, match="--original_len is missing: .* 4096 for Llama 2"):
+        train(run)
+    train(dataclasses.replace(run, original_len=64))
+    exported = load_config(resolve_checkpoint(tmp_path / "out"))
+    assert exported.max_position_embeddings == 256 and exported.rope_theta == 3000.0
+    assert exported.stored_dtype() == torch.bfloat16
+    further = tiny_run(ckpt, tmp_path / "further", target_len=512, steps=1, eval_tokens=0)
+    further.ckpt = str(tmp_path / "out")
+    assert load_config(train(further)).max_position_embeddings == 512
+
+
+# ------------------------------------------------------------------------------------------ the hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of huggingface.co as a download asks for; some/model is the folder `files`."""
+
+    files, asked = None, []
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        _, *parts = self.path.split("?")[0].split("/")
+        repo = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
+        status, error = {
+            "meta-llama/Meta-Llama-3-8B": (401, "GatedRepo"),
+            "some/broken": (500, ""),
+            "some/model": (200, ""),
+        }.get(repo, (404, "RepoNotFound"))
+        sha, body = "a" * 40, b""
+        names = sorted(p.relative_to(self.files) for p in self.files.rglob("*"))
+        if status == 200 and "tree" in parts:
+            body = [dict(type="file", path=str(n), oid="b" * 40, size=1) for n in names]
+        elif status == 200 and parts[0] == "api":
+            siblings = [{"rfilename": str(n)} for n in names]
+            body = {"id": repo, "sha": sha, "private": False, "siblings": siblings}
+        elif status == 200:
+            self.asked.append("/".join(parts[4:]))
+            body = (self.files / self.asked[-1]).read_bytes()
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("X-Repo-Commit", sha)
+        self.send_header("ETag", f'"{zlib.crc32(self.path.encode())}"')
+        self.send_header("Content-Length", str(len(body)))
+        if error:
+            self.send_header("X-Error-Code", error)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+
+def test_the_hub_is_asked_for_what_is_needed_and_refusals_are_explained(tmp_path):
+    folder = save_checkpoint(tiny_llama(), tmp_path / "files")
+    for name in ("original/consolidated.00.pth", "consolidated.safetensors", "pytorch_model.bin"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"much")
+    Hub.files, Hub.asked = folder, []
+    said = {
+        "some/model": "loaded",
+        "llama3-8b": "licence must be accepted at .*Meta-Llama-3-8B, and you are not logged in",
+        "some/broken": "out of reach .*500.* you are not logged in",
+        "no/body": "no such repository",
+    }
+    code = """
+import json, sys, model
+for name in sys.argv[1:]:
+    try: print(model.load_checkpoint(name).config.n_layers and "loaded")
+    except ValueError as e: print(e)
+"""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
+    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code, *said]
+    done = subprocess.run(command, env=env, cwd=HERE, capture_output=True, text=True)
+    server.shutdown()
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    for (name, want), got in zip(said.items(), lines, strict=True):
+        assert re.search(want, got), (name, got)
+        assert got == "loaded" or ("hf auth login" in got and "hf download" in got), got
+    assert sorted(set(Hub.asked)) == ["config.json", "model.safetensors"]
+
+
+# ------------------------------------------------------------------------------------ hostile files
+
+CAN_TAKE = 200e6  # bytes beyond the file's own size that a hostile one may cost
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, (f"touch {HERE / 'pwned'}",)
+
+
+def forged(header: str, data=b"", size=None) -> bytes:
+    raw = header.encode()
+    return (len(raw) if size is None else size).to_bytes(8, "little") + raw + data
+
+
+TENSOR = '{"dtype":"F32","shape":[2],"data_offsets":[%d,%d]}'
+WEIGHTS = {
+    "header of 2^60 bytes": forged("{}", size=2**60),
+    "header of a million tensors": forged(
+        "{" + ",".join(f'"{i}":{TENSOR % (0, 0)}' for i in range(10**6)) + "}"
+    ),
+    "shape of 2^60": forged(f'{{"a":{TENSOR % (0, 8)}}}'.replace("[2]", f"[{2**60}]"), b"0" * 8),
+    "overlap": forged(f'{{"a":{TENSOR % (0, 8)},"b":{TENSOR % (4, 12)}}}', b"0" * 12),
+    "name twice": forged(f'{{"a":{TENSOR % (0, 8)},"a":{TENSOR % (0, 8)}}}', b"0" * 8),
+    "nested": forged("[" * 10**6),
+}
+NUMBERS = {
+    "num_key_value_heads": (4, "num_attention_heads 6 is not a multiple"),
+    "num_hidden_layers": (2**31 - 1, "num_hidden_layers is 2147483647, need"),
+    "hidden_size": (2**20, r"embed_tokens.weight is F32 \[96, 48\]"),
+    "vocab_size": (2**31 - 1, "vocab_size is 2147483647, need"),
+    "rope_theta": (10**4000, "rope_theta: got 1000"),
+    "rms_norm_eps": (float("nan"), "rms_norm_eps is nan"),
+    "rope_scaling": ({"rope_type": "spiral"}, "rope_type: got 'spiral'"),
+    "model_type": ([], "model_type is \\[\\]"),
+    "intermediate_size": (True, "intermediate_size is True"),
+    "quantization_config": ({"bits": 4}, "quantization_config is .* does not compute"),
+    "sliding_window": (64, "sliding_window is 64"),
+}
+
+
+def hostile(root):
+    """{name: (folder, what is said of it)}"""
+    good = save_checkpoint(tiny_llama(), root / "good")
+    whole = (good / "model.safetensors").read_bytes()
+    weights = WEIGHTS | {"truncated": whole[: len(whole) // 2]}
+    config = json.loads((good / "config.json").read_text())
+    sys.set_int_max_str_digits(5000)
+    numbers = {k: (json.dumps(config | {k: v}), said) for k, (v, said) in NUMBERS.items()}
+    texts = {"deep": "[" * 10**6, "large": " " * 2**23 + "{}", "list": "[]"}
+    texts = {k: (text, "config.json .*(damaged|holds a list)") for k, text in texts.items()}
+    cases = {}
+    for name, raw in weights.items():
+        cases[name] = shutil.copytree(good, root / name), "safetensors is missing, truncated or dam"
+        (root / name / "model.safetensors").write_bytes(raw)
+    for name, (text, said) in (numbers | texts).items():
+        cases[name] = shutil.copytree(good, root / name), said
+        (root / name / "config.json").write_text(text)
+    for name in ("config.json", "model.safetensors"):
+        folder = shutil.copytree(good, root / f"{name} loop")
+        (folder / name).unlink()
+        (folder / name).symlink_to(name)
+        cases[folder.name] = folder, "holds no config.json|holds neither model.safetensors"
+    (root / "loop").symlink_to("loop")
+    cases["loop"] = root / "loop", "no checkpoint .*loop"
+    for i, content in enumerate((Bomb(), {"tok_embeddings.weight": Bomb()})):
+        folder = meta_folder(root / f"bomb{i}", tiny_llama(), 1)
+        torch.save(content, folder / "consolidated.00.pth")
+        cases[folder.name] = folder, "never run"
+    unpacked = io.BytesIO()
+    torch.save({"a": "0" * 200_000_000}, unpacked)
+    folder = meta_folder(root / "packed", tiny_llama(), 1)
+    cases["packed"] = folder, "never run"
+    packed = zipfile.ZipFile(folder / "consolidated.00.pth", "w", zipfile.ZIP_DEFLATED)
+    with packed, zipfile.ZipFile(unpacked) as plain:  # 200 KB that unpack to 200 MB, held thrice
+        for entry in plain.namelist():
+            packed.writestr(entry, plain.read(entry))
+    return cases
+
+
+def test_hostile_checkpoints_end_in_one_line_and_take_no_memory(tmp_path):
+    cases = hostile(tmp_path)
+    code = """
+import json, resource, sys, model
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+model.load_checkpoint(sys.argv[1]); before = peak()
+for folder in sys.argv[2:]:
+    try: model.load_checkpoint(folder); said = "loaded"
+    except ValueError as e: said = str(e)
+    print(json.dumps([said, peak() - before]))
+"""
+    folders = [str(folder) for folder, _ in cases.values()]
+    command = [sys.executable, "-c", code, tmp_path / "good", *folders]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    for (name, (folder, said)), (message, grown) in zip(cases.items(), results, strict=True):
+        assert re.search(said, message), (name, message[:500])
+        assert "\n" not in message and len(message) < 600, (name, message[:1000])
+        sizes = (
+            [f.stat().st_size for f in folder.iterdir() if f.is_file()] if folder.is_dir() else []
+        )
+        assert grown < sum(sizes) + CAN_TAKE, (name, grown)
+    assert not (HERE / "pwned").exists()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=6,
+)
+SCALING = st.dictionaries(
+    st.sampled_from(["rope_type", "factor", "rope_theta", "low_freq_factor", "beta_fast"]),
+    st.sampled_from(["yarn", "llama3", "ntk", "linear", 1e300, 10**400, 1, 2.0]) | JSON,
+)
+ENTRIES = sorted(tiny_config().to_hf()) + ["rope_parameters", "layer_types", "sliding_window"]
+
+
+@settings(PROPERTY, max_examples=100)
+@given(st.dictionaries(st.sampled_from(ENTRIES), JSON | SCALING, max_size=4))
+def test_any_config_is_read_or_refused_with_one_line(changes):
+    try:
+        config = ModelConfig.from_hf(tiny_config().to_hf() | changes)
+    except ValueError as e:
+        assert "\n" not in str(e) and len(str(e)) < 500
+    else:
+        assert ModelConfig.from_hf(config.to_hf()).to_hf() == config.to_hf()
+
+
+@settings(PROPERTY, max_examples=200)
+@given(
+    st.binary(max_size=40)
+    | st.tuples(st.integers(0, 2**64 - 1) | st.integers(0, 80), st.binary(max_size=80)).map(
+        lambda x: x[0].to_bytes(8, "little") + x[1]
+    )
+    | st.dictionaries(st.text(max_size=3), JSON, max_size=3).map(lambda d: forged(json.dumps(d)))
+)
+def test_any_bytes_as_safetensors_are_read_or_refused_with_one_line(tmp_path_factory, raw):
+    folder = tmp_path_factory.getbasetemp() / "fuzz"
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").write_bytes(raw)
+    try:
+        assert isinstance(checkpoints._weight_files(folder), dict)
+    except ValueError as e:
+        assert "\n" not in str(e) and len(str(e)) < 800

@@ -1,0 +1,355 @@
+"""machine/corpus.py: text of any kind to token files, once, whatever happens meanwhile."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+import data
+import machine.corpus
+from tests.conftest import (
+    STORIES,
+    TEXTS,
+    bpe,
+    documents,
+    needs_stories,
+    prose,
+    run_python,
+    tiktoken_folder,
+)
+
+DOCS = ["first \u00e9 text", "second,\r\nlonger \ud55c text\n\n", "third"]
+
+
+def test_every_kind_of_file_gives_the_same_documents(tk, tmp_path):
+    lines = "".join(json.dumps({"body": d, "id": i}) + "\n" for i, d in enumerate(DOCS)).encode()
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    for name in ("b.jsonl.gz", "c.json.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(lines))
+    for i, text in enumerate(DOCS):
+        (tmp_path / f"d{i}.weird").write_bytes(text.encode())
+    expected = [[*ids, 256] for ids in tk.encode_batch(DOCS)]
+    assert [len(ids) - 1 for ids in expected] == [len(text.encode()) for text in DOCS]
+    for spec in ("a.jsonl#body", "b.jsonl.gz#body", "c.json.gz#body", "d?.weird"):
+        assert documents(data.tokenize([tmp_path / spec], tk, tmp_path / "cache")) == expected
+
+
+def test_zstd_and_parquet_are_read_where_installed(tk, tmp_path):
+    zstandard, pq = pytest.importorskip("zstandard"), pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    lines = "".join(json.dumps({"text": d}) + "\n" for d in DOCS).encode()
+    pack = zstandard.compress
+    (tmp_path / "a.jsonl.zst").write_bytes(pack(lines[:30]) + pack(lines[30:]))  # two frames
+    pq.write_table(pyarrow.table({"text": DOCS, "x": [1, 2, 3]}), tmp_path / "b.parquet")
+    for name in ("a.jsonl.zst", "b.parquet"):
+        corpus = data.tokenize([tmp_path / name], tk, tmp_path / "cache")
+        assert [tk.decode(d[:-1]) for d in documents(corpus)] == DOCS
+    with pytest.raises(ValueError, match="b.parquet:1: .*no 'nope' in"):
+        data.tokenize([f"{tmp_path}/b.parquet#nope"], tk, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name, package", [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")])
+def test_a_missing_optional_package_is_named(tk, tmp_path, monkeypatch, name, package):
+    for module in (package, "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=f"{name} takes one more package: pip install {package}"):
+        data.tokenize([tmp_path / name], tk, tmp_path / "cache")
+
+
+@needs_stories
+def test_real_books_are_stored_whole_with_bos_and_eos(tmp_path):
+    if not TEXTS.is_dir():
+        pytest.skip(f"real text: no {TEXTS}")
+    tk = data.load_tokenizer(STORIES)
+    corpus = data.tokenize([TEXTS], tk, tmp_path)
+    for path, ids in zip(sorted(TEXTS.iterdir()), documents(corpus), strict=True):
+        text = path.read_bytes().decode("utf-8-sig")
+        assert ids == [1, *tk.encode_batch([text])[0], 2]
+    assert corpus.tokens.dtype == np.uint16 and isinstance(corpus.tokens, np.memmap)
+
+
+def test_a_million_blanks_do_not_kill_the_tokenizer(tmp_path):
+    tk = tiktoken_folder(tmp_path / "tk", bpe())
+    text = "a" + " " * 1_000_000 + "b\n"
+    (tmp_path / "a.txt").write_text(text)
+    corpus = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
+    assert tk.decode(documents(corpus)[0][1:-1]) == text
+
+
+# ---------------------------------------------------------------------------------------- the cache
+
+
+def test_a_second_run_reads_no_text_and_tokenises_nothing(tk, tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("some text")
+    os.utime(path, (1, 1))
+    monkeypatch.setattr(machine.corpus, "_stat", lambda p: (os.stat(p).st_size, 1, 1))
+    first = data.tokenize([path], tk, tmp_path / "cache")
+    tk.encode = None
+    monkeypatch.setattr(machine.corpus, "_hash", None)
+    second = data.tokenize([path], tk, tmp_path / "cache")
+    assert second.fingerprint == first.fingerprint and documents(second) == documents(first)
+
+
+@pytest.mark.parametrize("clock", ["long ago", "within a tick"])
+def test_a_changed_file_is_tokenised_anew_even_with_its_old_time_and_size(
+    tk, tmp_path, monkeypatch, clock
+):
+    now = time.time_ns()
+    if clock == "long ago":  # files are remembered, the second one by its ctime told apart
+        monkeypatch.setattr(machine.corpus.time, "time_ns", lambda: now + 10**11)
+    else:
+        monkeypatch.setattr(machine.corpus, "_stat", lambda path: (3, now, now))
+    for text in ("one", "two"):
+        (tmp_path / "a.txt").write_text(text)
+        os.utime(tmp_path / "a.txt", (1, 1))
+        corpus = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
+        assert tk.decode(documents(corpus)[0][:-1]) == text
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(tk, tmp_path):
+    path, encode = tmp_path / "a.txt", tk.encode
+    path.write_text("some text")
+
+    def meanwhile(texts):
+        path.write_text("other text")
+        return encode(texts)
+
+    tk.encode = meanwhile
+    with pytest.raises(ValueError, match="a.txt changed while it was read: run again"):
+        data.tokenize([path], tk, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("tokens-*[!k]"))
+
+
+@pytest.mark.parametrize("harm", ["tokens.bin", "documents.bin", "meta.json"])
+def test_a_damaged_cache_is_built_anew_and_never_read(tk, tmp_path, harm):
+    lines = []
+    (tmp_path / "a.txt").write_text("some text")
+    corpus = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
+    expected = documents(corpus)
+    os.truncate(corpus.folder / harm, (corpus.folder / harm).stat().st_size - 1)
+    rebuilt = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache", log=lines.append)
+    assert documents(rebuilt) == expected and any("is damaged" in line for line in lines)
+
+
+def test_options_and_tokenizer_have_their_own_caches(tk, tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    with_end = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
+    tk.add_eos = False
+    without = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
+    assert len(with_end.tokens) == len(without.tokens) + 1
+
+
+SLOW_BUILD = """
+import random, sys, time
+import data, machine.corpus
+machine.corpus.PIECE, machine.corpus.BATCH, machine.corpus.SHARD = 64, 256, 4
+tk = data.load_tokenizer(sys.argv[1])
+def slow(texts, encode=tk.encode):
+    time.sleep(float(sys.argv[4]) * 2 * random.random())  # batches overtake each other
+    return encode(texts)
+tk.encode = slow
+data.tokenize([sys.argv[2]], tk, sys.argv[3], log=lambda line: print(line, flush=True))
+"""
+
+
+def test_a_killed_run_goes_on_after_its_last_shard_and_loses_nothing(tk, tmp_path):
+    texts = [f"document {i} " * (i % 40 + 1) for i in range(200)]
+    text = "".join(json.dumps({"text": t} if i % 9 else {}) + "\n" for i, t in enumerate(texts))
+    good = [t for i, t in enumerate(texts) if i % 9]
+    (tmp_path / "a.jsonl").write_text(text)
+    code = SLOW_BUILD.replace("log=", "skip_bad_lines=True, log=")
+    args = [code, tmp_path / "tk", tmp_path / "a.jsonl", tmp_path / "cache"]
+    for _ in range(2):
+        run, began = run_python(*args, 0.05), time.time_ns()
+        while not [p for p in tmp_path.glob("c*/*/meta.json") if p.stat().st_mtime_ns > began]:
+            time.sleep(0.01)
+        time.sleep(0.2)  # into the next shard
+        os.kill(run.pid, signal.SIGKILL)
+        assert b"tokens in" not in run.communicate()[0]
+        for name in ("tokens.bin", "documents.bin"):  # half a shard more
+            with open(next(tmp_path.glob(f"c*/*.part/{name}")), "ab") as stream:
+                stream.write(b"torn")
+        assert not list((tmp_path / "cache").glob("tokens-*[!kt]"))  # but .lock and .part
+    out = run_python(*args, 0).communicate()[0].decode()
+    assert "going on after" in out and "23 bad records left out" in out
+    folder = next(p for p in (tmp_path / "cache").glob("tokens-*") if p.is_dir())
+    stored = np.fromfile(folder / "tokens.bin", np.uint16)
+    assert stored.tolist() == [i for t in good for i in [*tk.encode_batch([t])[0], 256]]
+
+
+def test_the_tokenizer_has_a_second_batch_in_hand(tk, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine.corpus, "BATCH", 1)  # each document is one
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text(str(i))
+    both, encode = threading.Barrier(2, timeout=30), tk.encode
+    tk.encode = lambda texts: both.wait() < 2 and encode(texts)
+    corpus = data.tokenize([tmp_path / "?.txt"], tk, tmp_path / "cache")
+    assert [tk.decode(d[:-1]) for d in documents(corpus)] == ["0", "1", "2", "3"]
+
+
+def test_two_runs_at_once_build_one_whole_cache(tk, tmp_path):
+    (tmp_path / "a.txt").write_text(prose()[:9_000])
+    args = [SLOW_BUILD, tmp_path / "tk", tmp_path / "a.txt", tmp_path / "cache", 0.05]
+    runs = [run_python(*args) for _ in range(2)]
+    outs = [run.communicate()[0].decode() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outs
+    assert sum("M/s" in out for out in outs) == 1
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+FULL_DISK = """
+import resource, signal, subprocess, sys
+import data, machine.corpus
+if subprocess.call(["mount", "-t", "tmpfs", "-o", "size=256k", "t", sys.argv[3]]):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (262144, -1))  # the next best thing
+machine.corpus.SHARD, machine.corpus.BATCH = 1, 1 << 15
+tk = data.load_tokenizer(sys.argv[1])
+try:
+    data.tokenize([sys.argv[2]], tk, sys.argv[3])
+except ValueError as error:
+    print("ERROR", error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+subprocess.call(["mount", "-o", "remount,size=8m", sys.argv[3]])
+print("THEN", data.tokenize([sys.argv[2]], tk, sys.argv[3]).tokens.sum())
+"""
+
+
+def test_a_full_disk_is_one_line_and_costs_no_finished_shard(tk, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "a.txt").write_text(prose())
+    alone = ["unshare", "--user", "--map-root-user", "--mount"]
+    can = subprocess.run([*alone, "true"], capture_output=True).returncode == 0
+    args = [FULL_DISK, tmp_path / "tk", tmp_path / "a.txt", tmp_path / "cache"]
+    out = run_python(*args, before=alone if can else ()).communicate()[0].decode()
+    error = next(line for line in out.splitlines() if line.startswith("ERROR"))
+    assert "disk is full, free" in error and "run again" in error
+    assert "going on after" in out
+    assert int(out.split("THEN ")[1]) == sum(tk.encode_batch([prose()])[0]) + 256
+
+
+# ------------------------------------------------------------------- bad files, many files, the hub
+
+BAD = {
+    "*.nope": (None, "no file at .*nope: need a text file, folder, glob"),
+    "empty.txt": (b"", "only empty files at .*empty.txt: need a text file"),
+    "binary.txt": (b"text\0text", "binary.txt is not UTF-8 text .binary, with a zero byte at 4"),
+    "latin.txt": ("caf\u00e9 au lait".encode("latin1"), "latin.txt is not UTF-8 text .*iconv"),
+    "line.jsonl": (b'{"text": "a"}\n{"text": \n', r"line.jsonl:2: not a record with text"),
+    "field.jsonl": (b'{"body": "a"}\n', r"field.jsonl:1: .*no 'text' in {'body': 'a'}.*PATH#FIELD"),
+    "half.jsonl": (b'{"text": "\\ud83d"}\n', "half.jsonl:1: .*surrogates"),
+    "number.jsonl": (b'{"text": 3}\n', "number.jsonl:1: not a record with text"),
+    "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "cannot read .*cut.jsonl.gz"),
+    "no.gz": (b"this is not gzip", "cannot read .*no.gz.*[Nn]ot a gzipped file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_one_line_that_names_it(tk, tmp_path, name):
+    content, message = BAD[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        data.tokenize([tmp_path / name], tk, tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache").glob("tokens-*/meta.json"))
+
+
+def test_skip_bad_lines_leaves_out_and_counts(tk, tmp_path):
+    lines = []
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\nnonsense\n\n{"text": "b"}\n{"text": 3}\n')
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
+    corpus = data.tokenize(
+        [tmp_path / "?.*"], tk, tmp_path / "c", skip_bad_lines=True, log=lines.append
+    )
+    assert [tk.decode(d[:-1]) for d in documents(corpus)] == ["a", "b"]
+    assert "2 bad records left out" in lines[-1] and any("left out: " in line for line in lines)
+
+
+def test_20000_small_files_are_each_read_once(tk, tmp_path):
+    for i in range(20_000):
+        folder = tmp_path / "many" / str(i % 20)
+        if i < 20:
+            folder.mkdir(parents=True)
+        (folder / f"{i}.txt").write_text(str(i) if i % 100 else "")  # 200 are empty
+    specs = [tmp_path / "many", tmp_path / "many/*/*.txt"]
+    corpus = data.tokenize(specs, tk, tmp_path / "cache")
+    texts = sorted(int(tk.decode(d[:-1])) for d in documents(corpus))
+    assert texts == [i for i in range(20_000) if i % 100]
+    assert set(corpus.doc_sources) == {0}
+
+
+class DatasetHub(BaseHTTPRequestHandler):
+    """As much of the Hugging Face hub as listing and fetching a dataset needs."""
+
+    files = {
+        "README.md": b"# a data set",
+        "en/train-0.jsonl.gz": gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'),
+        "en/validation-0.jsonl.gz": gzip.compress(b'{"text": "three"}\n'),
+        "raw/books.txt": b"four",
+    }
+
+    def answer(self, body, **headers):
+        self.send_response(200)
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body if self.command != "HEAD" else b"")
+
+    def do_GET(self):
+        name = self.path.split("/resolve/c0ffee/")[-1]
+        if self.path.startswith("/api/datasets/me/texts"):
+            siblings = [{"rfilename": n, "size": len(c)} for n, c in self.files.items()]
+            info = {"id": "me/texts", "sha": "c0ffee", "siblings": siblings}
+            self.answer(json.dumps(info).encode(), Content_Type="application/json")
+        elif name in self.files:
+            self.answer(self.files[name], ETag=f'"{name}"', X_Repo_Commit="c0ffee")
+        else:
+            self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+def test_hub_datasets_are_fetched_once_and_stay_as_they_were(tk, tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), DatasetHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = """if True:
+        import sys, data
+        tk = data.load_tokenizer(sys.argv[1])
+        for spec in ("hf:me/texts", "hf:me/texts/en:validation#text", "hf:me/texts/raw/*.txt"):
+            c = data.tokenize([spec], tk, sys.argv[2], log=lambda line: None)
+            print(*[tk.decode(c.tokens[a:b - 1]) for a, b in zip(c.doc_starts, c.doc_starts[1:])])
+        try:
+            data.tokenize(["hf:me/texts/fr/*.gz"], tk, sys.argv[2])
+        except ValueError as error:
+            print(error)
+    """
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf")}
+    env["HF_HUB_DISABLE_PROGRESS_BARS"] = env["HF_HUB_DISABLE_XET"] = "1"
+    for network in (True, False):
+        out = run_python(code, tmp_path / "tk", tmp_path / "cache", **env).communicate()[0].decode()
+        assert out.split("\n")[:3] == ["one two", "three", "four"], out
+        assert ("no file 'fr/*.gz' in me/texts" if network else "cannot list hf:me") in out
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_default_data_names_files_that_need_no_optional_package():
+    specs = machine.corpus.DEFAULT_LONG + machine.corpus.DEFAULT_SHORT
+    assert all(
+        machine.corpus._kind(spec) == "jsonl" and not spec.endswith(".zst") for spec in specs
+    )

@@ -1,0 +1,445 @@
+"""measure/: losses, RULER, the comparison of checkpoints, and choosing text."""
+
+import json
+import math
+import random
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch._dynamo.testing
+import torch.nn.functional as F
+
+import data
+import model as model_module
+from longred import train
+from measure import evaluate, select_corpus
+from model import Llama, attention_kl, load_checkpoint, save_checkpoint
+from tests.conftest import (
+    distance_by_hand,
+    edit_weights,
+    meta_folder,
+    rel,
+    tiktoken_file,
+    tiny_llama,
+    tiny_run,
+    tokens,
+)
+
+
+@pytest.fixture(scope="session")
+def sentences(ckpt, tmp_path_factory):
+    """Sentences of 400 different words; the tiny checkpoint's tokenizer reads bytes."""
+    rng, path = random.Random(1), tmp_path_factory.mktemp("prose") / "prose.txt"
+    words = sorted({"".join(rng.choices("aeioulnrst", k=rng.randint(4, 8))) for _ in range(400)})
+    path.write_text(" ".join(" ".join(rng.choices(words, k=9)) + "." for _ in range(4000)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def source(ckpt, sentences):
+    tokenizer = data.load_tokenizer(ckpt[0])
+    return evaluate.Source(tokenizer, np.array(tokenizer.encode_batch([sentences.read_text()])[0]))
+
+
+# ------------------------------------------------------------------------------------------- losses
+
+
+def nll_by_hand(theirs, ids):
+    """Transformers' loss on each token but the first."""
+    with torch.no_grad():
+        logits = theirs(ids).logits.double()
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+def test_what_was_kept_equals_transformers(pairs):
+    ours, theirs = pairs
+    ids = tokens(3, 34)
+    got = evaluate.short_text_drift(*ours, ids, rows=7, attention_sequences=2)
+    with torch.no_grad():
+        a, b = (m(ids[:, :-1], output_hidden_states=True) for m in theirs)
+    p, q = (x.logits.double().softmax(-1) for x in (a, b))
+    assert got["loss"] == pytest.approx(nll_by_hand(theirs[1], ids).mean().item(), rel=1e-4)
+    assert got["kl"] == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-3)
+    assert got["same_top1"] == (p.argmax(-1) == q.argmax(-1)).double().mean().item() < 1
+    want = [
+        1 - distance_by_hand(*x).item() for x in zip(a.hidden_states, b.hidden_states, strict=True)
+    ]
+    assert got["cosine"] == pytest.approx(want, abs=1e-5) and want[-1] < 0.999
+    heads = attention_kl(*ours, ids[:2, :-1])
+    assert rel(torch.tensor(got["attention_kl"]), heads) < 1e-4
+    same = evaluate.short_text_drift(ours[0], ours[0], ids)
+    assert same["kl"] == 0 and same["same_top1"] == 1 and min(same["cosine"]) > 1 - 1e-6
+
+
+@pytest.mark.parametrize("chunk", [5, 4096])
+def test_losses_by_position_equal_transformers(pairs, chunk, monkeypatch):
+    monkeypatch.setattr(evaluate, "CHUNK", chunk)
+    ids = tokens(3, 50)
+    got = evaluate.position_losses(pairs[0][1], ids, rows=3)
+    assert rel(got, nll_by_hand(pairs[1][1], ids).mean(0)) < 1e-5
+
+
+@pytest.mark.parametrize("chunk", [5, 4096])
+def test_a_cut_window_scores_each_token_from_its_own_window_only(pairs, chunk, monkeypatch):
+    monkeypatch.setattr(evaluate, "CHUNK", chunk)
+    ids, window, stride = tokens(1, 50), 16, 4
+    got = evaluate.position_losses(pairs[0][1], ids, window)
+    for t in range(49):  # token t + 1 is predicted from start .. t
+        end = min(49, window + max(0, math.ceil((t + 1 - window) / stride)) * stride)
+        start = max(0, end - window)
+        assert t - start < window and (t < window or t - start >= window - stride)
+        want = nll_by_hand(pairs[1][1], ids[:, start : t + 2])[0, -1]
+        assert got[t].item() == pytest.approx(want.item(), rel=1e-4)
+    far = evaluate.position_losses(pairs[0][1], ids, 49)
+    assert torch.equal(far, evaluate.position_losses(pairs[0][1], ids))
+
+
+@pytest.mark.parametrize("length", [96, 512])
+def test_a_passage_is_repeated_at_each_depth_and_new_in_the_control(length):
+    text, depths = np.arange(1000), [0.0, 0.3, 1.0]  # every token differs: a match is a copy
+    rows, passage = evaluate.repeat_sequences(text, length, depths, n=2, seed=0)
+    assert rows.shape == (8, length) and passage == min(64, length // 8)
+    for i, row in enumerate(rows.tolist()):
+        passage_ids, before = row[-passage:], row[:-passage]
+        found = [
+            start
+            for start in range(length - 2 * passage + 1)
+            if before[start:][:passage] == passage_ids
+        ]
+        want = [*(round(d * (length - 2 * passage)) for d in depths), None][i % 4]
+        assert found == ([] if want is None else [want])
+        assert len(set(before)) == len(before)
+
+
+def test_the_loss_on_a_repeated_passage_equals_transformers(pairs, monkeypatch):
+    monkeypatch.setattr(evaluate, "CHUNK", 7)
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 100)
+    ids = tokens(3, 45)
+    ids[:, -5:] = pairs[1][1](ids).logits[:, -6:-1].argmax(-1)  # so that some are first choices
+    loss, right = evaluate.repeat_scores(pairs[0][1], ids, passage=12, cue=3).unbind(1)
+    assert rel(loss, nll_by_hand(pairs[1][1], ids)[:, -9:].mean(1)) < 1e-5
+    choices = pairs[1][1](ids).logits[:, -10:-1].argmax(-1)
+    assert torch.equal(right, (choices == ids[:, -9:]).double().mean(1)) and right.max() > 0
+
+
+def test_first_choices_on_a_passage_under_pcd_are_those_of_generate(monkeypatch):
+    monkeypatch.setattr(evaluate, "CHUNK", 7)
+    model, ids = tiny_llama(), tokens(length=30)
+    ids = model.generate(ids, 12, pcd={})  # all of it PCD's own choice
+    ids[1, -3] = (ids[1, -3] + 1) % 96
+    right = evaluate.repeat_scores(model, ids, 12, 4, pcd=model_module.PCD)[:, 1]
+    assert right[0] == 1 and right[1] <= 7 / 8
+    assert (evaluate.repeat_scores(model, ids, 12, 4)[:, 1] < right).any()
+
+
+# ------------------------------------------------------------------------------------ RULER's tasks
+
+
+@pytest.mark.parametrize("length", [2048, 4999])
+@pytest.mark.parametrize("task", evaluate.NIAH)
+def test_needles_are_there_once_at_their_depth_and_exact_in_length(source, task, length):
+    for i, depth in enumerate([0.0, 0.37, 1.0]):
+        rng = np.random.default_rng([i, length])
+        sample = evaluate.make_sample(source, task, length, depth, rng)
+        assert len(sample.prompt) + sample.n_new == length
+        text = source.tokenizer.decode(sample.prompt.tolist())
+        assert [text.count(answer) for answer in sample.answers] == [1] * len(sample.answers)
+        assert len(sample.answers) == (4 if task in ("niah_multivalue", "niah_multiquery") else 1)
+        if len(sample.answers) == 1:
+            hay = text[text.index("\n") + 1 : text.rindex("\nWhat")]
+            needle = re.search(rf" One secret \w+ of (\S+) is {sample.answers[0]}\.", hay)
+            rest = len(hay) - len(needle[0])
+            sentence = max(len(s) for s in hay.replace(needle[0], "").split("."))
+            assert abs(needle.start() - depth * rest) <= sentence
+            assert sample.depth == depth and text.endswith(f" of {needle[1]} is")
+        if task == "niah_multikey_1":
+            assert hay.count(" One secret number of ") == 4
+
+
+def test_a_chain_of_variables_is_in_order(source):
+    sample = evaluate.make_sample(source, "vt", 3000, 0.5, np.random.default_rng(0))
+    text = source.tokenizer.decode(sample.prompt.tolist())
+    set_to = re.findall(r" VAR (\w{6}) = (?:VAR )?(\w+)\.", text)
+    assert len(sample.prompt) + sample.n_new == 3000 and len(set_to) == 5
+    assert [name for name, _ in set_to] == sample.answers
+    assert [value for _, value in set_to[1:]] == sample.answers[:-1]
+    assert f"hold the value {set_to[0][1]} are" in text
+
+
+@pytest.mark.parametrize("length, often, seldom", [(2500, 6, 1), (8192, 30, 3)])
+def test_common_words_stand_as_often_as_in_ruler(source, length, often, seldom):
+    sample = evaluate.make_sample(source, "cwe", length, 0.5, np.random.default_rng(0))
+    assert len(sample.prompt) + sample.n_new == length
+    listed = re.findall(r" (\d+)\. (\S+)", source.tokenizer.decode(sample.prompt.tolist()))
+    assert [int(number) for number, _ in listed] == list(range(1, len(listed) + 1))
+    words = [word for _, word in listed]
+    assert {words.count(w) for w in sample.answers} == {often} and len(set(sample.answers)) == 10
+    assert {words.count(w) for w in set(words) - set(sample.answers)} == {seldom}
+
+
+def test_frequent_words_follow_zeta(source):
+    sample = evaluate.make_sample(source, "fwe", 20_000, 0.5, np.random.default_rng(0))
+    assert len(sample.prompt) + sample.n_new == 20_000
+    words = source.tokenizer.decode(sample.prompt.tolist()).split("\n")[1].split()
+    order = sorted(set(words), key=words.count, reverse=True)
+    assert order[:4] == ["...", *sample.answers]
+    shares = [words.count(w) / len(words) for w in order[:4]]
+    assert shares == pytest.approx([6 / math.pi**2 / k**2 for k in (1, 2, 3, 4)], rel=0.05)
+
+
+@pytest.mark.parametrize("task", evaluate.RULER)
+def test_a_perfect_answerer_scores_all_and_a_random_one_nothing(source, task, monkeypatch):
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 6000)
+    rngs = (np.random.default_rng(i) for i in range(5))
+    samples = [evaluate.make_sample(source, task, 3000, 0.5, rng) for rng in rngs]
+    answers = {s.prompt.tobytes(): " " + ", ".join(s.answers) for s in samples}
+
+    def perfect(prompts, n_new):
+        said = [source.encode(answers[p.numpy().tobytes()])[:n_new] for p in prompts]
+        return torch.stack([torch.from_numpy(np.pad(ids, (0, n_new - len(ids)))) for ids in said])
+
+    def babble(prompts, n_new):
+        return tokens(len(prompts), n_new, vocab=128)
+
+    assert evaluate.ask(perfect, samples, source.tokenizer) == [1.0] * 5
+    assert evaluate.ask(babble, samples, source.tokenizer) == [0.0] * 5
+
+
+def test_answers_count_as_whole_words_in_any_order():
+    assert evaluate.score(" are 22, and 11.", ["11", "22"]) == 1
+    assert evaluate.score("11 33", ["11", "22"]) == 0.5
+    assert evaluate.score("1123", ["11", "23"]) == 0  # a part of a number is another number
+    assert evaluate.score("Red-Fox", ["red-fox"]) == 1 and evaluate.score("", ["x"]) == 0
+
+
+# ----------------------------------------------------------------------------------- the comparison
+
+
+@pytest.fixture
+def comparison(ckpt, sentences, tmp_path, monkeypatch):
+    """A command that compares two extensions, and a run that has not ended; no matplotlib."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    folder, _, short = ckpt
+    for i, theta in enumerate((2000.0, 9000.0)):
+        extended = load_checkpoint(folder, rope_theta=theta)
+        save_checkpoint(extended, tmp_path / f"run{i}" / "hf", tokenizer_from=folder)
+        lines = [{"step": s, "loss_long": 3 - s, "loss_short": None, "loss_s2l": 1} for s in (1, 2)]
+        log = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / f"run{i}" / "log.jsonl").write_text(log)
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "longred.json").write_text('{"config": {"steps": 5, "replay_steps": 4}}')
+    (tmp_path / "late" / "log.jsonl").write_text("{}\n{}\n")
+    argv = f"--base {folder} --data {sentences} --short_data {short} --lengths 128,600 --samples 1"
+    argv += " --tasks kept position repeat niah_single_2 --depths 0,1 --eval_tokens 1300"
+    argv += f" --device cpu --cache_dir {tmp_path}/tokens --out_dir {tmp_path}/o"
+    argv += f" --ckpt ext={tmp_path}/run0 ext={tmp_path}/run1 {tmp_path}/late"
+    return argv.split(), tmp_path / "o"
+
+
+def test_one_command_leaves_report_numbers_and_pictures(comparison, capsys, monkeypatch):
+    argv, out = comparison
+    monkeypatch.undo()  # matplotlib is back
+    evaluate.main(argv)
+    printed, report = capsys.readouterr().out, (out / "report.md").read_text()
+    assert report in printed and "late: unfinished, 2 of 9 steps" in report
+    content = json.loads((out / "results.json").read_text())
+    assert [run["name"] for run in content["runs"]] == ["original", "ext", "ext"]
+    assert "RULER's tasks at 600, % answered in full\n\n| model | niah_single_2 | mean |" in report
+    assert "\n| ext | 0.000 +- 0.000 | 0.000 +- 0.000 |\n" in report
+    losses = [run["kept"]["loss"] for run in content["runs"]]
+    mean, spread = np.mean(losses[1:]), np.std(losses[1:], ddof=1)
+    assert f"| original | {losses[0]:.3f} | 0.000 | 100.000 |" in report
+    assert f"| ext | {mean:.3f} +- {spread:.3f} |" in report
+    whole, cut = (content["runs"][1]["position"][n]["nll"] for n in ("whole", "cut"))
+    assert len(whole) == len(cut) == 600 and whole[:64] == cut[:64] and whole[99] != cut[99]
+    assert "skipped" in content["runs"][0]["niah_single_2"]["128"]
+    pictures = {p.stem for p in out.glob("*.png")}
+    assert pictures == {"overview", "drift", "training", "needles", "repeat"}
+
+
+def test_pcd_is_one_more_row_asked_by_contrast(comparison, monkeypatch):
+    argv, out = comparison
+    asked, generate = [], Llama.generate
+    monkeypatch.setattr(
+        Llama, "generate", lambda *a, pcd=None: asked.append(pcd) or generate(*a, pcd=pcd)
+    )
+    evaluate.main([*argv, "--pcd"])
+    rows = json.loads((out / "results.json").read_text())["runs"]
+    names = [name + end for name in ("original", "ext", "ext") for end in ("", ", PCD")]
+    assert [row["name"] for row in rows] == names
+    assert all(set(row) == {"name", "checkpoint", "repeat", "niah_single_2"} for row in rows[1::2])
+    assert all(set(row["repeat"]["600"]) == {"seen_right", "new_right"} for row in rows[1::2])
+    n = len(asked) // 6
+    assert asked == ([None] * n + [model_module.PCD] * n) * 3 and n > 0
+
+
+def test_a_merge_is_one_more_row_of_averaged_weights(comparison, ckpt, tmp_path):
+    argv, out = comparison
+    evaluate.main([*argv, "--tasks", "kept", "--merge", "0.25"])
+    rows = json.loads((out / "results.json").read_text())["runs"]
+    names = ["original", *2 * ["ext", "ext, 0.25 original"]]
+    assert [row["name"] for row in rows] == names
+    edit_weights(tmp_path / "run0" / "hf", lambda w: w["model.norm.weight"].mul_(1.5))
+    merged = model_module.merge_weights(
+        load_checkpoint(tmp_path / "run0"), load_checkpoint(ckpt[0]), 0.25
+    )
+    save_checkpoint(merged, tmp_path / "by_hand", tokenizer_from=ckpt[0])
+    hand = ["--ckpt", f"ext={tmp_path}/run0", f"hand={tmp_path}/by_hand"]
+    evaluate.main([*argv, "--tasks", "kept", "--merge", "0.25", *hand])
+    losses = [r["kept"]["loss"] for r in json.loads((out / "results.json").read_text())["runs"]]
+    assert losses[2] == pytest.approx(losses[3], rel=1e-6) and len(set(losses[:3])) == 3
+
+
+def count_calls(monkeypatch, done, stop_after=99):
+    """Append the name of every measurement begun; Ctrl-C instead of the one after stop_after."""
+    for name in ("short_text_drift", "position_losses", "repeat_scores", "ask"):
+        true = getattr(evaluate, name)
+
+        def counted(*args, name=name, true=true, **more):
+            if len(done) == stop_after:
+                raise KeyboardInterrupt
+            done.append(name)
+            return true(*args, **more)
+
+        monkeypatch.setattr(evaluate, name, counted)
+
+
+def test_a_stopped_comparison_goes_on_and_measures_nothing_twice(comparison, monkeypatch, capsys):
+    argv, out = comparison
+    done = []
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        count_calls(patch, done, stop_after=8)
+        evaluate.main(argv)
+    assert end.value.code == 130 and "the same command goes on" in capsys.readouterr().out
+    assert "| ext |" in (out / "report.md").read_text() and len(done) == 8
+    count_calls(monkeypatch, done)
+    evaluate.main(argv)
+    each = ["short_text_drift", *2 * ["position_losses", "repeat_scores"], "ask"]
+    assert sorted(done) == sorted(3 * each)
+    evaluate.main(argv)
+    assert len(done) == 3 * len(each)
+
+
+def test_a_changed_checkpoint_is_measured_again_and_pictures_are_optional(comparison, capsys):
+    argv, out = comparison
+    argv += ["--tasks", "kept"]
+    evaluate.main(argv)
+    assert "pip install matplotlib" in capsys.readouterr().out and not list(out.glob("*.png"))
+    assert len(list((out / "cache").iterdir())) == 3
+    edit_weights(out.parent / "run0" / "hf", lambda w: w["model.norm.weight"].mul_(1.01))
+    evaluate.main(argv)
+    assert len(list((out / "cache").iterdir())) == 4
+
+
+def test_folders_of_one_name_are_two_rows_unless_named_alike(comparison):
+    argv, out = comparison
+    ours = shutil.copytree(out.parent / "run0" / "hf", out.parent / "a" / "original")
+    evaluate.main([*argv, "--tasks", "kept", "--ckpt", str(ours), f"original={ours}"])
+    names = [run["name"] for run in json.loads((out / "results.json").read_text())["runs"]]
+    assert names == ["original", str(ours), "original"]
+
+
+BAD_COMPARISONS = {
+    "--tasks": ("passkey", "argument --tasks: invalid choice: 'passkey'"),
+    "--lengths": ("many", "argument --lengths: invalid"),
+    "--depths": ("0,2", "--depths from 0 to 1"),
+    "--data": ("nowhere.txt", "no file at nowhere.txt"),
+    "--ckpt": ("nowhere", "no checkpoint 'nowhere'"),
+    "--original_len": ("99999", "one sequence needs 100,000"),
+}
+
+
+@pytest.mark.parametrize("flag", BAD_COMPARISONS)
+def test_bad_input_to_evaluate_ends_in_one_line(comparison, flag):
+    argv, out = comparison
+    value, said = BAD_COMPARISONS[flag]
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([*argv, flag, value])
+    message = str(end.value.code)
+    assert said in message and "\n" not in message and not out.exists()
+
+
+def test_metas_folder_can_be_the_original(ckpt, sentences, tmp_path, capsys):
+    folder = meta_folder(tmp_path / "meta", tiny_llama(vocab_size=612, n_layers=2, std=0.1), 2)
+    tiktoken_file(folder / "tokenizer.model", ckpt[1].read_text()[:4000], merges=20)
+    argv = ["--base", folder, "--data", sentences, "--tasks", "kept", "--device", "cpu"]
+    argv += ["--eval_tokens", 600, "--cache_dir", tmp_path / "tokens", "--out_dir", tmp_path / "o"]
+    with pytest.raises(SystemExit, match="--original_len is missing"):
+        evaluate.main([str(x) for x in argv])
+    evaluate.main([str(x) for x in [*argv, "--original_len", 64]])
+    assert "| original | 6." in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------- text of one's own
+
+
+def test_own_samples_are_text_for_training(ckpt, tmp_path):
+    path = tmp_path / "own.jsonl"
+    folder = shutil.copytree(ckpt[0], tmp_path / "with_eos")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 10}')
+    argv = ["--base", folder, "--write_samples", path, "--n_samples", 3, "--length", 12]
+    evaluate.main([str(x) for x in argv])
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    assert len(texts) == 3 and any(texts) and all("\n" not in text for text in texts)
+
+
+def test_logit_change_is_the_softmax_of_the_difference_by_hand():
+    a, b, ids = tiny_llama(), tiny_llama(seed=5), tokens(1, 40)[0]
+    got = select_corpus.logit_change(a, b, ids, rows=7)
+    with torch.no_grad():
+        p, q = (m.logits(m(ids[None])[0][0]).softmax(-1) for m in (a, b))
+    for t in range(39):
+        rise = q[t] / p[t]  # softmax(S' - S) is p' / p, normalised
+        assert got[t].item() == pytest.approx(math.log(rise[ids[t + 1]] / rise.sum()), abs=1e-4)
+    assert torch.allclose(select_corpus.logit_change(a, a, ids), torch.tensor(-math.log(96.0)))
+
+
+def test_anchors_are_frequent_and_more_so_among_impactful_tokens():
+    kinds = np.repeat([0, 1, 2, 3], [60, 15, 15, 10])
+    scores = np.zeros(100)
+    for start, n in [(0, 6), (60, 7), (75, 4), (90, 3)]:  # the impactful fifth, by kind
+        scores[start : start + n] = 1.0
+    anchors, among, overall = select_corpus.anchor_kinds(scores, kinds, 4)
+    assert among.tolist() == [0.3, 0.35, 0.2, 0.15] and overall.tolist() == [0.6, 0.15, 0.15, 0.1]
+    assert anchors.tolist() == [1, 2]  # 0: frequent everywhere; 3: the others make up half
+
+
+def test_selection_keeps_whole_sentences_densest_in_anchors_in_text_order():
+    # 0 ends a sentence, 5 is an anchor
+    ids = np.array([5, 9, 0, 5, 5, 0, 7, 7, 7, 0, 9, 9, 9, 5, 5, 5, 0])
+    is_end, is_anchor = np.arange(10) == 0, np.arange(10) == 5
+    starts = data.sentence_starts(ids, is_end)
+    assert starts.tolist() == [0, 3, 6, 10]
+    for keep, left in [
+        (0.1, "5 5 0"),
+        (0.3, "5 5 0 9 9 9 5 5 5 0"),
+        (1, "5 9 0 5 5 0 9 9 9 5 5 5 0"),
+    ]:
+        mask = select_corpus.select_sentences(ids, starts, is_anchor, keep)
+        assert " ".join(map(str, ids[mask])) == left
+
+
+def test_kinds_fold_case_blanks_and_numbers(ckpt):
+    index, names = select_corpus.token_kinds(tok := data.load_tokenizer(ckpt[0]))
+    kind = {text: names[index[tok.encode_batch([text])[0][0]]] for text in "aA17.\n"}
+    assert kind == {"a": "a", "A": "a", "1": "number", "7": "number", ".": ".", "\n": "\n"}
+
+
+def test_select_corpus_writes_sentences_of_the_training_part(ckpt, tmp_path, capsys):
+    trained = train(tiny_run(ckpt, tmp_path / "run", method="long_cpt", steps=3, eval_tokens=0))
+    out = tmp_path / "selected.jsonl"
+    flags = ["--base", ckpt[0], "--ckpt", trained, "--data", ckpt[1], "--select_corpus", out]
+    flags += ["--cache_dir", tmp_path / "tokens", "--eval_tokens", 2048, "--device", "cpu"]
+    evaluate.main([str(f) for f in flags])
+    whole = ckpt[1].read_text()
+    text = json.loads(out.read_text())["text"]  # one document
+    sentences = re.findall(r"[^.!?\n]*[.!?\n]", text)
+    assert "".join(sentences) == text and len(sentences) > 100
+    place = 0
+    for sentence in sentences:  # verbatim and in order
+        place = whole.index(sentence, place) + len(sentence)
+    assert place < 0.96 * len(whole) and 0.3 * 0.95 < len(text) / (0.95 * len(whole)) < 0.31
+    assert f"kept {len(text):,} of" in capsys.readouterr().out

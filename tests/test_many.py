@@ -1,0 +1,70 @@
+"""machine/many.py: many processes train as one does."""
+
+import dataclasses
+import datetime
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from longred import Config, main
+from machine import many
+from tests.conftest import HERE, killed_after_two, read_log, tiny_run
+
+
+def test_restarted_processes_do_not_read_what_dead_ones_left_in_the_store():
+    # torchrun's store outlives a restart: in three starts on one, none finds an older one's names.
+    store, seen = dist.HashStore(), []
+    store.set_timeout(datetime.timedelta(seconds=5))
+    store.set("here/1", "of a process killed before it was answered")
+    for start in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            named = list(pool.map(lambda rank: many.own_names(store, rank, 3), range(3)))
+        assert not any(own.check(["address"]) for own in named)
+        named[0].set("address", str(start))
+        seen.append([own.get("address") for own in named])
+    assert seen == [[str(start).encode()] * 3 for start in range(3)]
+
+
+def torchrun(n, flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(n), HERE / "longred.py", *flags], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_processes_that_share_sequences_and_tokens_train_as_one_does(whole, ckpt, tmp_path):
+    out = tmp_path / "run"
+    settings = dataclasses.asdict(tiny_run(ckpt, out, save_every=2, device="cpu"))
+    default = dataclasses.asdict(Config())
+    given = {k: v for k, v in settings.items() if v != default[k]} | {"context": 2}
+    flags = [(f"--{k}", *(v if isinstance(v, list) else [v])) for k, v in given.items()]
+    torchrun(4, [str(x) for flag in flags for x in flag])  # two share each sequence
+    compare = [out]
+    for n, context in ((1, 1), (2, 1)):  # resumed on others than those that saved
+        compare.append(killed_after_two(out, tmp_path / f"on{n}"))
+        resume = ["--resume", str(compare[-1]), "--context", str(context)]
+        main(resume) if n == 1 else torchrun(n, resume)
+    one = load_file(whole / "hf" / "model.safetensors")
+    for folder in compare:
+        for a, b in zip(read_log(whole), read_log(folder), strict=True):
+            for key in ("step", "loss", "loss_long", "loss_short", "loss_s2l", "grad_norm"):
+                assert b[key] == pytest.approx(a[key], rel=1e-5), (folder.name, key)
+        many = load_file(folder / "hf" / "model.safetensors")
+        assert all((one[name] - many[name]).abs().max() < 1e-5 for name in one)
+
+
+@pytest.mark.parametrize("n, size", [(8, 4), (5, 4), (2, 4), (1, 1)])
+def test_every_sequence_of_a_step_goes_to_one_process(n, size):
+    everyone = [many.Processes() for _ in range(size)]
+    for rank, process in enumerate(everyone):
+        process.rank, process.size = rank, size
+    shares = [list(process.share(n)[0]) for process in everyone]
+    assert len({len(share) for share in shares}) == 1  # all take part in every pass
+    assert sorted(j for share in shares for j in share if j < n) == list(range(n))

@@ -1,0 +1,240 @@
+"""machine/run.py, keeper.py, states.py: a run that was stopped or killed goes on bit for bit."""
+
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+import longred
+from longred import cross_entropy, main, short_to_long_distillation, train
+from machine import log, states
+from machine.keeper import Keeper
+from machine.log import Watch
+from machine.many import Processes
+from tests.conftest import HERE, read_log, same_run, tiny_run
+
+# ------------------------------------------------------------------------------------------- resume
+
+SHARD = "shard-00000.safetensors"  # the file of a state that one process writes
+RECIPE = dict(method="longrecipe", steps=2, replay_steps=2)
+
+
+@pytest.mark.parametrize("recipe", [{}, RECIPE], ids=["longred", "longrecipe"])
+def test_a_stopped_run_resumes_bit_for_bit(ckpt, tmp_path, monkeypatch, recipe):
+    recipe = recipe and recipe | {"replay_data": [str(ckpt[2])], "replay_batch": 2}
+    train(tiny_run(ckpt, tmp_path / "whole", save_every=100, **recipe))
+    print_step = log.print_step
+
+    def stop_after_three(line, last, eta):
+        print_step(line, last, eta)
+        if line["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # launchers do
+
+    monkeypatch.setattr(log, "print_step", stop_after_three)
+    with pytest.raises(SystemExit) as stop:
+        train(tiny_run(ckpt, tmp_path / "parts", save_every=2, **recipe))
+    assert stop.value.code == 143
+    monkeypatch.setattr(log, "print_step", print_step)
+    main(["--resume", str(tmp_path / "parts")])
+    assert same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_killed_run_resumes_bit_for_bit_with_every_step_logged_once(whole, at_two):
+    with open(at_two / "log.jsonl", "a") as lines:
+        lines.write('{"step": 5, "lo')  # torn
+    (at_two / "checkpoints" / "step-000004.partial").mkdir()
+    main(["--resume", str(at_two)])
+    assert same_run(whole, at_two)
+    assert not list(at_two.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("name", [SHARD, "manifest.json"])
+@pytest.mark.parametrize("damage", ["first byte", "middle byte", "last byte", "cut", "gone"])
+def test_a_damaged_state_is_skipped_and_the_one_before_it_taken(
+    whole, tmp_path, capsys, name, damage
+):
+    out = shutil.copytree(whole, tmp_path / "run")
+    path = out / "checkpoints" / "step-000004" / name
+    raw = bytearray(path.read_bytes())
+    if damage.endswith("byte"):
+        raw[{"first": 0, "middle": len(raw) // 2, "last": len(raw) - 1}[damage.split()[0]]] ^= 1
+    path.write_bytes(raw[:-7] if damage == "cut" else raw)
+    if damage == "gone":
+        path.unlink()
+    assert states.newest_state(out).name == "step-000002"
+    assert "step-000004 is damaged" in capsys.readouterr().err
+    (out / "checkpoints" / "step-000002" / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="none of the 1 saved states is sound; remove"):
+        states.newest_state(out)
+
+
+def test_an_update_waits_for_the_state_being_saved(whole, ckpt, tmp_path, monkeypatch):
+    write_shard = states.write_shard
+    slow = lambda *args: time.sleep(0.3) or write_shard(*args)  # noqa: E731
+    monkeypatch.setattr(states, "write_shard", slow)
+    out = tmp_path / "run"
+    train(tiny_run(ckpt, out, save_every=2))
+    shutil.rmtree(out / "checkpoints" / "step-000004")
+    main(["--resume", str(out)])
+    assert same_run(whole, out)
+
+
+def test_a_full_disk_ends_the_run_but_not_its_older_states(whole, at_two, capsys):
+    size = (at_two / "checkpoints" / "step-000002" / SHARD).stat().st_size
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limit[1]))
+    try:
+        with pytest.raises(SystemExit, match=r"after step 4 .*takes 0.\d+ GiB, .* GiB are free"):
+            main(["--resume", str(at_two)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [p.name for p in (at_two / "checkpoints").iterdir()] == ["step-000002"]
+    main(["--resume", str(at_two)])
+    assert same_run(whole, at_two)
+
+
+def test_an_error_between_updates_saves_the_steps_done(whole, ckpt, tmp_path, monkeypatch):
+    def fail(*args):
+        if len(read_log(out)) == 3:
+            raise RuntimeError("a kernel failed")
+        return short_to_long_distillation(*args)
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(longred, "short_to_long_distillation", fail)
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        train(tiny_run(ckpt, out, save_every=100))
+    assert states.newest_state(out).name == "step-000003"
+    monkeypatch.setattr(longred, "short_to_long_distillation", short_to_long_distillation)
+    main(["--resume", str(out)])
+    assert same_run(whole, out)
+
+
+def changed_run(out, ckpt, part):
+    record = json.loads((out / "longred.json").read_text())
+    if part == "config":
+        record["config"]["lr"] = 0.5  # only the saved state still knows better
+    else:
+        record[part][next(iter(record[part]))] = "0"
+    (out / "longred.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("part", ["config", "data", "weights"])
+def test_resume_refuses_another_run_and_names_the_difference(at_two, ckpt, part):
+    changed_run(at_two, ckpt, part)
+    with pytest.raises(SystemExit, match=f"{part} [a-z_.]+ was .*, is .*--resume_anyway"):
+        main(["--resume", str(at_two)])
+    main(["--resume", str(at_two), "--resume_anyway"])
+
+
+def test_a_run_resumed_with_other_code_warns_goes_on_and_records_it(at_two, whole, capsys):
+    path = at_two / "longred.json"
+    record = json.loads(path.read_text())
+    record["code"] |= {"model.py": "0", "machine/many.py": "0"}
+    path.write_text(json.dumps(record))
+    main(["--resume", str(at_two)])
+    assert "the code changed in machine/many.py, model.py" in capsys.readouterr().out
+    assert same_run(whole, at_two)
+    for name in ("longred.json", "report.md"):
+        assert "machine/many.py" in (at_two / name).read_text(), name
+    now = json.loads(path.read_text())["code"]
+    assert now == states.code_fingerprints()
+
+
+def test_a_resumed_run_takes_flags_that_change_no_number(at_two):
+    with pytest.raises(SystemExit, match="drop --lr, or add --resume_anyway"):
+        main(["--resume", str(at_two), "--lr", "0.5", "--keep", "1"])
+    main(["--resume", str(at_two), "--keep", "1"])
+    assert len(list((at_two / "checkpoints").iterdir())) == 1
+
+
+def test_comments_do_not_change_a_codes_fingerprint(tmp_path, monkeypatch):
+    before = states.code_fingerprints()
+    (tmp_path / "machine").mkdir()
+    for name in before:
+        source = (HERE / name).read_text().replace("import math", "import math  # a comment")
+        (tmp_path / name).write_text("# another\n" + source.replace('"""', '"""More. ', 1))
+    monkeypatch.setattr(states, "__file__", str(tmp_path / "machine" / "states.py"))
+    assert states.code_fingerprints() == before
+    (tmp_path / "data.py").write_text((HERE / "data.py").read_text() + "\nx = 1\n")
+    assert states.code_fingerprints()["data.py"] != before["data.py"]
+
+
+def test_an_out_dir_that_is_not_ours_is_refused(ckpt, tmp_path, at_two):
+    with pytest.raises(ValueError, match="already holds a run; continue it with --resume"):
+        train(tiny_run(ckpt, at_two))
+    (tmp_path / "other" / "hf").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds another's hf"):
+        train(tiny_run(ckpt, tmp_path / "other"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot write to --out_dir .*: check .*file, or"):
+        train(tiny_run(ckpt, tmp_path / "file" / "run"))
+    keeper = Keeper(Processes())
+    keeper.claim(at_two, resumed=True)
+    with pytest.raises(SystemExit, match="another process is at work in"):
+        main(["--resume", str(at_two)])
+    keeper.close(None)
+
+
+# --------------------------------------------------------------------------------- steps gone wrong
+
+
+def spoil(monkeypatch, out, bad_steps):
+    """Make the long loss of these steps NaN, gradient and all."""
+
+    def loss(*args):
+        step = len(read_log(out)) + 1
+        return cross_entropy(*args) * (math.nan if step in bad_steps else 1.0)
+
+    monkeypatch.setattr(longred, "cross_entropy", loss)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_flagged(ckpt, tmp_path, monkeypatch):
+    out, saved = tmp_path / "run", {}
+    spoil(monkeypatch, out, {3})
+
+    def copy_state(keeper, step, *more):
+        tensors, _ = states.run_state(keeper.model, keeper.optimizer)
+        saved[step] = [t.clone() for t in tensors.values()]
+        step_done(keeper, step, *more)
+
+    step_done = Keeper.step_done
+    monkeypatch.setattr(Keeper, "step_done", copy_state)
+    train(tiny_run(ckpt, out, save_every=1, keep=9, eval_tokens=0))
+    assert [line["flag"] for line in read_log(out)] == [None, None, "skipped", None]
+    assert read_log(out)[2]["loss"] is None
+    assert all(torch.equal(a, b) for a, b in zip(saved[2], saved[3], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(saved[3], saved[4], strict=True))
+    assert not (out / "checkpoints" / "step-000003").exists()
+
+
+def test_bad_steps_in_a_row_end_the_run_with_the_last_good_state(ckpt, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    spoil(monkeypatch, out, {3, 4, 6, 7, 8})
+    with pytest.raises(ValueError, match="step 8: .* 3 steps in a row not finite.* after step 5: "):
+        train(tiny_run(ckpt, out, steps=20, save_every=1))
+    names = sorted(p.name for p in (out / "checkpoints").iterdir())
+    assert names == ["step-000002", "step-000005"] and not (out / "hf").exists()
+
+
+def test_spikes_are_flagged_against_the_median_before_them():
+    watch = Watch([], max_bad=3)
+    steps = [dict(loss=1.0, grad_norm=1.0)] * 8 + [dict(loss=1.0, grad_norm=4.0)]
+    steps += [dict(loss=9.0, grad_norm=1.0), dict(loss=2.0, grad_norm=2.0)]
+    flags = [watch.flag(line) for line in steps]
+    assert flags == [None] * 8 + ["spike", "spike", None] and watch.bad == 0
+
+
+# --------------------------------------------------------------------------------------- the report
+
+
+def test_a_report_that_finds_no_short_text_says_so_and_ends_the_run_well(ckpt, tmp_path, capsys):
+    train(tiny_run(ckpt, tmp_path / "run", method="long_cpt", short_data=["nowhere"], steps=1))
+    assert "not measured: " in capsys.readouterr().out
+    assert "| long_cpt |" in (tmp_path / "run" / "report.md").read_text()

@@ -1,0 +1,111 @@
+"""machine/settings.py: what cannot work is refused in one line, before anything is written."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from longred import Config, main, plan_streams
+from machine import plan
+from machine.settings import resolve
+from model import ModelConfig, load_checkpoint, load_config
+from tests.conftest import HERE, tiny_run
+
+
+def test_lengths_that_a_gpus_attention_cannot_take_are_refused(ckpt):
+    model = ModelConfig(4096, 32, 32, 8, 128, 14336, 128256, rope_theta=5e5)
+    asked = Config(ckpt="x", target_len=32768, short_len=1000, device="cuda")
+    with pytest.raises(ValueError, match="--short_len 1000: .* multiple of 128, try 896"):
+        resolve(asked, model, ckpt[0])
+
+
+@pytest.mark.parametrize("keep, states", [(2, 3), (0, 0)])
+def test_the_disk_must_hold_the_export_and_keep_and_one_more_states(
+    ckpt, tmp_path, monkeypatch, keep, states
+):
+    model, there = load_config(ckpt[0]), tmp_path / "run" / "checkpoints" / "step-000001"
+    c = resolve(tiny_run(ckpt, tmp_path / "run", keep=keep, device="cpu"), model, ckpt[0])
+    weights = sum(p.numel() for p in load_checkpoint(ckpt[0]).parameters())
+    need = int(weights * (4 + states * 12))  # fp32; a state: weights and two moments
+    there.mkdir(parents=True)
+    (there / "shard-00000.safetensors").write_bytes(bytes(10_000))  # goes as new ones come
+    for free, enough in ((0.95 * need, False), (1.05 * need, True)):
+        usage = shutil._ntuple_diskusage(0, 0, free - 10_000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        refused = contextlib.nullcontext() if enough else pytest.raises(ValueError, match="--keep")
+        with refused:
+            plan.preflight(c, model, plan_streams(c).values(), True)
+
+
+# What is wrong: flags changed in a good command line (@: in the test's folder), what is said
+BAD_INPUTS = {
+    "unknown flag": ({"--target_length": 9}, "unrecognized arguments: --target_length"),
+    "unknown ckpt": ({"--ckpt": "lama3"}, "no checkpoint 'lama3'.*llama3-8b"),
+    "missing file": ({"--long_data": "nowhere.txt"}, "no file at nowhere.txt"),
+    "truncated weights": ({"--ckpt": "@cut"}, "cut/model.safetensors is missing, truncated"),
+    "tokenizer misfit": ({"--ckpt": "@misfit"}, "ids go up to 256, the model has 256"),
+    "text too short": ({"--long_data": "@tiny.txt"}, "long: text too short"),
+    "target not above": ({"--target_len": 64}, "64 is not above the original window of 64"),
+    "train above target": ({"--train_len": 257}, "257 is above --target_len 256"),
+    "replay of nothing": ({"--replay_steps": 2}, "need both or none"),
+    "merge of all": ({"--merge": 1}, "from 0 to below 1"),
+    "no such layer": ({"--distill_layers": 4}, "hidden states 1 to 3"),
+    "loss not finite": ({"--lr": "1e30"}, "step 3: .*2 steps in a row not finite"),
+    "out of range": ({"--steps": 0}, "--steps 0: need at least 1"),
+    "no such device": ({"--device": "gpu"}, "--device gpu: need cpu or cuda"),
+    "uphill": ({"--grad_clip": -1}, "--grad_clip -1.0: need at least 0"),
+    "not a number": ({"--steps": "many"}, "--steps: invalid int value: 'many'"),
+    "resume and more": ({"--resume": "@void"}, "--resume takes its run's own"),
+    "no checkpoint": ({"--ckpt": None}, "--[a-z_0-9]+ needs --ckpt"),
+    "disk too small": ({}, "needs 0.0 GB .*its disk has 0.0 GB free"),
+    "memory too small": ({}, "memory: about 0.0 GB needed .*--recompute"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_ends_in_one_line_with_nothing_half_written(ckpt, tmp_path, case, monkeypatch):
+    folder, long, short = ckpt
+    change, said = BAD_INPUTS[case]
+    if case == "truncated weights":
+        cut = shutil.copytree(folder, tmp_path / "cut") / "model.safetensors"
+        cut.write_bytes(cut.read_bytes()[:-100])
+    if case == "tokenizer misfit":
+        path = shutil.copytree(folder, tmp_path / "misfit") / "tokenizer.json"
+        extra = {"id": 300, "content": "<x>", "special": True, "single_word": False}
+        extra |= {"lstrip": False, "rstrip": False, "normalized": False}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens": [extra]}))
+    if case == "disk too small":
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1))
+    if case == "memory too small":
+        monkeypatch.setattr(plan, "available_memory", lambda: 10**6)
+    (tmp_path / "tiny.txt").write_text("too short")
+    out = tmp_path / "out"
+    flags = {"--ckpt": folder, "--target_len": 256, "--long_data": long, "--short_data": short}
+    flags |= {"--out_dir": out, "--cache_dir": tmp_path / "tokens", "--steps": 3, "--long_micro": 1}
+    flags |= {"--long_batch": 1, "--short_batch": 1, "--s2l_batch": 1, "--device": "cpu", **change}
+    given = [str(x) for flag, value in flags.items() if value is not None for x in (flag, value)]
+    with pytest.raises(SystemExit) as end:
+        main([x.replace("@", f"{tmp_path}/") for x in given])
+    message = str(end.value.code)
+    assert re.search(said, message) and "\n" not in message and len(message) < 500, message
+    assert not (out / "hf").exists() and not list(tmp_path.rglob("*.partial"))
+    assert case == "loss not finite" or not out.exists()
+
+
+def test_resume_where_no_run_is_says_so(tmp_path):
+    with pytest.raises(SystemExit, match="no longred.json there, so no run to resume"):
+        main(["--resume", str(tmp_path)])
+
+
+def test_missing_weights_end_with_the_ways_to_provide_them(tmp_path):
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, HERE / "longred.py", "--ckpt", "llama3-8b", "--target_len", "32768"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "hf download meta-llama/Meta-Llama-3-8B" in done.stderr and "--ckpt /path" in done.stderr
+    assert done.stderr.count("\n") == 1 and not list(tmp_path.glob("out"))
