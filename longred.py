@@ -28,10 +28,11 @@ batch where eq. 8 sums over texts: the same direction, and 0 when nothing was fo
 read as the released code runs it, a mean over a step's 16 micro-batches (8 long, 6 short, 2 short-
 to-long): 8/16 L_long + 6/16 alpha_short L_short + 2/16 alpha_s2l L_s2l, at 32K 0.5 : 1.875 : 1.25.
 
-Shapes: B sequences, T tokens, D hidden width. Locks, states, processes and memory: machine/.
+B sequences, T tokens, D hidden width. Locks, states, processes and memory: machine/.
 """
 
 import importlib
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,9 @@ class Config(machine.Config):
         "longrecipe: on text of --train_len with gaps between sentences",
     )
     alpha_short: float | None = opt(None, "weight of short-text distillation (5; 128K: 2)", least=0)
-    alpha_s2l: float | None = opt(None, "weight of short-to-long distillation (10; 15)", least=0)
+    alpha_s2l: float | None = opt(
+        None, "weight of short-to-long distillation (10; 128K: 15)", least=0
+    )
     distill_layers: list[int] | None = opt(None, "hidden states to distil; 1 = output of block 1")
     n_distill_layers: int | None = opt(None, "how many to choose by drift (6; 128K: 3)", least=1)
     position_scheme: Literal["uniform", "cream", "cream_truncated"] | None = opt(
@@ -146,17 +149,20 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
     return (1.0 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()
 
 
-def long_text_loss(student: Llama, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+def long_text_loss(
+    student: Llama,
+    input_ids: Tensor,
+    position_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> Tensor:
     """Next-token cross-entropy, mean over tokens, under ordinary positions by default (eq. 18).
 
-    input_ids: (B, T + 1) int64. position_ids: (B, T) or (T,) int64.
+    input_ids: (B, T + 1) int64, or (B, T) where labels (B, T), the tokens that follow, are given.
+    position_ids: (B, T) or (T,) int64.
     """
-    return cross_entropy(student, input_ids[:, :-1], input_ids[:, 1:], position_ids)
-
-
-def cross_entropy(student: Llama, ids: Tensor, labels: Tensor, position_ids: Tensor | None):
-    """The same where labels (B, T), the tokens that follow, stand by themselves."""
-    hidden, _ = student(ids, position_ids)
+    if labels is None:
+        input_ids, labels = input_ids[:, :-1], input_ids[:, 1:]
+    hidden, _ = student(input_ids, position_ids)
     nll, count = next_token_loss(hidden, student.lm_head_weight, labels)
     return nll / count
 
@@ -198,9 +204,10 @@ def short_to_long_distillation(
 
 
 def loss_table(c: Config, student: Llama, teacher: Llama) -> dict[str, Callable[..., Tensor]]:
-    """The losses that a stream may name, functions of a data.Batch. A new loss is one more row."""
+    """The losses that a stream may name, functions of a data.Batch. A new loss is one more row, and
+    a mean over all tokens of the batch, since a process may see a part of each sequence."""
     return {
-        "cross_entropy": lambda b: cross_entropy(student, b.ids, b.labels, b.positions),
+        "cross_entropy": lambda b: long_text_loss(student, b.ids, b.positions, b.labels),
         "short_text_distillation": lambda b: short_text_distillation(
             student, teacher, b.ids, c.distill_layers, b.indices
         ),
@@ -212,7 +219,7 @@ def loss_table(c: Config, student: Llama, teacher: Llama) -> dict[str, Callable[
 
 # --------------------------------------------------------------------------------------- streams
 
-STREAMS = "long", "short", "s2l", "replay"  # in the order in which a step takes them
+STREAMS = "long", "short", "s2l", "replay"  # all there can be; log.jsonl has a loss_* for each
 
 
 @dataclass
@@ -262,16 +269,16 @@ def plan_streams(c: Config) -> dict[str, StepStream]:
 def micro_batches(c: Config, tokenizer) -> Callable[[StepStream, int], tuple[Tensor, Tensor]]:
     """read(stream, index) -> its micro-batch number `index`, a pure function of the seed:
     ids (B, T + 1) int64 and the student's positions (B, T), None for the tokens' own indices."""
-    salts = {"s2l": 0x52, "long": 0x4C}
-    sentence_ends = data.sentence_ends(tokenizer) if c.long_position_scheme == "longrecipe" else ()
+    salts = {"s2l": 0x52, "long": 0x4C}  # so that no two streams draw the same positions
+    is_end = data.sentence_ends(tokenizer) if c.long_position_scheme == "longrecipe" else ()
 
     def read(stream: StepStream, index: int):
         ids = stream.text.batch(index)
         if stream.scheme == "ordinary":
             return ids, None
-        rng = np.random.default_rng([c.seed, salts[stream.name], index])
-        inputs = ids[:, :-1]
-        return ids, data.draw_positions(stream.scheme, rng, inputs, c.target_len, sentence_ends)
+        salt = salts.get(stream.name, zlib.crc32(stream.name.encode()))
+        rng = np.random.default_rng([c.seed, salt, index])
+        return ids, data.draw_positions(stream.scheme, rng, ids[:, :-1], c.target_len, is_end)
 
     return read
 
@@ -321,8 +328,7 @@ def choose_layers(c: Config, run: machine.Run, short: StepStream) -> list[int]:
 
 
 def learning_rate(c: Config, step: int) -> float:
-    """Constant; over the replay stage from a tenth, LongRecipe's 5e-6 to 5e-5, on a line to 0 (the
-    shape is ours: its paper gives none)."""
+    """Constant; over the replay stage from a tenth to 0 (LongRecipe's 5e-6; the line is ours)."""
     if step < c.steps:
         return c.lr
     return 0.1 * c.lr * (c.steps + c.replay_steps - step) / c.replay_steps
@@ -353,7 +359,7 @@ def train(config: Config) -> Path:
                     loss = losses[stream.loss](batch)
                     (loss * (stream.weight * batch.share)).backward()
                     means[stream.name] += loss.detach().double() * batch.share
-            means = run.means(means)
+            means = run.over_processes(means)
             total = sum(stream.weight * means[stream.name] for stream in reads)
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), c.grad_clip)
             optimizer.param_groups[0]["lr"] = learning_rate(c, step)

@@ -234,7 +234,7 @@ class Llama(nn.Module):
         x = self.embed_tokens(input_ids)  # (B, T, D)
         hidden = {0: x} if 0 in taps else {}
         for i, block in enumerate(self.layers):
-            if self.run_block is not None and torch.is_grad_enabled():
+            if self.run_block is not None and cache is None and torch.is_grad_enabled():
                 x = self.run_block(i, block, x, rope)
             else:
                 x = block(x, rope, (cache.keys[i], cache.values[i], start) if cache else None)
@@ -277,6 +277,8 @@ class Llama(nn.Module):
             for 8B at 128K in bf16); activations take the room of one chunk only.
         """
         batch, length = input_ids.shape
+        if length == 0 or temperature < 0:
+            raise ValueError(f"got {length} tokens at temperature {temperature}, need some at >= 0")
         out = torch.cat([input_ids, input_ids.new_zeros(batch, max_new_tokens)], dim=1)
         models = [self]
         if pcd is not None:

@@ -33,8 +33,8 @@ Memory traffic
 --------------
 A rotation does three operations on each number it moves, so memory decides. Llama-3-8B in bf16:
 (32 query + 8 kv heads) * 128 * 2 bytes * (read + write) = 20,480 B a token, and 8 B of position id;
-at T = 32768 that is 640 MiB a layer, 156 us at 4.3 TB/s. The plain formula in eager mode (negate,
-concatenate, two products, a sum) moves 5 times as much, and writes and reads tables of cos and sin.
+at T = 32768 that is 640 MiB a layer, 156 us if memory gives 4.3 TB/s. The plain formula in eager
+mode (negate, concatenate, two products, a sum) moves 5 times as much, and tables of cos and sin.
 
 Shape letters: B batch, T tokens, N query heads, K kv heads, H head_dim.
 """

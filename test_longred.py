@@ -43,8 +43,9 @@ from longred import (
     short_to_long_distillation,
     train,
 )
-from machine import run
+from machine import memory, run
 from machine.corpus import DEFAULT_LONG, DEFAULT_SHORT
+from machine.plan import Policy
 from machine.settings import resolve
 from machine.states import newest_state
 from model import (
@@ -53,6 +54,7 @@ from model import (
     attention_kl,
     load_checkpoint,
     next_token_loss,
+    rescaled,
     save_checkpoint,
 )
 from rope_kernels import apply_rope, apply_rope_torch, ntk_theta, rope_frequencies
@@ -471,6 +473,21 @@ def test_cached_generation_equals_uncached_and_transformers(tmp_path):
 def test_a_prompt_read_in_chunks_continues_token_for_token(chunk_len):
     model, ids = tiny_llama(), tokens()
     assert torch.equal(model.generate(ids, 12, chunk_len=chunk_len), model.generate(ids, 12))
+
+
+def test_a_cache_is_read_whatever_the_blocks_run_by_while_gradients_are_on():
+    model, ids = tiny_llama(), tokens()
+    want = model(ids)[0][:, -1]
+    memory.apply_policy(model, Policy(mlp_rows=7))
+    cache = model.new_cache(2, 33)
+    parts = [model(part, cache=cache)[0] for part in (ids[:, :20], ids[:, 20:])]
+    assert rel(parts[1][:, -1], want) < 1e-5
+
+
+@pytest.mark.parametrize(("length", "temperature"), [(0, 0.0), (3, -1.0)])
+def test_generation_without_a_prompt_or_below_zero_is_refused(length, temperature):
+    with pytest.raises(ValueError, match=f"got {length} tokens at temperature {temperature}"):
+        tiny_llama().generate(tokens(1, length), 2, temperature)
 
 
 def test_generation_applies_the_lm_head_to_last_positions_only(monkeypatch):
@@ -970,6 +987,19 @@ def test_layers_are_chosen_by_attention_drift_and_the_last_is_among_them(pairs):
     assert select_distill_layers(teacher, student, tokens(), 1) == [3]
     assert select_distill_layers(teacher, student, tokens(), 2) == [most, 3]
     assert select_distill_layers(teacher, student, tokens(), 9) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "yarn", "factor": 4.0}], ids=str)
+def test_other_frequencies_on_the_same_weights_are_a_second_model_bit_for_bit(tmp_path, scaling):
+    teacher = load_checkpoint(save_checkpoint(tiny_llama(), tmp_path / "hf"))
+    student = load_checkpoint(tmp_path / "hf", 9000.0, scaling)
+    new = rescaled(teacher.config, 9000.0, scaling)
+    frequencies = rope_frequencies(new.head_dim, new.rope_theta, new.rope_scaling)
+    view, own = teacher.with_frequencies(*frequencies), teacher.inv_freq
+    assert torch.equal(view(tokens())[0], student(tokens())[0])
+    kl = attention_kl(teacher, view, tokens())
+    assert torch.equal(kl, attention_kl(teacher, student, tokens())) and kl.min() > 0
+    assert view.embed_tokens is teacher.embed_tokens and teacher.inv_freq is own
 
 
 # ---------------------------------------------------------------- longred.py: the method's variants

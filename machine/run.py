@@ -250,8 +250,8 @@ class Run:
             self.keeper.check_stop()
             yield data.Batch(ids[:, :-1], ids[:, 1:], indices, positions, share)
 
-    def means(self, means: dict[str, Tensor | None]) -> dict[str, float | None]:
-        """Over all processes; the one moment of a step at which numbers come from the GPU."""
+    def over_processes(self, means: dict[str, Tensor | None]) -> dict[str, float | None]:
+        """Their means; the one moment of a step at which numbers come from the GPU."""
         read = {name: float(x) for name, x in means.items() if x is not None}
         totals = (x / self.processes.size for x in self.processes.total([*read.values()]))
         return means | dict(zip(read, totals, strict=True))

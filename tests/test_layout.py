@@ -1,6 +1,7 @@
 """The shape of the repository: what may import what, and how long anything may be."""
 
 import ast
+import importlib
 import subprocess
 import sys
 
@@ -109,7 +110,7 @@ def is_for_types(tree, node) -> bool:
 def test_each_file_can_be_imported_first():
     code = """
 import importlib, os, sys
-import torch, torch.distributed.checkpoint  # once for all, it takes seconds; none of ours does
+import huggingface_hub, torch._dynamo, torch.distributed.fsdp  # once for all: they take seconds
 for name in sys.argv[1:]:
     sys.stderr.flush()
     child = os.fork()
@@ -170,6 +171,34 @@ def test_longred_knows_neither_gpu_nor_number_of_processes():
 @pytest.mark.parametrize("name", FILES)
 def test_names_explain_themselves(name):
     assert not given(TREES[name]) & set(NAMES_THAT_SAY_NOTHING)
+
+
+# What code beyond this repository binds to
+BOUND = {
+    "rope_kernels": "rope_frequencies apply_rope apply_rope_torch",
+    "model": "ModelConfig Llama next_token_loss attention_kl load_config load_checkpoint "
+    "save_checkpoint",
+    "longred": "Config train main cosine_distance long_text_loss select_distill_layers "
+    "default_theta write_byte_tokenizer",
+    "data": "uniform_positions cream_positions cream_truncated_positions pose_positions "
+    "longrecipe_positions load_tokenizer tokenize Corpus Stream held_out",
+}
+
+
+@pytest.mark.parametrize("module", BOUND)
+def test_names_that_others_bind_to_are_where_they_were(module):
+    found = importlib.import_module(module)
+    assert all(callable(getattr(found, name)) for name in BOUND[module].split())
+
+
+@pytest.mark.parametrize("name", ["evaluate", "bench"])
+def test_a_command_of_measure_runs_by_name_here_and_by_path_anywhere(name, tmp_path):
+    by_name, by_path = ["-m", f"measure.{name}"], [HERE / "measure" / f"{name}.py"]
+    for command, folder in ((by_name, HERE), (by_path, tmp_path)):
+        done = subprocess.run(
+            [sys.executable, *command, "--help"], cwd=folder, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and f"measure.{name}" in done.stdout, done.stderr[-2000:]
 
 
 def test_folders_are_packages_with_nothing_in_them():

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 import longred
-from longred import cross_entropy, main, short_to_long_distillation, train
+from longred import long_text_loss, main, short_to_long_distillation, train
 from machine import log, states
 from machine.keeper import Keeper
 from machine.log import Watch
 from machine.many import Processes
+from machine.memory import AdamW
+from model import load_checkpoint
 from tests.conftest import HERE, read_log, same_run, tiny_run
 
 # ------------------------------------------------------------------------------------------- resume
@@ -166,6 +168,14 @@ def test_comments_do_not_change_a_codes_fingerprint(tmp_path, monkeypatch):
     assert states.code_fingerprints()["data.py"] != before["data.py"]
 
 
+def test_states_of_one_gpu_and_of_others_are_told_apart(whole):
+    state = states.newest_state(whole)
+    student = load_checkpoint(whole).bfloat16()
+    optimizer = AdamW(student.parameters(), 0.1, (0.9, 0.95), 1e-8, 0.0, host=True)
+    with pytest.raises(ValueError, match="step-000004: one GPU's state .* do not convert"):
+        states.read_state(state, student, optimizer)
+
+
 def test_an_out_dir_that_is_not_ours_is_refused(ckpt, tmp_path, at_two):
     with pytest.raises(ValueError, match="already holds a run; continue it with --resume"):
         train(tiny_run(ckpt, at_two))
@@ -190,9 +200,9 @@ def spoil(monkeypatch, out, bad_steps):
 
     def loss(*args):
         step = len(read_log(out)) + 1
-        return cross_entropy(*args) * (math.nan if step in bad_steps else 1.0)
+        return long_text_loss(*args) * (math.nan if step in bad_steps else 1.0)
 
-    monkeypatch.setattr(longred, "cross_entropy", loss)
+    monkeypatch.setattr(longred, "long_text_loss", loss)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_flagged(ckpt, tmp_path, monkeypatch):
