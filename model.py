@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from machine import checkpoints  # files of any kind, and whether to trust them; no Llama
+from machine import checkpoints, hf_config  # files of any kind, and whether to trust them
 from rope_kernels import apply_rope, ntk_theta, rope_frequencies
 
 # ---------------------------------------------------------------------------------------- config
@@ -55,9 +55,9 @@ class ModelConfig:
 
         Raises ValueError for an entry missing, absurd or not computed here (sliding windows, ...).
         """
-        checked = checkpoints.check_config(hf)  # refused there, or every default filled in
+        checked = hf_config.check_config(hf)  # refused there, or every default filled in
         return cls(
-            **{ours: checked[theirs] for ours, theirs in checkpoints.CONFIG_NAMES.items()},
+            **{ours: checked[theirs] for ours, theirs in hf_config.CONFIG_NAMES.items()},
             max_position_embeddings=checked["max_position_embeddings"],
             qkv_bias=checked["attention_bias"] or checked["model_type"] == "qwen2",
             o_bias=checked["attention_bias"],
@@ -71,18 +71,15 @@ class ModelConfig:
         Rotary is spelt as in transformers 4, which 5 reads; "ntk" becomes the larger theta it is.
         """
         hf = {"model_type": "llama", "hidden_act": "silu"} | self.hf
-        hf.pop("rope_parameters", None)
-        hf.setdefault("architectures", [checkpoints.FAMILIES[hf["model_type"]]])
-        hf |= {theirs: getattr(self, ours) for ours, theirs in checkpoints.CONFIG_NAMES.items()}
+        hf.setdefault("architectures", [hf_config.FAMILIES[hf["model_type"]]])
+        hf |= {theirs: getattr(self, ours) for ours, theirs in hf_config.CONFIG_NAMES.items()}
         scaling = self.rope_scaling
         if scaling and scaling["rope_type"] == "ntk":
             hf["rope_theta"] = ntk_theta(self.head_dim, self.rope_theta, scaling["factor"])
             hf["rope_scaling"] = None
-        if self.max_position_embeddings:
-            hf["max_position_embeddings"] = self.max_position_embeddings
         if hf["model_type"] == "llama":
             hf |= {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
-        return hf
+        return hf_config.exported(hf, self.max_position_embeddings)
 
     def stored_dtype(self) -> torch.dtype | None:
         """The dtype that the checkpoint's config names for its weights, None if it names none."""
@@ -473,7 +470,7 @@ def rescaled(
     Raises ValueError, calling the config by `name`, for two scalings on top of each other.
     """
     theta = config.rope_theta if rope_theta is None else rope_theta
-    scaling = checkpoints.new_scaling(config, rope_scaling, name)
+    scaling = hf_config.new_scaling(config, rope_scaling, name)
     return replace(config, rope_theta=theta, rope_scaling=scaling)
 
 
@@ -490,7 +487,8 @@ def load_checkpoint(
     path_or_name: folder, OUT_DIR, known name or hub id (checkpoints.resolve_checkpoint).
     shard: called with the empty model, before its memory is allocated.
     device, dtype: of the parameters. Each tensor goes straight into place, one in flight.
-    Raises ValueError for a file damaged, a tensor missing, extra or misshapen, or two scalings.
+    Raises ValueError for a file damaged, a tensor missing, extra, misshapen or not finite, or two
+    scalings.
     """
     folder = checkpoints.resolve_checkpoint(path_or_name)
     config = rescaled(load_config(folder), rope_theta, rope_scaling, folder)

@@ -2,7 +2,6 @@
 
     resolve_checkpoint(name) -> folder                  known names and hub ids are downloaded
     read_config(folder, from_hf) -> ModelConfig         config.json, or Meta's params.json
-    check_config(dict) -> dict                          defaults filled in; else refused
     open_tensors(folder, shapes, config) -> read(name)  names, shapes, dtypes checked beforehand
     new_folder(out_dir), carry_over(source, ...)        an export, and what stands beside weights
 
@@ -27,8 +26,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-
-from rope_kernels import rope_frequencies
 
 # ------------------------------------------------------------------------------------ where it lies
 
@@ -58,8 +55,10 @@ def resolve_checkpoint(path_or_name: str | os.PathLike) -> Path:
     folder = Path(text).expanduser()
     for candidate in (folder, folder / "hf"):
         if (candidate / "config.json").is_file() or (candidate / "params.json").is_file():
+            _refuse_adapter(candidate)
             return candidate
     if folder.exists():
+        _refuse_adapter(folder)
         raise ValueError(
             f"{folder} holds no config.json (nor does {folder / 'hf'}): need a Hugging Face folder "
             "with config.json, model.safetensors and tokenizer.json, or Meta's with params.json, "
@@ -74,6 +73,17 @@ def resolve_checkpoint(path_or_name: str | os.PathLike) -> Path:
     return _download(text, repo)
 
 
+def _refuse_adapter(folder: Path) -> None:
+    """ValueError where weights of a LoRA or the like stand by themselves: base + adapter differ."""
+    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).exists():
+            raise ValueError(
+                f"{folder} holds {name}, an adapter that is not merged into the weights and would "
+                "be left out; merge it (peft: model.merge_and_unload().save_pretrained(...)) and "
+                "pass that folder, or remove the file to mean the weights alone"
+            )
+
+
 def _download(name: str, repo: str) -> Path:
     from huggingface_hub import get_token, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -81,6 +91,7 @@ def _download(name: str, repo: str) -> Path:
     from machine.tokenizer import TOKENIZER_FILES
 
     wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
+    wanted += ["adapter_config.json"]  # its presence is refused
     login = "your token was refused" if get_token() else "you are not logged in"
     try:
         found = snapshot_download(
@@ -88,7 +99,9 @@ def _download(name: str, repo: str) -> Path:
             allow_patterns=[*wanted, *TOKENIZER_FILES],
             ignore_patterns=["original/*", "consolidated*"],  # Meta's copy doubles the download
         )
-        return Path(found)
+        return resolve_checkpoint(found)
+    except ValueError:
+        raise
     except GatedRepoError:
         reason = f"its licence must be accepted at https://huggingface.co/{repo}, and {login}"
     except RepositoryNotFoundError:
@@ -108,6 +121,14 @@ def _download(name: str, repo: str) -> Path:
 # Bytes of JSON read at most: the largest real header is below 1 MB, and a parse takes many times
 # the text, so that a forged one could take all memory.
 MOST_JSON = 2**22
+LFS = b"version https://git-lfs.github.com/spec/v1"  # begins what git-lfs puts in a file's place
+LFS_REMEDY = "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`, or download it"
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a clone without git-lfs left a few lines in the place of this file."""
+    with open(path, "rb") as f:
+        return f.read(len(LFS)) == LFS
 
 
 def read_json(path: Path) -> dict:
@@ -115,6 +136,10 @@ def read_json(path: Path) -> dict:
     try:
         if path.stat().st_size > MOST_JSON:
             raise ValueError(f"{path.stat().st_size:,} bytes, need at most {MOST_JSON:,}")
+        if not path.is_file():
+            raise ValueError("it is no plain file")
+        if is_lfs_pointer(path):
+            raise ValueError(LFS_REMEDY)
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise ValueError(f"cannot read {path}: {e.strerror}") from None
@@ -147,139 +172,6 @@ def read_config(folder: Path, from_hf: Callable):
     if meta:  # unknown, rather than transformers' default
         config.max_position_embeddings = hf.get("max_position_embeddings")
     return config
-
-
-# model_type -> the architecture that config.json names
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-}
-# ModelConfig's names -> config.json's
-CONFIG_NAMES = {
-    "d_model": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "d_ff": "intermediate_size",
-    "vocab_size": "vocab_size",
-    "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-    "rope_scaling": "rope_scaling",
-    "tie_embeddings": "tie_word_embeddings",
-}
-
-
-def check_config(hf: dict) -> dict:
-    """A config.json, in the spelling of transformers 4 or 5, with every default filled in.
-
-    Rotary is under rope_theta and rope_scaling (None: unscaled, else every key by its newest name).
-    Raises ValueError naming the entry that is missing, absurd or that describes something no Llama
-    computes (sliding windows, partial rotary, ...).
-    """
-    family = str(hf.get("model_type", "llama"))
-    if family not in FAMILIES:
-        raise ValueError(f"model_type is {family:.60}, need one of {', '.join(FAMILIES)}")
-    n_layers = _number(hf, "num_hidden_layers", most=1000)
-    _refuse_unsupported(hf, family, n_layers)
-    d_model = _number(hf, "hidden_size")
-    n_heads = _number(hf, "num_attention_heads")
-    n_kv_heads = _number(hf, "num_key_value_heads", n_heads)
-    if n_heads % n_kv_heads:
-        raise ValueError(
-            f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads "
-            f"{n_kv_heads}; config.json is damaged or not a Llama's"
-        )
-    head_dim = _number(hf, "head_dim", d_model // n_heads)
-    window = _number(hf, "max_position_embeddings", 2048, most=2**40)
-    theta, scaling = _rope_from_hf(hf, window)
-    rope_frequencies(head_dim, theta, scaling)  # a bad theta or scaling ends here, explained
-    return hf | {
-        "model_type": family,
-        "num_key_value_heads": n_kv_heads,
-        "head_dim": head_dim,
-        "intermediate_size": _number(hf, "intermediate_size"),
-        "vocab_size": _number(hf, "vocab_size"),
-        "rms_norm_eps": _number(hf, "rms_norm_eps", 1e-6, most=1, kind=float),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "max_position_embeddings": window,
-        "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
-        "attention_bias": family == "llama" and bool(hf.get("attention_bias", False)),
-        "mlp_bias": family == "llama" and bool(hf.get("mlp_bias", False)),
-    }
-
-
-def _number(hf: dict, key: str, default=None, most: int = 2**20, kind: type = int):
-    """An entry of somebody's config.json. 2^20 is far above any Llama, and no product overflows."""
-    value = default if hf.get(key) is None else hf[key]
-    if type(value) is not kind or not 0 < value <= most:
-        need = f"a number ({kind.__name__}) above 0, at most {most}"
-        raise ValueError(f"{key} is {value!r:.60}, need {need}")
-    return value
-
-
-def _refuse_unsupported(hf: dict, family: str, n_layers: int) -> None:
-    """What this model computes: each entry and the values it may have. Absent ones are fine."""
-    if family == "mistral":
-        hf = {"sliding_window": 4096} | hf  # transformers' default
-    if family == "qwen2" and not hf.get("use_sliding_window"):
-        hf = hf | {"sliding_window": None}
-    for key, computed in {
-        "sliding_window": (None,),
-        "layer_types": (None, ["full_attention"] * n_layers),
-        "hidden_act": (None, "silu"),
-        "partial_rotary_factor": (None, 1.0),
-        "quantization_config": (None,),
-    }.items():
-        if hf.get(key) not in computed:
-            raise ValueError(
-                f"{key} is {hf[key]!r:.60}, which this model does not compute; it needs full "
-                "attention, SiLU, full rotary and plain weights"
-            )
-
-
-def _rope_from_hf(hf: dict, window: int) -> tuple[float, dict | None]:
-    """(theta, scaling) from transformers 4's two keys or 5's one."""
-    scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise ValueError(f"rope_scaling is {scaling!r:.60}, need an object or null")
-    scaling = dict(scaling)
-    theta = scaling.pop("rope_theta", None)
-    theta = hf.get("rope_theta") if theta is None else theta
-    if theta is None:
-        print("the config gives no rope_theta: using 10,000, as the first Llama 2 releases meant")
-        theta = 10_000.0
-    return theta, _full_scaling(scaling, window)
-
-
-def new_scaling(config, rope_scaling: dict | None, name: object) -> dict | None:
-    """The scaling of a ModelConfig called `name` once rope_scaling replaced it; None leaves it.
-
-    {"rope_type": "default"} removes a scaling. Raises ValueError for one on top of another.
-    """
-    if rope_scaling is None:
-        return config.rope_scaling
-    scaling = _full_scaling(rope_scaling, config.max_position_embeddings)
-    if scaling and config.rope_scaling:
-        raise ValueError(
-            f"{name} is already scaled by {config.rope_scaling}, on top of which "
-            f"{scaling['rope_type']!r} is not defined; raise rope_theta instead, or "
-            'remove the scaling first with rope_type "default"'
-        )
-    return scaling
-
-
-def _full_scaling(scaling: dict, window: int | None) -> dict | None:
-    """A scaling as ModelConfig has it: None for none, every key under its newest name."""
-    scaling = dict(scaling)
-    kind = scaling.pop("type", None)  # the key's name before transformers 4.43
-    if scaling.setdefault("rope_type", kind or "default") == "default":
-        return None
-    if scaling["rope_type"] == "yarn":  # unwritten, it is the window itself
-        scaling.setdefault("original_max_position_embeddings", window)
-    return scaling
 
 
 # --------------------------------------------------------------------------------------- weights in
@@ -329,7 +221,49 @@ def _hf_tensors(folder: Path, shapes: dict, tied: bool) -> Callable[[str], Tenso
         with safe_open(files[name][0], framework="pt") as f:
             return f.get_tensor(name)
 
-    return read
+    def read_sound(name: str) -> Tensor:
+        tensor = read(name)
+        check_finite(tensor, name, files[name][0])
+        return tensor
+
+    if tied and "lm_head.weight" in files:
+        _check_tied(files["lm_head.weight"][0], read("lm_head.weight"), read(EMBEDDING))
+    return read_sound
+
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def _check_tied(path: Path, head: Tensor, embedding: Tensor) -> None:
+    """ValueError where config.json says that one matrix is both, and the file holds two.
+
+    Transformers 5 keeps the file's own head, transformers 4 and vLLM take the embedding. Where they
+    differ the first rows mostly tell; a true copy costs reading both matrices once more.
+    """
+    if head.shape == embedding.shape and torch.equal(head[:8], embedding[:8].to(head.dtype)):
+        if torch.equal(head, embedding.to(head.dtype)):
+            return
+    raise ValueError(
+        f"{path} holds an lm_head.weight of its own, while config.json says tie_word_embeddings: "
+        "true, and readers differ over which counts; set tie_word_embeddings to false to keep the "
+        "head, or remove lm_head.weight from the file to tie it"
+    )
+
+
+def check_finite(tensor: Tensor, name: str, path: Path) -> None:
+    """ValueError if a tensor holds inf or nan, or a number that fp32 takes for inf.
+
+    One pass, at memory speed: the sum of what is finite is finite, but for sums that overflow,
+    which the second look tells apart.
+    """
+    if torch.isfinite(tensor.sum(dtype=torch.float32)):
+        return
+    bad = int((~torch.isfinite(tensor.float())).sum())
+    if bad:
+        raise ValueError(
+            f"{path}: {name} holds {bad:,} numbers of {tensor.numel():,} that are inf or nan; the "
+            "weights are broken, no training mends that: fetch them again or take an earlier state"
+        )
 
 
 def _weight_files(folder: Path) -> dict[str, tuple[Path, dict]]:
@@ -350,10 +284,12 @@ def _weight_files(folder: Path) -> dict[str, tuple[Path, dict]]:
     files = {}
     for path in (folder / n for n in names):
         try:
+            if path.exists() and not path.is_file():
+                raise ValueError("it is no plain file")
             header = _safetensors_header(path)
         except (SafetensorError, OSError, ValueError, RecursionError) as e:
             raise ValueError(
-                f"{path} is missing, truncated or damaged ({e}); fetch it again"
+                f"{path} is missing, truncated or damaged ({str(e)[:300]}); fetch it again"
             ) from None
         if twice := files.keys() & header.keys():
             raise ValueError(f"{min(twice)} stands in both {files[min(twice)][0]} and {path}")
@@ -367,7 +303,10 @@ def _safetensors_header(path: Path) -> dict[str, dict]:
     Those refuse holes, overlaps and sizes that do not add up; a name given twice passes them.
     """
     with open(path, "rb") as f:
-        size = int.from_bytes(f.read(8), "little")
+        first = f.read(8)
+        if LFS.startswith(first) and is_lfs_pointer(path):
+            raise ValueError(LFS_REMEDY)
+        size = int.from_bytes(first, "little")
         if size > MOST_JSON:
             raise ValueError(f"a header of {size:,} bytes, need at most {MOST_JSON:,}")
         text = f.read(size)
@@ -413,6 +352,12 @@ def _meta_files(folder: Path) -> list[Path]:
     """consolidated.00.pth and on: one file for each rank of Meta's model parallelism."""
     paths = sorted(folder.glob("consolidated.*.pth"))
     got = [path.name for path in paths]
+    if not got and list(folder.glob("consolidated*.safetensors")):
+        raise ValueError(
+            f"{folder} holds Mistral's own format (consolidated.safetensors beside params.json), "
+            "which is not read; take config.json, model*.safetensors and tokenizer.json of the "
+            "same repository"
+        )
     if not got or got != [f"consolidated.{i:02d}.pth" for i in range(len(got))]:
         raise ValueError(f"{folder}: need consolidated.00.pth and on, got {got}; fetch the rest")
     return paths
@@ -420,6 +365,10 @@ def _meta_files(folder: Path) -> list[Path]:
 
 def _open_meta(path: Path) -> dict[str, Tensor]:
     """One of Meta's files, memory-mapped. Nothing but tensors is ever unpickled from it."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no plain file")
+    if is_lfs_pointer(path):
+        raise ValueError(f"{path} is {LFS_REMEDY}")
     try:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type for entry in archive.infolist()):
@@ -430,13 +379,33 @@ def _open_meta(path: Path) -> dict[str, Tensor]:
             f"{path} is truncated, damaged, or a pickle of more than tensors, which is never run "
             f"({type(e).__name__}); fetch it again from where the weights are published"
         ) from None
-    floats = torch.float32, torch.float16, torch.bfloat16
-    good = isinstance(tensors, dict) and all(
-        isinstance(t, Tensor) and t.dtype in floats for t in tensors.values()
-    )
-    if not good:
+    if not isinstance(tensors, dict):
         raise ValueError(f"{path} is no plain dict of tensors in fp32, fp16 or bf16")
+    for name, t in tensors.items():
+        if not isinstance(name, str) or not _is_plain(t):
+            raise ValueError(
+                f"{path} is no plain dict of tensors in fp32, fp16 or bf16: {str(name)[:60]} is "
+                "empty, sparse, a view of something else, or no tensor; fetch it again"
+            )
     return tensors
+
+
+def _is_plain(t: object) -> bool:
+    """Whether a tensor holds, itself, in its file, every number that its shape tells of.
+
+    One with a stride of 0, or without memory (sparse, meta), could claim any size.
+    """
+    floats = torch.float32, torch.float16, torch.bfloat16
+    return (
+        isinstance(t, Tensor)
+        and t.dtype in floats
+        and t.layout == torch.strided
+        and t.device.type == "cpu"
+        and t.ndim in (1, 2)
+        and t.numel() > 0
+        and t.is_contiguous()
+        and t.numel() * t.itemsize <= t.untyped_storage().nbytes()
+    )
 
 
 def _hf_from_meta(folder: Path, params: dict) -> dict:
@@ -445,8 +414,9 @@ def _hf_from_meta(folder: Path, params: dict) -> dict:
     first = _open_meta(files[0])
     embedding, output = first.get("tok_embeddings.weight"), first.get("output.weight")
     gate = first.get("layers.0.feed_forward.w1.weight")
-    if embedding is None or gate is None:
-        raise ValueError(f"{files[0]} lacks tok_embeddings or layers.0.feed_forward.w1")
+    matrices = [t for t in (embedding, gate, output) if t is not None]
+    if embedding is None or gate is None or any(t.ndim != 2 for t in matrices):
+        raise ValueError(f"{files[0]} lacks a matrix tok_embeddings or layers.0.feed_forward.w1")
     # Llama 3.2 ties the two, and may store both. The first row tells for all others, cheaply.
     tied = output is None or (
         torch.equal(output[0], embedding[0]) and torch.equal(output, embedding)
@@ -501,6 +471,7 @@ def _meta_tensors(folder: Path, shapes: dict, config) -> Callable[[str], Tensor]
         theirs = _meta_name(name)
         parts = [shard[theirs] for shard in shards(".".join(theirs.split(".")[:2]))]
         whole = parts[0] if split[theirs] is None else torch.cat(parts, split[theirs])
+        check_finite(whole, theirs, paths[0])
         if "q_proj" in name or "k_proj" in name:  # neighbours (2j, 2j + 1) -> halves
             whole = whole.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
         return whole

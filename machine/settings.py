@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from machine import corpus, plan
+from machine.hf_config import original_window
 from model import ModelConfig
 
 
@@ -150,7 +151,8 @@ def fill_defaults(c: Config, ckpt_name: str, theta: float) -> None:
 def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
     """Fill in what was left to us and refuse what cannot work, before anything is allocated."""
     c = replace(config, ckpt=str(ckpt.resolve()))
-    fill(c, original_len=model.max_position_embeddings)
+    if c.original_len is None:
+        c.original_len = original_window(model)
     if c.original_len is None:
         raise ValueError(
             "--original_len is missing: Meta's params.json does not say it; pass 4096 for Llama 2, "
@@ -166,6 +168,12 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
         raise ValueError(
             f"--target_len {c.target_len} is not above the original window of {c.original_len}; "
             "pass a longer one (or the true --original_len)"
+        )
+    if c.rope_type is None and (model.rope_scaling or {}).get("rope_type") == "yarn":
+        raise ValueError(
+            f"the checkpoint is scaled by YaRN, {model.rope_scaling}: a larger theta on top of it "
+            "is not defined, and readers would take another factor from the new window; pass "
+            "--rope_type default, which removes the scaling, with a --rope_theta to your liking"
         )
     check_device(c, plan.parameter_count(model))
     fill_defaults(c, Path(config.ckpt).name, model.rope_theta)

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longred import train, write_byte_tokenizer
-from machine import checkpoints
+from machine import checkpoints, hf_config
 from machine.checkpoints import resolve_checkpoint
 from model import ModelConfig, load_checkpoint, load_config, save_checkpoint
 from tests.conftest import (
@@ -169,6 +169,158 @@ def test_the_spellings_of_transformers_4_and_5_read_alike(tmp_path, family):
     assert [c.stored_dtype() for c in read] == [torch.float32] * 3
     assert len({str(dataclasses.replace(c, hf={})) for c in read}) == 1
     assert "rope_parameters" not in read[0].to_hf() and read[0].to_hf()["rope_theta"]
+
+
+def hf_folder(folder, **changes):
+    """A tiny checkpoint whose config.json has these entries; None takes one out."""
+    save_checkpoint(tiny_llama(max_position_embeddings=64), folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    config = {k: v for k, v in config.items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+ROTARIES = {
+    "scaling beside parameters": dict(
+        rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        rope_scaling=YARN,
+    ),
+    "linear beside parameters": dict(
+        rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        rope_scaling=LINEAR,
+    ),
+    "original at the top": dict(rope_scaling=YARN, original_max_position_embeddings=32),
+    "original at the top alone": dict(
+        rope_scaling={"type": "yarn", "factor": 4.0}, original_max_position_embeddings=32
+    ),
+    "no original": dict(rope_scaling={"type": "yarn", "factor": 4.0}),
+    "no original, llama3": dict(
+        rope_scaling={k: v for k, v in LLAMA3.items() if "original" not in k}
+    ),
+    "two thetas": dict(rope_theta=700.0, rope_parameters={"rope_theta": 9e3}, rope_scaling=None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROTARIES)
+def test_rotary_is_read_as_transformers_reads_it(tmp_path, name):
+    folder = hf_folder(tmp_path / "hf", **ROTARIES[name])
+    ours, theirs, ids = load_checkpoint(folder), hf_model(folder), tokens(length=90)
+    assert rel(ours.logits(ours(ids)[0]), theirs(ids).logits) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(rope_theta=None, rope_scaling=LINEAR, rope_parameters={"rope_theta": 5e5}), "theta"),
+        (dict(rope_scaling={"factor": 4.0}), "a factor without a kind"),
+        (dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}), "rotary for some layers"),
+        (dict(tie_word_embeddings="false"), "tie_word_embeddings is 'false'"),
+        (dict(rope_interleaved=True), "rope_interleaved is True"),
+    ],
+)
+def test_a_config_that_contradicts_itself_is_refused(tmp_path, changes, said):
+    with pytest.raises(ValueError, match=said):
+        load_config(hf_folder(tmp_path / "hf", **changes))
+
+
+def test_a_head_of_its_own_under_tied_embeddings_is_refused(tmp_path):
+    folder = save_checkpoint(tiny_llama(tie_embeddings=True), tmp_path / "hf")
+    changed = load_checkpoint(folder).embed_tokens.weight.clone()
+    changed[90, 3] += 1.0  # a row that the first look does not see
+    edit_weights(folder, lambda t: t.update({"lm_head.weight": changed}))
+    with pytest.raises(ValueError, match="lm_head.weight of its own.*tie_word_embeddings"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), -float("inf"), 1e300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_weights_that_are_not_finite_are_named(tmp_path, bad, dtype):
+    if bad == 1e300 and dtype != torch.float64:
+        return  # no such number, or inf
+    folder, name = save_checkpoint(tiny_llama(), tmp_path / "hf"), "model.layers.1.mlp.up_proj"
+
+    def change(t):
+        t[f"{name}.weight"] = t[f"{name}.weight"].to(dtype)
+        t[f"{name}.weight"][7, 9] = bad
+
+    edit_weights(folder, change)
+    with pytest.raises(ValueError, match=f"{name}.weight holds 1 numbers of .* inf or nan"):
+        load_checkpoint(folder)
+
+
+def test_large_finite_weights_are_no_fault():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        most = torch.full((99, 99), torch.finfo(dtype).max, dtype=dtype)  # whose sum overflows
+        checkpoints.check_finite(most, "w", "file")
+
+
+@pytest.mark.parametrize(
+    "changes, window",
+    [
+        (dict(rope_scaling=YARN), 256),  # 64 is from before the scaling
+        (dict(rope_scaling=YARN, max_position_embeddings=256), 256),
+        (dict(rope_scaling=YARN, max_position_embeddings=80), 256),
+        (dict(rope_scaling=LINEAR, max_sequence_length=256), 256),
+        (dict(rope_scaling=LINEAR, original_max_position_embeddings=64), 256),
+        (dict(rope_scaling=LINEAR, original_max_position_embeddings=16), 64),
+        (dict(rope_scaling=LINEAR), "--original_len 64 or --original_len 256"),
+        (dict(model_type="qwen2", max_position_embeddings=None), 32768),
+        (dict(model_type="mistral", max_position_embeddings=None, sliding_window=None), 131072),
+        (dict(max_position_embeddings=None), 2048),
+    ],
+)
+def test_the_window_of_a_config(tmp_path, changes, window, capsys):
+    config = json.loads((hf_folder(tmp_path / "hf") / "config.json").read_text()) | changes
+    config = {k: v for k, v in config.items() if v is not None}
+    config |= {"sliding_window": None}
+    read = ModelConfig.from_hf(config)
+    if isinstance(window, str):
+        with pytest.raises(ValueError, match=window):
+            hf_config.original_window(read)
+        return
+    assert hf_config.original_window(read) == window
+    assert hf_config.original_window(ModelConfig.from_hf(read.to_hf())) == window
+
+
+def test_an_export_has_one_window_and_one_rotary(tmp_path):
+    old = dict(max_sequence_length=64, n_ctx=64, seq_length=64, max_length=64)
+    old |= dict(auto_map={"AutoModelForCausalLM": "modeling_x.Llama"})
+    ours = load_checkpoint(hf_folder(tmp_path / "hf", **old), rope_scaling=LINEAR)
+    ours.config.max_position_embeddings = 256
+    out = json.loads((save_checkpoint(ours, tmp_path / "out") / "config.json").read_text())
+    assert [out[k] for k in ("max_sequence_length", "n_ctx", "seq_length")] == [256] * 3
+    assert out["original_max_position_embeddings"] == 64 and "max_length" not in out
+    assert "auto_map" not in out
+    assert hf_config.original_window(load_config(tmp_path / "out")) == 256
+    theirs, ids = hf_model(tmp_path / "out"), tokens(length=90)
+    assert rel(ours.logits(ours(ids)[0]), theirs(ids).logits) < 1e-4
+
+
+def test_what_is_not_read_is_named(tmp_path, capsys):
+    hf_config.say_once.cache_clear()
+    changes = dict(logit_scale=0.5, qk_norm=True, auto_map={"AutoModel": "modeling_own.Own"})
+    load_config(hf_folder(tmp_path / "hf", **changes))
+    said = capsys.readouterr().out
+    assert "logit_scale, qk_norm is not read" in said and "modeling_own.Own" in said
+    load_config(hf_folder(tmp_path / "plain"))
+    assert "WARNING" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_that_is_not_merged_is_refused(tmp_path, name):
+    folder = hf_folder(tmp_path / "hf")
+    (folder / name).write_text("{}")
+    with pytest.raises(ValueError, match=f"{name}, an adapter that is not merged"):
+        load_checkpoint(folder)
+
+
+def test_a_larger_theta_over_yarn_is_refused_before_anything_is_read(ckpt, tmp_path):
+    folder = hf_folder(tmp_path / "hf", rope_scaling=YARN)
+    run = dataclasses.replace(tiny_run(ckpt, tmp_path / "out", target_len=512), ckpt=str(folder))
+    with pytest.raises(ValueError, match="scaled by YaRN.*--rope_type default"):
+        train(run)
 
 
 def test_an_export_carries_what_stood_beside_the_weights(tmp_path):
@@ -366,6 +518,19 @@ WEIGHTS = {
     "name twice": forged(f'{{"a":{TENSOR % (0, 8)},"a":{TENSOR % (0, 8)}}}', b"0" * 8),
     "nested": forged("[" * 10**6),
 }
+E, Q = "tok_embeddings.weight", "layers.1.attention.wq.weight"
+PLAIN = {  # tensors in a .pth that are none, or claim more than the file holds
+    "scalar": lambda t: t.update({E: torch.tensor(1.0)}),
+    "vector": lambda t: t.update({E: torch.ones(96 * 48)}),
+    "empty": lambda t: t.update({"output.weight": torch.zeros(0, 0)}),
+    "no rows": lambda t: t.update({E: torch.zeros(0, 48)}),
+    "sparse": lambda t: t.update({Q: t[Q].to_sparse()}),
+    "csr": lambda t: t.update({Q: t[Q].to_sparse_csr()}),
+    "meta": lambda t: t.update({Q: t[Q].to("meta")}),
+    "stride 0": lambda t: t.update({Q: torch.ones(1, 1).expand(2**20, 2**20)}),
+    "number for a name": lambda t: t.update({7: t[Q]}),
+    "list of numbers": lambda t: t.update({Q: [1.0]}),
+}
 NUMBERS = {
     "num_key_value_heads": (4, "num_attention_heads 6 is not a multiple"),
     "num_hidden_layers": (2**31 - 1, "num_hidden_layers is 2147483647, need"),
@@ -403,12 +568,37 @@ def hostile(root):
         (folder / name).unlink()
         (folder / name).symlink_to(name)
         cases[folder.name] = folder, "holds no config.json|holds neither model.safetensors"
+    for name in ("config.json", "model.safetensors", "shard.safetensors"):
+        folder = shutil.copytree(good, root / f"{name} pipe")
+        if name == "shard.safetensors":
+            (folder / "model.safetensors").unlink()
+            index = {"weight_map": {"a": name}}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+        cases[folder.name] = folder, "holds no config.json|holds neither|it is no plain file"
+        folder = shutil.copytree(good, root / f"{name} pointer")
+        (folder / "model.safetensors").write_bytes(checkpoints.LFS + b"\noid sha256:0\nsize 9\n")
+        cases[folder.name] = folder, "Git LFS pointer.*git lfs pull"
     (root / "loop").symlink_to("loop")
     cases["loop"] = root / "loop", "no checkpoint .*loop"
     for i, content in enumerate((Bomb(), {"tok_embeddings.weight": Bomb()})):
         folder = meta_folder(root / f"bomb{i}", tiny_llama(), 1)
         torch.save(content, folder / "consolidated.00.pth")
         cases[folder.name] = folder, "never run"
+    for name, change in PLAIN.items():
+        folder = meta_folder(root / name, tiny_llama(), 1)
+        tensors = torch.load(folder / "consolidated.00.pth")
+        change(tensors)
+        torch.save(tensors, folder / "consolidated.00.pth")
+        cases[name] = folder, "no plain dict of tensors|lacks a matrix"
+    folder = meta_folder(root / "pth pipe", tiny_llama(), 1)
+    (folder / "consolidated.00.pth").unlink()
+    os.mkfifo(folder / "consolidated.00.pth")
+    cases[folder.name] = folder, "consolidated.00.pth is no plain file"
+    folder = meta_folder(root / "mistral", tiny_llama(), 1)
+    (folder / "consolidated.00.pth").rename(folder / "consolidated.safetensors")
+    cases[folder.name] = folder, "Mistral's own format.*config.json"
     unpacked = io.BytesIO()
     torch.save({"a": "0" * 200_000_000}, unpacked)
     folder = meta_folder(root / "packed", tiny_llama(), 1)

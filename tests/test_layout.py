@@ -36,8 +36,9 @@ NAMES_THAT_SAY_NOTHING = "at ends about use hold let_go from_first kept again".s
 MAY_IMPORT = {
     "rope_kernels": set(),
     "data": set(),
-    "model": {"rope_kernels", "machine.checkpoints"},
-    "machine.checkpoints": {"rope_kernels"},
+    "model": {"rope_kernels", "machine.checkpoints", "machine.hf_config"},
+    "machine.hf_config": {"rope_kernels"},
+    "machine.checkpoints": {"machine.hf_config"},
     "machine": {"rope_kernels", "data", "model", "machine"},
     "longred": {"rope_kernels", "data", "model", "machine"},
     "measure": {"rope_kernels", "data", "model", "machine", "longred", "measure"},

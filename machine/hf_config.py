@@ -1,0 +1,314 @@
+"""config.json: what it says of a Llama, in the spelling of transformers 4 or 5, or why not.
+
+    check_config(dict) -> dict          every default filled in; else refused, in one line
+    windows(dict) -> list               the windows that a scaled checkpoint's config may mean
+    new_scaling(config, scaling, name)  another rotary embedding; two on top of each other: refused
+    exported(dict, window) -> dict      what of a config.json an export takes over
+
+What transformers 5 computes from a config.json is what is computed here. Where it contradicts
+itself, so that readers differ, it is refused; an entry that nobody here reads is named.
+"""
+
+from functools import lru_cache
+
+from rope_kernels import rope_frequencies
+
+# model_type -> the architecture that config.json names
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
+# transformers' own defaults for what a config.json leaves out
+WINDOWS = {"llama": 2048, "mistral": 131072, "qwen2": 32768}
+KV_HEADS = {"mistral": 8, "qwen2": 32}
+# ModelConfig's names -> config.json's
+CONFIG_NAMES = {
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "d_ff": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "rope_scaling": "rope_scaling",
+    "tie_embeddings": "tie_word_embeddings",
+}
+# Entries that say how long a text may be: vLLM takes the smallest it finds, so all are kept alike.
+WINDOW_NAMES = (
+    "max_position_embeddings max_sequence_length max_seq_length max_seq_len seq_length seq_len "
+    "n_positions n_ctx model_max_length tokenizer_model_max_length"
+).split()
+# Entries that no family's forward pass reads, or that are checked by _refuse_unsupported.
+HARMLESS = set(
+    "model_type architectures _name_or_path torch_dtype dtype transformers_version use_cache "
+    "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id initializer_range "
+    "attention_dropout pretraining_tp max_length max_window_layers use_sliding_window "
+    "sliding_window layer_types hidden_act partial_rotary_factor quantization_config "
+    "rope_parameters original_max_position_embeddings attention_bias mlp_bias auto_map "
+    "chunk_size_feed_forward output_attentions output_hidden_states return_dict "
+    "task_specific_params problem_type id2label label2id tokenizer_class is_decoder "
+    "is_encoder_decoder torchscript unsloth_version unsloth_fixed attn_implementation "
+    "_attn_implementation name finetuning_task hidden_dropout hidden_dropout_prob resid_pdrop "
+    "embd_pdrop attn_dropout rope_interleaved use_return_dict transformers.js_config".split()
+) | {*CONFIG_NAMES.values(), *WINDOW_NAMES}
+
+
+@lru_cache(1000)
+def say_once(line: str) -> None:
+    """Print what the reader of a run has to know, the first time that it is so."""
+    print(line, flush=True)
+
+
+def check_config(hf: dict) -> dict:
+    """A config.json, in the spelling of transformers 4 or 5, with every default filled in.
+
+    Rotary is under rope_theta and rope_scaling (None: unscaled, else every key by its newest name).
+    Raises ValueError naming the entry that is missing, absurd or that describes something no Llama
+    computes (sliding windows, partial rotary, ...), or two that contradict each other.
+    """
+    family = str(hf.get("model_type", "llama"))
+    if family not in FAMILIES:
+        raise ValueError(f"model_type is {family:.60}, need one of {', '.join(FAMILIES)}")
+    n_layers = _number(hf, "num_hidden_layers", most=1000)
+    _refuse_unsupported(hf, family, n_layers)
+    d_model = _number(hf, "hidden_size")
+    n_heads = _number(hf, "num_attention_heads")
+    absent = {} if "num_key_value_heads" in hf else KV_HEADS  # null means n_heads, in all three
+    n_kv_heads = _number(hf, "num_key_value_heads", absent.get(family, n_heads))
+    if n_heads % n_kv_heads:
+        raise ValueError(
+            f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads "
+            f"{n_kv_heads}; config.json is damaged or not a Llama's"
+        )
+    head_dim = _number(hf, "head_dim", d_model // n_heads)
+    window = _number(hf, "max_position_embeddings", WINDOWS[family], most=2**40)
+    theta, scaling = _rope_from_hf(hf, window)
+    rope_frequencies(head_dim, theta, scaling)  # a bad theta or scaling ends here, explained
+    _name_the_unknown(hf, family)
+    return hf | {
+        "model_type": family,
+        "num_key_value_heads": n_kv_heads,
+        "head_dim": head_dim,
+        "intermediate_size": _number(hf, "intermediate_size"),
+        "vocab_size": _number(hf, "vocab_size"),
+        "rms_norm_eps": _number(hf, "rms_norm_eps", 1e-6, most=1, kind=float),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "max_position_embeddings": max(windows(hf)),
+        "tie_word_embeddings": _flag(hf, "tie_word_embeddings"),
+        "attention_bias": family == "llama" and _flag(hf, "attention_bias"),
+        "mlp_bias": family == "llama" and _flag(hf, "mlp_bias"),
+    }
+
+
+def _number(hf: dict, key: str, default=None, most: int = 2**20, kind: type = int):
+    """An entry of somebody's config.json. 2^20 is far above any Llama, and no product overflows."""
+    value = default if hf.get(key) is None else hf[key]
+    if type(value) is not kind or not 0 < value <= most:
+        need = f"a number ({kind.__name__}) above 0, at most {most}"
+        raise ValueError(f"{key} is {value!r:.60}, need {need}")
+    return value
+
+
+def _flag(hf: dict, key: str) -> bool:
+    value = hf.get(key) or False
+    if value not in (True, False):
+        raise ValueError(f"{key} is {value!r:.60}, need true or false")
+    return bool(value)
+
+
+def _refuse_unsupported(hf: dict, family: str, n_layers: int) -> None:
+    """What this model computes: each entry and the values it may have. Absent ones are fine."""
+    if family == "mistral":
+        hf = {"sliding_window": 4096} | hf  # transformers' default
+    if family == "qwen2" and not hf.get("use_sliding_window"):
+        hf = hf | {"sliding_window": None}
+    for key, computed in {
+        "sliding_window": (None,),
+        "layer_types": (None, ["full_attention"] * n_layers),
+        "hidden_act": (None, "silu", "swish"),
+        "partial_rotary_factor": (None, 1.0),
+        "rope_interleaved": (None, False),
+        "quantization_config": (None,),
+    }.items():
+        if hf.get(key) not in computed:
+            raise ValueError(
+                f"{key} is {hf[key]!r:.60}, which this model does not compute; it needs full "
+                "attention, SiLU, full rotary and plain weights"
+            )
+
+
+def _name_the_unknown(hf: dict, family: str) -> None:
+    """Warn of entries that might change what the model computes and that are not read here."""
+    unknown = [k for k in hf if k not in HARMLESS and hf[k] not in (None, False, [], {}, "")]
+    if unknown:
+        say_once(
+            f"WARNING: config.json's {', '.join(sorted(unknown))[:200]} is not read, here or by "
+            "transformers' own Llama; if it changes what the model computes, the model is another"
+        )
+    if hf.get("auto_map"):
+        say_once(
+            f"WARNING: config.json's auto_map names code, {str(hf['auto_map'])[:120]}, which is "
+            f"never run; the model is computed as transformers' own {family}"
+        )
+    named = hf.get("architectures") or [FAMILIES[family]]
+    if FAMILIES[family] not in (named if isinstance(named, list) else [named]):
+        say_once(
+            f"WARNING: config.json's architectures is {str(named)[:120]}, its model_type {family}: "
+            f"computed as {FAMILIES[family]}"
+        )
+
+
+# ------------------------------------------------------------------------------ rotary and window
+
+
+def _rope_from_hf(hf: dict, window: int) -> tuple[float, dict | None]:
+    """(theta, scaling) from transformers 4's two keys or 5's one, read as transformers 5 does.
+
+    rope_scaling that holds anything replaces rope_parameters whole; a theta inside goes before one
+    at the top level, and original_max_position_embeddings at the top level before the one inside.
+    """
+    parameters, scaling = (_mapping(hf, key) for key in ("rope_parameters", "rope_scaling"))
+    theta = (scaling or parameters).get("rope_theta", hf.get("rope_theta"))
+    lost, outer = parameters.get("rope_theta"), hf.get("rope_theta")
+    if theta is not None and outer is not None and outer != theta:
+        say_once(
+            f"WARNING: rope_theta is {outer!r:.30}, inside the rotary's own entry {theta!r:.30}; "
+            "the latter is taken, as by transformers 5, while transformers 4 takes the former"
+        )
+    if scaling and lost is not None and lost != (10_000.0 if theta is None else theta):
+        raise ValueError(
+            f"rope_parameters has rope_theta {lost!r:.30}, but rope_scaling stands beside it, which"
+            f" transformers reads in its place, with theta {theta or '10,000'}; leave one of the "
+            "two, with rope_theta in it"
+        )
+    if theta is None:
+        say_once("the config gives no rope_theta: using 10,000, as the first Llama 2 releases did")
+        theta = 10_000.0
+    scaling = dict(scaling or parameters)
+    scaling.pop("rope_theta", None)
+    outer = hf.get("original_max_position_embeddings")
+    kind = scaling.get("rope_type") or scaling.get("type")
+    if outer is not None and kind in ("llama3", "yarn"):
+        scaling["original_max_position_embeddings"] = outer
+    if kind in (None, "default") and scaling.get("factor") not in (None, 1, 1.0):
+        raise ValueError(
+            f"rope_scaling is {str(scaling)[:80]}, a factor without a kind; add its rope_type"
+        )
+    return theta, _full_scaling(scaling, window)
+
+
+def _mapping(hf: dict, key: str) -> dict:
+    value = hf.get(key) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} is {value!r:.60}, need an object or null")
+    if nested := [k for k, v in value.items() if isinstance(v, dict)]:
+        raise ValueError(f"{key} has {str(nested)[:60]}, a rotary for some layers: not computed")
+    return value
+
+
+def new_scaling(config, rope_scaling: dict | None, name: object) -> dict | None:
+    """The scaling of a ModelConfig called `name` once rope_scaling replaced it; None leaves it.
+
+    {"rope_type": "default"} removes a scaling. Raises ValueError for one on top of another.
+    """
+    if rope_scaling is None:
+        return config.rope_scaling
+    scaling = _full_scaling(rope_scaling, config.max_position_embeddings)
+    if scaling and config.rope_scaling:
+        raise ValueError(
+            f"{name} is already scaled by {config.rope_scaling}, on top of which "
+            f"{scaling['rope_type']!r} is not defined; raise rope_theta instead, or "
+            'remove the scaling first with rope_type "default"'
+        )
+    return scaling
+
+
+def _full_scaling(scaling: dict, window: int | None) -> dict | None:
+    """A scaling as ModelConfig has it: None for none, every key under its newest name."""
+    scaling = dict(scaling)
+    kind = scaling.pop("type", None)  # the key's name before transformers 4.43
+    if scaling.setdefault("rope_type", kind or "default") == "default":
+        return None
+    if scaling["rope_type"] in ("yarn", "llama3"):  # unwritten, it is the window itself
+        if scaling.get("original_max_position_embeddings") is None:
+            scaling["original_max_position_embeddings"] = window
+    if scaling["rope_type"] == "yarn" and scaling.get("factor") is None:
+        original = scaling["original_max_position_embeddings"]
+        if isinstance(original, int) and original > 0 and window:
+            scaling["factor"] = window / original
+    return scaling
+
+
+def windows(hf: dict) -> list[int]:
+    """The windows, in tokens, that a config.json may mean; more than one where it is in doubt.
+
+    A scaled checkpoint's max_position_embeddings is the scaled window in some, the window from
+    before the scaling in others (Qwen's recipe for YaRN, LongLoRA, Vicuna). YaRN is told by its
+    original_max_position_embeddings, and so is what longred exports; linear scaling by nothing, but
+    for one more entry that names the longer window.
+    """
+    family = str(hf.get("model_type", "llama"))
+    window = _number(hf, "max_position_embeddings", WINDOWS.get(family, 2048), most=2**40)
+    _, scaling = _rope_from_hf(hf, window)
+    factor = (scaling or {}).get("factor")
+    if type(factor) not in (int, float) or not 1 < factor < 2**30:
+        return [window]
+    inner = scaling.get("original_max_position_embeddings")
+    original = hf.get("original_max_position_embeddings") if inner is None else inner
+    if scaling["rope_type"] == "yarn" and type(original) is int and 0 < original < 2**40:
+        longer = max(window, min(round(factor * original), 2**40))
+        if longer > window:
+            say_once(
+                f"the window is {longer:,} tokens, {factor:g} x {original:,} by YaRN: "
+                f"max_position_embeddings {window:,} is from before the scaling"
+            )
+        return [longer]
+    longer = min(round(factor * window), 2**40)
+    if scaling["rope_type"] == "llama3":
+        return [window, longer] if window == original else [window]
+    if type(original) is int and 0 < original <= window:  # linear
+        return [longer if window == original else window]
+    stated = {hf.get(key) for key in WINDOW_NAMES[1:] if type(hf.get(key)) is int} - {window}
+    return [longer] if longer in stated else [window, longer]
+
+
+def original_window(config) -> int | None:
+    """A ModelConfig's window as it was read, in tokens; None: not known.
+
+    Raises ValueError where config.json leaves it in doubt.
+    """
+    found = windows(config.hf) if config.hf else []
+    if len(found) < 2 or config.max_position_embeddings != max(found):
+        return config.max_position_embeddings
+    scaling, (short, long) = config.rope_scaling, found
+    raise ValueError(
+        f"max_position_embeddings {short:,} under {scaling['rope_type']} scaling by "
+        f"{scaling['factor']:g}: a window of {short:,} tokens, or of {long:,} where that is from "
+        "before the scaling (LongLoRA, Vicuna); say which the model was trained on: --original_len "
+        f"{short} or --original_len {long}"
+    )
+
+
+# -------------------------------------------------------------------------------------- an export
+
+
+def exported(hf: dict, window: int | None) -> dict:
+    """What of a config.json an export takes over: nothing that contradicts its window or rotary.
+
+    hf: as read, with the new shape and rotary in it. window: tokens; None: not known. Code named by
+    auto_map stays behind, and max_length, which would stop generation inside the window.
+    """
+    gone = "rope_parameters", "original_max_position_embeddings", "auto_map", "max_length"
+    hf = {key: value for key, value in hf.items() if key not in gone}
+    if window:
+        hf |= {key: window for key in WINDOW_NAMES if type(hf.get(key)) is int}
+        hf["max_position_embeddings"] = window
+    scaling = hf.get("rope_scaling") or {}
+    if window and scaling.get("rope_type") == "linear":
+        # transformers ignores it; it tells the next reader that the window is the scaled one
+        hf["original_max_position_embeddings"] = max(1, round(window / scaling["factor"]))
+    return hf
