@@ -32,6 +32,7 @@ B sequences, T tokens, D hidden width. Locks, states, processes and memory: mach
 """
 
 import importlib
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,7 +69,9 @@ class Config(machine.Config):
         "default: ABF, a larger theta, the checkpoint's own scaling kept; linear (PI), yarn, ntk: "
         "by target / original; 'default' removes the checkpoint's scaling",
     )
-    rope_theta: float | None = opt(None, "new theta (ABF: the paper's, else by a rule)", least=1)
+    rope_theta: float | None = opt(
+        None, "new theta (ABF: the paper's, else by a rule)", least=1, most=1e15
+    )
     # Method
     method: Literal["longred", "long_cpt", "mix_cpt", "longrecipe"] = opt(
         "longred",
@@ -109,7 +112,8 @@ class Config(machine.Config):
     length_upsample: float = opt(
         1.0,
         "weight of documents of train_len tokens or more in the long stream, within a source",
-        least=0,
+        least=1e-3,
+        most=1e3,
     )
     short_len: int | None = opt(None, "tokens in a short text (1024; <= original_len)", least=1)
     add_eos: bool | None = opt(None, "end documents with EOS (where the tokenizer has one)")
@@ -131,10 +135,14 @@ class Config(machine.Config):
     # Optimizer: AdamW, constant learning rate, no warm-up (App. B)
     lr: float = opt(2e-5, "learning rate", least=0)
     weight_decay: float = opt(0.1, "decoupled weight decay", least=0)
-    beta1: float = opt(0.9, "AdamW's first decay")
-    beta2: float = opt(0.95, "AdamW's second decay")
-    grad_clip: float = opt(1.0, "largest global gradient norm", least=0)
-    seed: int = opt(2024, "of every random choice, each a function of (seed, stream, step)")
+    beta1: float = opt(0.9, "AdamW's first decay", least=0, most=1)
+    beta2: float = opt(0.95, "AdamW's second decay", least=0, most=1)
+    grad_clip: float = opt(
+        1.0, "largest global gradient norm; 0: gradients are not clipped", least=0
+    )
+    seed: int = opt(
+        2024, "of every random choice, each a function of (seed, stream, step)", least=0
+    )
 
 
 # ---------------------------------------------------------------------------------------- losses
@@ -361,7 +369,7 @@ def train(config: Config) -> Path:
                     means[stream.name] += loss.detach().double() * batch.share
             means = run.over_processes(means)
             total = sum(stream.weight * means[stream.name] for stream in reads)
-            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), c.grad_clip)
+            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), c.grad_clip or math.inf)
             optimizer.param_groups[0]["lr"] = learning_rate(c, step)
             if run.may_update(total, means, norm):  # finite, and the last state is on disk
                 optimizer.step()
@@ -384,6 +392,7 @@ def write_byte_tokenizer(folder: Path) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line. A user's error ends as SystemExit with one line."""
+    machine.outlive_readers()
     config = machine.parse_args(Config, argv, __doc__)
     try:
         if config.resume or config.ckpt:
@@ -391,7 +400,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             importlib.import_module("measure.demo").demo(config)  # which imports this file
     except (ValueError, OSError) as e:
-        raise SystemExit(f"longred: {e}") from None
+        raise SystemExit(machine.last_words(e)) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

@@ -52,7 +52,7 @@ def resolve_checkpoint(path_or_name: str | os.PathLike) -> Path:
     Local folders win. Raises ValueError saying which names exist or how to provide the weights.
     """
     text = str(path_or_name)
-    folder = Path(text).expanduser()
+    folder = Path(os.path.expanduser(text))  # Path's own raises RuntimeError for ~nobody
     for candidate in (folder, folder / "hf"):
         if (candidate / "config.json").is_file() or (candidate / "params.json").is_file():
             _refuse_adapter(candidate)
@@ -506,26 +506,58 @@ def _split_dim(folder: Path, name: str, whole: tuple, parts: list[tuple]) -> int
 # ---------------------------------------------------------------------------------------------- out
 
 
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The files in a folder that `new_folder` may have brought there; nobody else's."""
+    from machine.tokenizer import TOKENIZER_FILES
+
+    names = {"config.json", "generation_config.json", "model.safetensors.index.json"}
+    weights = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+    names |= set(TOKENIZER_FILES)
+    found = folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ()
+    return [p for p in found if p.is_file() and (p.name in names or weights.fullmatch(p.name))]
+
+
+def drop_checkpoint(folder: Path) -> None:
+    """Remove an export's files, and the folder where nothing else is in it."""
+    for path in checkpoint_files(folder):
+        path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _free_name(path: Path) -> Path:
+    """path, or one like it that is free: somebody's files may lie there."""
+    names = (path.with_name(f"{path.name}{i or ''}") for i in range(1000))
+    return next(p for p in names if not p.exists())
+
+
 @contextmanager
 def new_folder(out_dir: Path) -> Iterator[Path]:
     """A folder to write a checkpoint in, which takes out_dir's name and place once it is complete.
 
-    An older checkpoint there is replaced; anything else is refused with ValueError.
+    An older checkpoint there is replaced, what others put beside it stays; anything else is refused
+    with ValueError.
     """
     if out_dir.exists() and not (out_dir / "config.json").is_file() and any(out_dir.iterdir()):
         raise ValueError(f"{out_dir} exists and is no checkpoint; pass another folder or remove it")
     partial = out_dir.with_name(out_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    drop_checkpoint(partial)  # of a killed run
+    partial = _free_name(partial)
     partial.mkdir(parents=True)
     yield partial
     for shard in partial.glob("*.safetensors"):  # written for the owner's eyes only by safetensors
         shutil.copymode(partial / "config.json", shard)
     previous = out_dir.with_name(out_dir.name + ".previous")
-    shutil.rmtree(previous, ignore_errors=True)
+    drop_checkpoint(previous)
+    previous = _free_name(previous)
     if out_dir.exists():
         out_dir.rename(previous)
     partial.rename(out_dir)
-    shutil.rmtree(previous, ignore_errors=True)
+    drop_checkpoint(previous)
+    if previous.is_dir():  # somebody's files
+        for path in previous.iterdir():
+            path.rename(out_dir / path.name)
+        previous.rmdir()
 
 
 def carry_over(source: Path, out_dir: Path, hf: dict) -> dict:

@@ -7,7 +7,6 @@ and training waits: they have to agree that all is written.
 """
 
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from machine import states
+from machine.checkpoints import checkpoint_files
 from machine.many import Processes
 
 try:
@@ -28,10 +28,11 @@ except ImportError:  # Windows: two runs in one OUT_DIR are not noticed there
 
 
 class StopSignal:
-    """Turns SIGINT and SIGTERM into a flag, so that the loop ends between micro-batches.
+    """Turns SIGINT, SIGTERM and SIGHUP into a flag: the loop ends between micro-batches.
 
     Launchers send SIGTERM more than once: another one changes nothing. A second Ctrl-C gives up at
-    once; what was saved stays. `number` is None, or the signal that asked for the stop.
+    once; what was saved stays. A SIGHUP that was ignored at the start (nohup) stays so. `number` is
+    None, or the signal that asked for the stop.
     """
 
     def __init__(self):
@@ -39,7 +40,10 @@ class StopSignal:
         self.previous = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                continue
             try:
                 self.previous[number] = signal.signal(number, self._flag)
             except ValueError:  # not the main thread: whoever called us owns the signals
@@ -56,8 +60,72 @@ class StopSignal:
             signal.signal(number, handler)
 
 
+def lock(folder: Path, what: str):
+    """The lock of a folder that one command at a time may write in; held until it is closed.
+
+    It goes with the process, however that ends. Raises ValueError where another holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / "lock", "a")
+    except OSError as e:
+        raise ValueError(f"cannot write to {what} {folder}: {e.strerror}; pass another") from None
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise ValueError(
+            f"another process is at work in {folder}; wait for it, or pass another {what}"
+        ) from None
+    except OSError as e:
+        handle.close()  # some network disks have no locks: better none than no run
+        print(f"warning: {folder} cannot be locked ({e.strerror}): let nothing else work there")
+        return open(os.devnull)
+    return handle
+
+
+# What a run makes in its OUT_DIR, beside the states and the lock.
+MADE = ("longred.json", "log.jsonl", "report.md", "hf", "checkpoints")
+
+
+def clear_run(out_dir: Path) -> None:
+    """Remove a run that its maker will do once more; nothing where anything else lies in there.
+
+    Raises ValueError, with all left as it was, for a run at work and for files that are no run's.
+    """
+    holder = lock(out_dir, "--out_dir")
+    try:
+        states_, export = out_dir / "checkpoints", out_dir / "hf"
+        ours = [out_dir / "lock", *(out_dir / name for name in MADE)]
+        ours += [p for state in states_.glob("step-*") for p in (state, *states.parts_of(state))]
+        ours += [*checkpoint_files(export)]
+        if others := sorted(set(out_dir.rglob("*")) - set(ours)):
+            raise ValueError(
+                f"{others[0]} is in the way, and not of the run in {out_dir}: move it, or pass "
+                "another --out_dir"
+            )
+        for state in states_.glob("step-*"):
+            states.drop(state)
+        for path in checkpoint_files(export):
+            path.unlink()
+        for path in (states_, export):
+            if path.is_dir():
+                path.rmdir()
+        for name in MADE[:3]:
+            (out_dir / name).unlink(missing_ok=True)
+    finally:
+        holder.close()
+
+
 def refuse_taken(out_dir: Path) -> None:
     """A new run wants an OUT_DIR that can be written and holds no other. Raises ValueError."""
+    for name in ("config.json", "params.json"):
+        if (out_dir / name).exists():
+            raise ValueError(
+                f"{out_dir} is a checkpoint's own folder (it holds {name}), which a run would hide "
+                "its export behind; pass another --out_dir"
+            )
     if (out_dir / "longred.json").exists():
         raise ValueError(
             f"{out_dir} already holds a run; continue it with --resume {out_dir}, or pass another "
@@ -68,9 +136,25 @@ def refuse_taken(out_dir: Path) -> None:
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"cannot write to --out_dir {out_dir}: check {there}, or pass another")
-    for name in ("hf", "log.jsonl", "checkpoints"):
+    for name in MADE:
         if (out_dir / name).exists():
             raise ValueError(f"{out_dir} holds another's {name}; pass another --out_dir")
+
+
+def check_steps(done: int, c, before: dict) -> None:
+    """ValueError where a resumed run is to end before the steps that are behind it.
+
+    before: its config up to now; where replay follows the steps, their number is settled once it
+    began.
+    """
+    replay, old = c.replay_steps, before.get("steps", c.steps)
+    least = min(c.steps, old) if replay and c.steps != old else c.steps + replay
+    if done > least:
+        raise ValueError(
+            f"--steps {c.steps}: {done} steps are done, {max(0, done - old)} of them replay, and "
+            f"none is undone; leave --steps out (the run has {old}), or pass more where no replay "
+            "has begun"
+        )
 
 
 class Keeper:
@@ -84,40 +168,31 @@ class Keeper:
         self.processes = processes
         self.out_dir = self.lock = self.thread = self.failure = None
         self.step, self.sound = 0, False
-        self.saved_step, self.saved_at = 0, time.monotonic()
+        self.saved_step, self.saved_at, self.save_seconds = 0, time.monotonic(), 0.0
         self.done_at, self.step_seconds = None, None  # of the last whole step
         self.stop = StopSignal()
 
     def claim(self, out_dir: Path, resumed: bool) -> None:
         """Make OUT_DIR ours. Raises ValueError where it is another's or cannot be written."""
         self.out_dir = out_dir
-        if self.processes.rank:
-            return
-        try:
-            out_dir.mkdir(parents=True, exist_ok=True)
-            self.lock = open(out_dir / "lock", "a")
-            if fcntl:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another process is at work in {out_dir}; wait for it, or pass another --out_dir"
-            ) from None
-        except OSError as e:
-            raise ValueError(
-                f"cannot write to --out_dir {out_dir}: {e.strerror}; pass another"
-            ) from None
-        if not resumed:
-            refuse_taken(out_dir)
 
-    def load(self, c, config: dict, student: nn.Module, optimizer) -> int:
+        def take():
+            self.lock = lock(out_dir, "--out_dir")
+            if not resumed:
+                refuse_taken(out_dir)
+
+        self.processes.from_rank_0(take)
+
+    def load(self, c, config: dict, before: dict, student: nn.Module, optimizer) -> int:
         """Load the newest state, catch signals. Returns the steps behind us.
 
-        config: of c, what a state must have been made with.
+        config: of c, what a state must have been made with. before: the config that the run had.
         """
         self.c, self.config, self.model, self.optimizer = c, config, student, optimizer
         newest = self.processes.from_rank_0(lambda: states.newest_state(self.out_dir))
         if newest:
             manifest = states.read_manifest(newest)
+            check_steps(manifest["step"], c, before)
             states.check_same(manifest, {"config": config}, self.out_dir, c.resume_anyway)
             states.read_state(newest, student, optimizer)
             self.step = self.saved_step = manifest["step"]
@@ -163,7 +238,7 @@ class Keeper:
         state = states.run_state(self.model, self.optimizer)
         if self.processes.size > 1:
             self._write(*state)
-            self._say_saved(time.monotonic() - self.saved_at)
+            self._say_saved(self.save_seconds)
         else:
             self.thread = threading.Thread(target=self._write_beside, args=state)
             self.thread.start()
@@ -188,12 +263,12 @@ class Keeper:
         def attempt(write):  # the others must not wait for one that failed
             try:
                 return write()
-            except OSError as e:
-                return e
+            except (OSError, ValueError) as e:
+                return e.__cause__ if isinstance(e.__cause__, OSError) else e
 
         def prepare():
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            states.drop(partial)
+            partial.mkdir(parents=True, exist_ok=True)
 
         def finish(files: dict):
             manifest = {"step": step, "config": self.config, "optimizer": words, "files": files}
@@ -204,7 +279,7 @@ class Keeper:
             mine = attempt(lambda: {name: states.write_shard(partial / name, tensors)})
             files = {}
             for part in self.processes.everyone(mine):
-                if isinstance(part, OSError):
+                if isinstance(part, Exception):
                     failed = part
                 else:
                     files |= part
@@ -212,8 +287,9 @@ class Keeper:
             failed = self.processes.from_rank_0(lambda: attempt(lambda: finish(files)))
         if failed:
             if rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+                states.drop(partial)
             raise states.cannot_save(folder, step, sum(t.nbytes for t in tensors.values()), failed)
+        self.save_seconds = time.monotonic() - self.saved_at
 
     def how_to_resume(self) -> str:
         size = self.processes.size
@@ -243,7 +319,7 @@ class Keeper:
         share = f", {waited / self.step_seconds:.1%} of a step" if self.step_seconds else ""
         print(
             f"saved the state after step {self.saved_step} in "
-            f"{time.monotonic() - self.saved_at:.1f} s; training waited {waited:.2f} s{share}",
+            f"{self.save_seconds:.1f} s; training waited {waited:.2f} s{share}",
             flush=True,
         )
 

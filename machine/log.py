@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
+import select
 import statistics
-from contextlib import suppress
+import sys
 from itertools import takewhile
 from pathlib import Path
 
@@ -12,26 +14,127 @@ import torch
 from model import Llama
 from rope_kernels import rope_backend
 
+# ----------------------------------------------------------------------------- who may be gone
+
+
+class Voice:
+    """stdout or stderr of a run that goes on when its reader is gone, stuck, or was never there.
+
+    A write that fails is the last: from then on the text is dropped. One that would block for
+    PATIENCE seconds (a stopped pager, Ctrl-S) is dropped too, and is tried again later. `lost` says
+    what happened, until `unheard` is asked.
+    """
+
+    PATIENCE, PIECE = 2.0, 4096  # seconds; bytes that a pipe takes at once when it takes any
+
+    def __init__(self, stream):
+        self.stream, self.number, self.lost, self.deaf = stream, stream.fileno(), None, False
+
+    def write(self, text: str) -> int:
+        raw = text.encode(self.stream.encoding or "utf-8", "backslashreplace")
+        try:
+            for start in range(0, len(raw), self.PIECE):
+                if select.select([], [self.number], [], 0 if self.deaf else self.PATIENCE)[1]:
+                    self.deaf = False
+                    rest = memoryview(raw)[start : start + self.PIECE]
+                    while rest:
+                        rest = rest[os.write(self.number, rest) :]
+                elif not self.deaf:
+                    self.deaf = True
+                    self.lost = f"{self.stream.name} is not read: lines were left out"
+        except (OSError, ValueError) as e:
+            reason = getattr(e, "strerror", None) or e
+            self.lost = f"{self.stream.name} is closed ({reason}): nothing more is printed there"
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.number)  # for libraries that write too
+        return len(text)
+
+    def flush(self) -> None:
+        pass  # nothing is held back
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def outlive_readers() -> None:
+    """From here on no reader of stdout or stderr can end or stop the run by going away."""
+    for number in range(3):  # 2>&- would give its number to the next file that is opened
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        try:
+            if not isinstance(stream, Voice) and os.name == "posix":
+                stream = stream or open(os.devnull, "w")
+                stream.flush()
+                setattr(sys, name, Voice(stream))
+        except (OSError, ValueError, AttributeError):  # not a file: a caller's own object
+            pass
+
+
+def unheard() -> str | None:
+    """What became of stdout and stderr since this was last asked."""
+    voices = [v for v in (sys.stdout, sys.stderr) if isinstance(v, Voice) and v.lost]
+    said = "; ".join(v.lost for v in voices)
+    for voice in voices:
+        voice.lost = None
+    return said or None
+
+
+# --------------------------------------------------------------------------------- the lines
+
+
+def finite(content):
+    """JSON's content with null for every number that is not finite: JSON has no name for those."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
 
 def json_line(line: dict) -> str:
-    """A line of log.jsonl; what is not finite is null, for JSON has no name for it."""
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in line.items()
-    }
-    return json.dumps(finite) + "\n"
+    return json.dumps(finite(line), allow_nan=False) + "\n"
+
+
+def read_line(line: bytes, steps: int) -> dict | None:
+    """A line of log.jsonl of one of the first `steps` steps; None: damaged. {}: of a later one."""
+    try:
+        found = json.loads(line)
+        step, flag = found["step"], found["flag"]
+        sound = type(step) is int and step > 0 and (flag is None or type(flag) is str)
+        if not sound or not all(type(found[k]) in (int, float, type(None)) for k in WATCHED):
+            return None
+        if flag != "skipped" and not all(type(found[k]) in (int, float) for k in WATCHED):
+            return None
+        return found if step <= steps else {}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def trim_log(path: Path, steps: int) -> list[dict]:
-    """Drop the log lines after `steps`, about to be run once more; returns those before."""
-    lines = []
-    with suppress(FileNotFoundError, ValueError):  # a new run; a torn line
-        for line in path.read_text(encoding="utf-8").splitlines()[:steps]:
-            lines.append(json.loads(line))
+    """Drop the log lines after `steps`, about to be run once more; returns those before.
+
+    A damaged line costs itself alone, and is named.
+    """
+    raw = path.read_bytes().splitlines() if path.is_file() else []
+    found = [read_line(line, steps) for line in raw]
+    lines = {line["step"]: line for line in found if line}
+    torn = [i + 1 for i, line in enumerate(found) if line is None]
+    if torn and (torn != [len(raw)] or len(lines) < steps):  # the last one: a kill's, run anew
+        print(f"warning: {path}: line {', '.join(map(str, torn))} damaged, left out of the log")
+    lines = [lines[step] for step in sorted(lines)]
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    with open(partial, "w", encoding="utf-8") as f:
+        f.writelines(json_line(line) for line in lines)
+        f.flush()
+        os.fsync(f.fileno())
     partial.replace(path)
     return lines
+
+
+WATCHED = "loss", "grad_norm"
 
 
 class Watch:
@@ -50,7 +153,7 @@ class Watch:
 
     def flag(self, line: dict) -> str | None:
         flag, good = None, [old for old in self.lines[-64:] if old["flag"] != "skipped"]
-        for key in ("loss", "grad_norm"):
+        for key in WATCHED:
             if not math.isfinite(line[key]):
                 flag = "skipped"
             elif len(good) >= 8 and flag is None:
@@ -92,6 +195,13 @@ def print_header(c, student: Llama, teacher: Llama, streams: dict) -> None:
     print(f"{c.steps}{replay} steps, lr {c.lr:g}, seed {c.seed}, into {c.out_dir}", flush=True)
 
 
+def clock(seconds: float) -> str:
+    """h:mm:ss, or m:ss within an hour."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
 def print_step(line: dict, last: int, eta: float) -> None:
     losses = "  ".join(
         f"{name.removeprefix('loss_')} {value:.4f}"
@@ -102,7 +212,6 @@ def print_step(line: dict, last: int, eta: float) -> None:
         f"step {line['step']:>{len(str(last))}}/{last}  {losses}  lr {line['lr']:g}  grad "
         f"{line['grad_norm']:.2f}  {line['tokens'] / line['seconds']:,.0f} tok/s  peak "
         f"{line['peak_gib']:.1f} GiB  data {line['data_share']:.1%}  "
-        f"ETA {eta // 60:.0f}:{eta % 60:02.0f}"
-        + (f"  {line['flag'].upper()}" if line["flag"] else ""),
+        f"ETA {clock(eta)}" + (f"  {line['flag'].upper()}" if line["flag"] else ""),
         flush=True,
     )

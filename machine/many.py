@@ -21,7 +21,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.nn.functional import all_to_all_single
@@ -74,10 +77,19 @@ class Processes:
 
     def from_rank_0(self, compute):
         """compute() as the first process has it; the others wait."""
-        found = [compute() if self.rank == 0 else None]
-        if self.size > 1:
-            dist.broadcast_object_list(found, src=0)
-        return found[0]
+        found, error = None, None
+        try:
+            found = compute() if self.rank == 0 else None
+        except (ValueError, OSError) as e:
+            error = e
+        if self.size > 1 and dist.is_initialized():  # the others must not wait for what failed
+            sent = [(found, str(error) if error else None)]
+            dist.broadcast_object_list(sent, src=0)
+            found, said = sent[0]
+            error = error or (ValueError(said) if said else None)
+        if error:
+            raise error
+        return found
 
     def everyone(self, value) -> list:
         """Each process's value, in the order of ranks."""

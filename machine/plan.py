@@ -10,6 +10,7 @@ Sizes in bytes unless said otherwise; GiB = 2^30.
 
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -290,16 +291,32 @@ def _advice(config, units, gpu_bytes, host_bytes, moments) -> str:
 # ------------------------------------------------------------------------------- what there is
 
 
+def report_steps(c, model: ModelConfig, streams) -> float:
+    """About what the closing report costs, in optimizer steps, by the FLOPs of both."""
+    if not c.eval_tokens:
+        return 0.0
+
+    def read(length: int) -> float:  # a forward pass, with the LM head
+        n = max(1, c.eval_tokens // length)
+        return model_flops(model, Unit("report", n, length)) / 3
+
+    step = [Unit(s.name, s.batch, s.seq_len, s.micro, s.taps) for s in streams]
+    return (4 * read(c.original_len) + 2 * read(c.target_len)) / sum(
+        unit.count * model_flops(model, unit) for unit in step
+    )
+
+
 def gpu_room() -> int:
     """Bytes of the current GPU that are free for this run."""
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
 
 
-def preflight(c, model: ModelConfig, streams, alone: bool) -> None:
+def preflight(c, model: ModelConfig, streams, processes: int) -> None:
     """Refuse what would fail after hours: a run that its disk or its memory cannot hold.
 
-    c: the run's settings. streams: with rows and seq_len of a forward pass. alone: no torchrun.
+    c: the run's settings. streams: with rows and seq_len of a forward pass. processes: torchrun's.
     """
+    alone = processes == 1
     n = parameter_count(model)
     export = n * (model.stored_dtype() or torch.float32).itemsize
     # A state: fp32 weights (on a GPU bf16 and a remainder) and AdamW's two moments.
@@ -309,10 +326,24 @@ def preflight(c, model: ModelConfig, streams, alone: bool) -> None:
         raise ValueError(
             "--gpu_gib, --moments and --compile are one GPU's: drop them with torchrun"
         )
-    if alone and c.device == "cpu":
+    streams = list(streams)
+    for s in streams:
+        check_batch(s)
+    if c.device == "cpu":
         tokens = max(s.rows * s.seq_len for s in streams)
-        # fp32 student, teacher, gradients and the two moments
-        check_memory(20 * n, activation_bytes(model, tokens, c.recompute))
+        # fp32 student, teacher, gradients and the two moments; many processes hold a part each
+        check_memory(20 * n, processes * activation_bytes(model, tokens, c.recompute))
+
+
+def check_batch(stream) -> None:
+    """ValueError for a micro-batch whose ids and positions alone do not fit the host's memory."""
+    free, need = available_memory(), 16 * stream.batch * (stream.seq_len + 1)
+    if free is not None and need > free:
+        raise ValueError(
+            f"--{stream.name}_batch {stream.batch}: {stream.seq_len:,} tokens in each sequence are "
+            f"{_gb(need)} of ids and positions, {_gb(free)} of memory are free; pass a smaller one "
+            f"and more --{stream.name}_micro"
+        )
 
 
 def activation_bytes(model, tokens: int, recompute: bool) -> int:
@@ -334,7 +365,10 @@ def check_disk(out_dir: Path, export: int, states: int) -> None:
     while not there.is_dir():
         there = there.parent
     free = shutil.disk_usage(there).free
-    free += sum(p.stat().st_size for p in (out_dir / "checkpoints").rglob("*"))  # these will go
+    from machine.states import parts_of, states_in  # which imports this file
+
+    for state in states_in(out_dir / "checkpoints"):
+        free += sum(p.stat().st_size for p in parts_of(state))  # these will go
     if export + states > free:
         raise ValueError(
             f"--out_dir {out_dir} needs {_gb(export + states)} (export {_gb(export)}, --keep + 1 "
@@ -373,10 +407,24 @@ def available_memory() -> int | None:
     return min(free, default=None)
 
 
+def forget_peak(device: str) -> None:
+    """Begin a phase: peak_gib will tell the most that was held from here on."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with suppress(OSError):  # Linux only: elsewhere the peak is that of the whole process
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_gib(device: str) -> float:
-    """Most memory held so far: the GPU allocator's, else this process's (0 where unknown)."""
+    """Most memory held since forget_peak: the GPU allocator's, else this process's (0: unknown)."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / GIB
+    with suppress(OSError, KeyError, IndexError):
+        fields = dict(
+            line.split(":") for line in Path("/proc/self/status").read_text().splitlines()
+        )
+        return int(fields["VmHWM"].split()[0]) * 1024 / GIB
     try:
         import resource
     except ImportError:  # Windows

@@ -21,14 +21,16 @@ import torch
 from torch import Tensor
 
 import data
-from machine import log, memory, plan, states
-from machine.checkpoints import resolve_checkpoint
+from machine import corpus, log, memory, plan, states
+from machine.checkpoints import hf_name, open_tensors, resolve_checkpoint
 from machine.command_line import parse_args  # noqa: F401, for longred.py
 from machine.keeper import Keeper, refuse_taken
+from machine.log import outlive_readers  # noqa: F401, for longred.py
 from machine.many import Processes, after_restart, whole_number
 from machine.memory import in_chunks  # noqa: F401, for longred.py
 from machine.settings import (  # noqa: F401, for longred.py
     HARMLESS,
+    TEXTS,
     Config,
     default_theta,
     opt,
@@ -37,6 +39,16 @@ from machine.settings import (  # noqa: F401, for longred.py
     rope_scaling,
 )
 from model import Llama, load_checkpoint, load_config, save_checkpoint
+
+
+def last_words(error: Exception) -> str | int:
+    """How a user's error ends: one line, said by one process of each machine."""
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        return 1
+    line = " ".join(str(error).split())
+    if isinstance(error, OSError) and not error.filename:
+        line += "; a disk or a pipe that this run writes to gave that error"
+    return f"longred: {line}"
 
 
 class Run:
@@ -56,6 +68,11 @@ class Run:
     def __exit__(self, kind, error, trace) -> None:
         self.keeper.close(error)
         self.processes.leave()
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise ValueError(
+                f"the host's memory ran out ({str(error).splitlines()[-1:]!r:.150}); a smaller "
+                "--unit_tokens, --recompute, or a machine with more. What was saved is kept"
+            ) from error
         if isinstance(error, torch.OutOfMemoryError):
             raise ValueError(
                 f"{str(error).splitlines()[0]} Go on, or begin anew, with a --gpu_gib some GiB "
@@ -77,8 +94,7 @@ class Run:
         self.original = load_config(self.source)
         self.c = c = resolve(config, self.original, self.source)
         self.out_dir = Path(c.out_dir)
-        if not self.resumed:
-            self.once(lambda: refuse_taken(self.out_dir))
+        self.once(lambda: self.look_at_all(config))
         if c.device.startswith("cuda:"):
             torch.cuda.set_device(c.device)
         # A GPU's attention takes nothing wider than bf16. Weights are fp32 (FSDP casts shards as it
@@ -87,17 +103,32 @@ class Run:
         self.stored = torch.float32
         return c
 
+    def look_at_all(self, given: Config) -> None:
+        """What is cheap to find wrong is found here, before anything that takes long.
+
+        given: the settings before they were resolved, with paths as the user wrote them.
+        """
+        if not self.resumed:
+            refuse_taken(self.out_dir)
+        with torch.device("meta"):
+            empty = Llama(self.original)
+        shapes = {hf_name(name): p.shape for name, p in empty.named_parameters()}
+        open_tensors(self.source, shapes, self.original)
+        data.load_tokenizer(self.source, self.c.add_eos).check_fits(self.original.vocab_size)
+        for specs in (getattr(given, name) for name in TEXTS):
+            corpus.find_files([s for s in specs or () if not s.startswith("hf:")], {})
+
     def check(self, streams: dict) -> None:
         """Refuse a run that its disk or its memory cannot hold; on a GPU print and take its plan.
 
         Sets how many sequences of each stream go into one forward pass.
         """
-        c, alone = self.c, self.processes.size == 1
+        c, size = self.c, self.processes.size
         for s in streams.values():
             s.rows = min(s.batch, max(1, c.unit_tokens // s.seq_len))
         self.streams = streams
-        self.once(lambda: plan.preflight(c, self.original, streams.values(), alone))
-        self.plan = self.plan_memory() if alone else None
+        self.once(lambda: plan.preflight(c, self.original, streams.values(), size))
+        self.plan = self.plan_memory() if size == 1 else None
         if self.plan:
             self.stored = torch.bfloat16
             for s in streams.values():
@@ -182,26 +213,35 @@ class Run:
             keeper.claim(self.out_dir, resumed=False)
         self.record["config"] = asdict(c)
         config = {k: v for k, v in self.record["config"].items() if k not in HARMLESS}
-        first = keeper.load(c, config, self.student, self.adamw)
+        before = self.resumed["config"] if self.resumed else {}
+        first = keeper.load(c, config, before, self.student, self.adamw)
         self.note_changed_code(first)
         self.write_record()
         logged = self.once(lambda: log.trim_log(self.out_dir / "log.jsonl", first))
         self.watch = log.Watch(logged, c.max_bad_steps)
-        began = time.monotonic()
-        with open(os.devnull if self.processes.rank else self.out_dir / "log.jsonl", "a") as lines:
+        after = plan.report_steps(c, self.original, self.streams.values())
+        began, path = time.monotonic(), self.out_dir / "log.jsonl"
+        with open(os.devnull if self.processes.rank else path, "a") as lines:
             for step in range(first, last):
                 step_began, self.data_seconds = time.monotonic(), 0.0
+                plan.forget_peak(c.device)
                 yield step
                 seconds = time.monotonic() - step_began
                 line = {"step": step + 1, **self.line, "seconds": round(seconds, 3)}
                 line["data_share"] = round(self.data_seconds / seconds, 4)
-                lines.write(log.json_line(line))
-                lines.flush()
-                left = (time.monotonic() - began) / (step + 1 - first) * (last - step - 1)
-                if step == first and left > 600:
-                    print(f"about {left / 3600:.1f} hours to go, at the pace of this first step")
-                log.print_step(line, last, left)
+                if said := log.unheard():
+                    line["note"] = said
+                with states.writing(path):
+                    lines.write(log.json_line(line))
+                    lines.flush()
                 keeper.step_done(step + 1, lines, last, self.watch.bad)
+                # Only now is anything printed: the step is on record, and what is due is saved.
+                left = (time.monotonic() - began) / (step + 1 - first) * (last - step - 1 + after)
+                if step == first and left > 600:
+                    print(
+                        f"{log.clock(left)} to go with the report, at the pace of this first step"
+                    )
+                log.print_step(line, last, left)
                 self.watch.stop_if_lost(line, last, keeper)
         self.adamw = None
         keeper.finish()
@@ -214,6 +254,8 @@ class Run:
             self.record["code_changes"].append({"after_step": first, "files": files})
 
     def write_record(self) -> None:
+        if said := log.unheard():
+            self.record.setdefault("notes", []).append(said)
         if self.processes.rank == 0:
             states.write_json(self.out_dir / "longred.json", self.record)
 
@@ -294,7 +336,8 @@ class Run:
         if self.processes.rank:
             return exported
         student.to(self.original.stored_dtype() or self.stored)
-        save_checkpoint(student, exported, tokenizer_from=self.source)
+        with states.writing(exported):
+            save_checkpoint(student, exported, tokenizer_from=self.source)
         print(f"extended checkpoint: {exported}")
         if c.eval_tokens:
             from measure.report import report

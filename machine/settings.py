@@ -4,10 +4,15 @@
 learnt, from what. Every field is a flag; None is worked out by `resolve`.
 """
 
+import glob
 import math
+import os
+import re
+import sys
+import types
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Union, get_args, get_origin
 
 import torch
 
@@ -16,9 +21,10 @@ from machine.hf_config import original_window
 from model import ModelConfig
 
 
-def opt(default, help: str, least: float | None = None):
-    """A field of Config and its command-line flag. least: the smallest value that makes sense."""
-    return field(default=default, metadata={"help": help, "least": least})
+def opt(default, help: str, least: float | None = None, most: float | None = None):
+    """A field of Config and its command-line flag. least, most: values that make sense (most: if
+    not said 2^40 of a whole number, above which products overflow)."""
+    return field(default=default, metadata={"help": help, "least": least, "most": most})
 
 
 @dataclass
@@ -49,7 +55,9 @@ class Config:
 # Fields that a resumed run may have otherwise: none changes a step's numbers beyond how they round
 # (or, steps, when a replay begins).
 HARMLESS = {f.name for f in fields(Config)} - {"recompute", "moments", "skip_bad_lines"}
-HARMLESS |= {"ckpt", "steps"}
+# Text is known by its content, wherever it lies.
+TEXTS = "long_data", "short_data", "s2l_data", "replay_data"
+HARMLESS |= {"ckpt", "steps", *TEXTS}
 
 # -------------------------------------------------------------------------------------- defaults
 
@@ -151,6 +159,7 @@ def fill_defaults(c: Config, ckpt_name: str, theta: float) -> None:
 def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
     """Fill in what was left to us and refuse what cannot work, before anything is allocated."""
     c = replace(config, ckpt=str(ckpt.resolve()))
+    settle_paths(c)
     if c.original_len is None:
         c.original_len = original_window(model)
     if c.original_len is None:
@@ -159,9 +168,12 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
             "2048 for Llama 1"
         )
     for f in fields(c):
-        value, least = getattr(c, f.name), f.metadata["least"]
-        if None not in (value, least) and not least <= value < math.inf:
-            raise ValueError(f"--{f.name} {value}: need at least {least}")
+        value, least, most = getattr(c, f.name), f.metadata["least"], f.metadata["most"]
+        if most is None:
+            most = 2**40 if isinstance(value, int) else sys.float_info.max
+        if None not in (value, least) and not least <= value <= most:
+            above = f", at most {most:g}" if value > most else ""
+            raise ValueError(f"--{f.name} {value}: need at least {least}{above}")
     if c.target_len is None:
         raise ValueError("--target_len is missing: how many tokens the extended model should read")
     if c.target_len <= c.original_len:
@@ -197,8 +209,16 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
 
 
 def check_device(c: Config, parameters: int) -> None:
-    if c.device and c.device.split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device {c.device}: need cpu or cuda")
+    """Of a --device, whether it is here; `parameters`: of the model, where none is asked for."""
+    if c.device and not re.fullmatch(r"cpu|cuda(:\d+)?", c.device):
+        raise ValueError(f"--device {c.device}: need cpu or cuda (one of many: cuda:1)")
+    if c.device and c.device != "cpu":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {c.device}: torch sees no GPU; pass --device cpu")
+        if int(c.device.partition(":")[2] or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"--device {c.device}: torch sees {torch.cuda.device_count()} GPUs, counted from 0"
+            )
     if c.device is None and parameters > 1e9 and not torch.cuda.is_available():
         raise ValueError(
             f"torch {torch.__version__} sees no GPU, and {parameters / 1e9:.1f}B parameters are "
@@ -222,8 +242,37 @@ def check_lengths(c: Config, model: ModelConfig) -> None:
                     f"--{name} {length}: attention on a GPU needs a multiple of 128, try "
                     f"{max(128, length // 128 * 128)}"
                 )
-        if not torch.cuda.is_available():
-            raise ValueError(f"--device {c.device}: torch sees no GPU; pass --device cpu")
+
+
+def whole_path(path: str, flag: str) -> str:
+    """An absolute path, so that a run can be resumed from any folder."""
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise ValueError(f"--{flag} {path}: no such user; write the path out")
+    return os.path.abspath(found)
+
+
+def settle_paths(c: Config) -> None:
+    """Every path of the settings becomes absolute; hub datasets stay as they are."""
+    for name in ("out_dir", "cache_dir"):
+        if getattr(c, name):
+            setattr(c, name, whole_path(getattr(c, name), name))
+    for name in TEXTS:
+        if specs := getattr(c, name):
+            specs = [s if s.startswith("hf:") else whole_path(s, name) for s in map(str, specs)]
+            setattr(c, name, specs)
+
+
+def moved(path: str, old_dir: str, new_dir: str) -> str:
+    """A run's path, or where it lies now if it moved together with OUT_DIR; checked by content."""
+    plain = path.rpartition("#")[0] if "#" in path and not os.path.exists(path) else path
+    if path.startswith("hf:") or not os.path.isabs(old_dir) or glob.glob(plain):
+        return path
+    there = os.path.normpath(os.path.join(new_dir, os.path.relpath(plain, old_dir)))
+    if os.path.isabs(plain) and glob.glob(there):
+        print(f"{path} is gone; going on with {there}")
+        return there + path.removeprefix(plain)
+    return path
 
 
 def resumed_config(saved: dict, given: Config) -> Config:
@@ -234,9 +283,42 @@ def resumed_config(saved: dict, given: Config) -> Config:
             f"--resume {given.resume}: its setting {min(unknown)} is not known here; resume it "
             "with the version of longred that began it"
         )
-    now = {"out_dir": given.resume, "resume": given.resume, "resume_anyway": given.resume_anyway}
+    out_dir, old_dir = whole_path(given.resume, "resume"), str(saved.get("out_dir"))
+    saved = dict(saved)
+    for name in ("ckpt", "cache_dir", *TEXTS):
+        value = saved.get(name)
+        if isinstance(value, str):
+            saved[name] = moved(value, old_dir, out_dir)
+        elif isinstance(value, list):
+            saved[name] = [moved(str(path), old_dir, out_dir) for path in value]
+    now = {"out_dir": out_dir, "resume": out_dir, "resume_anyway": given.resume_anyway}
     for f in fields(given):
         if f.name in HARMLESS or given.resume_anyway:
             if f.name not in now and getattr(given, f.name) != f.default:
                 now[f.name] = getattr(given, f.name)
+    check_kinds(given, saved)
     return type(given)(**(saved | now))
+
+
+def check_kinds(given: Config, saved: dict) -> None:
+    """ValueError where longred.json has a setting of another kind than the flag's."""
+    for f in fields(given):
+        if f.name in saved and not any(fits(saved[f.name], kind) for kind in kinds(f.type)):
+            raise ValueError(
+                f"--resume {given.resume}: longred.json is damaged: its {f.name} is "
+                f"{saved[f.name]!r:.60}; take it from a backup"
+            )
+
+
+def kinds(annotation) -> tuple:
+    either = get_origin(annotation) in (Union, types.UnionType)
+    return get_args(annotation) if either else (annotation,)
+
+
+def fits(value, kind) -> bool:
+    """Whether a value from JSON is of the kind that a field's annotation names."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(fits(v, get_args(kind)[0]) for v in value)
+    return type(value) is kind or (kind is float and type(value) is int)

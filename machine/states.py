@@ -18,31 +18,47 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import zlib
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from machine import memory
+from machine.checkpoints import read_json
+from machine.log import finite
 from machine.plan import GIB
 
 # ----------------------------------------------------------------------------------- small files
 
 
+@contextmanager
+def writing(path: Path):
+    """What fails in here is a ValueError that names the file, the cause and the cure."""
+    try:
+        yield
+    except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        cure = "make room" if full else "mend that"
+        raise ValueError(f"cannot write {path}: {e.strerror or e}; {cure} and go on") from e
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write under a temporary name, flush to disk, rename: readers see the old or the new file."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as f:
-        json.dump(content, f, indent=2)
-        f.flush()
-        os.fsync(f.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
+    with writing(path):
+        with open(partial, "w", encoding="utf-8") as f:
+            json.dump(finite(content), f, indent=2, allow_nan=False)
+            f.flush()
+            os.fsync(f.fileno())
+        partial.replace(path)
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -56,12 +72,18 @@ def sync_folder(folder: Path) -> None:
 def read_run(out_dir: str | os.PathLike) -> dict:
     """OUT_DIR/longred.json. Raises ValueError where there is no run to resume."""
     path = Path(out_dir) / "longred.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"--resume {out_dir}: no {path.name} there, so no run to resume") from None
-    except ValueError as e:
-        raise ValueError(f"--resume {out_dir}: {path} is damaged ({e})") from None
+    if not path.exists():
+        raise ValueError(f"--resume {out_dir}: no {path.name} there, so no run to resume")
+    record = read_json(path)
+    for part, kind in RECORD.items():
+        if not isinstance(record.get(part), kind):
+            raise ValueError(f"{path} is damaged: no {part} in it; take it from a backup")
+    if not isinstance(record.get("code_changes", []), list):
+        raise ValueError(f"{path} is damaged: code_changes is no list; take it from a backup")
+    return record
+
+
+RECORD = {"config": dict, "data": dict, "weights": dict, "code": dict}
 
 
 # -------------------------------------------------------------------------- what a run depends on
@@ -190,26 +212,57 @@ def signed(manifest: dict) -> dict:
 def publish(partial: Path, manifest: dict, keep: int) -> None:
     """Give a complete state its manifest and its name; drop the oldest, the torn and the damaged.
 
-    manifest: with "files": {name: [size, checksum]}, all that lies in `partial`.
+    manifest: with "files": {name: [size, checksum]}, all that was written into `partial`.
     """
     write_json(partial / "manifest.json", signed(manifest))
     final = partial.with_suffix("")
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+    drop(final)
+    if final.exists():  # somebody's files lie in a folder of this name: beside them
+        for path in sorted(partial.iterdir(), key=lambda p: p.name == "manifest.json"):
+            path.replace(final / path.name)
+        partial.rmdir()
+    else:
+        partial.rename(final)
     sync_folder(final.parent)
-    newest = sorted(final.parent.glob("step-??????"))[-keep:]
-    for old in final.parent.glob("step-*"):
-        if old not in newest:
-            shutil.rmtree(old, ignore_errors=True)
+    newest = states_in(final.parent)[-keep:]
+    for old in final.parent.iterdir():
+        if STATE.fullmatch(old.name) and old not in newest:
+            drop(old)
+
+
+STATE = re.compile(r"step-\d{6,}(\.partial|\.damaged)?")
+PART = re.compile(r"shard-\d{5}\.safetensors|manifest\.json(\.partial)?")
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """The files of a state, or of what is left of one; nobody else's, and none behind a link."""
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    return [p for p in folder.iterdir() if PART.fullmatch(p.name) and p.is_file()]
+
+
+def drop(folder: Path) -> None:
+    """Remove a state: the files that longred wrote, and the folder where nothing else is in it."""
+    with suppress(OSError):
+        for path in sorted(parts_of(folder)):  # the manifest first: what is left is no state
+            path.unlink()
+        folder.rmdir()
+
+
+def states_in(folder: Path) -> list[Path]:
+    """Saved states by number of steps, sound or not; folders of other names are not ours."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    found = [p for p in found if re.fullmatch(r"step-\d{6,}", p.name) and parts_of(p)]
+    return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 def cannot_save(folder: Path, step: int, need: int, e: OSError) -> ValueError:
     free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
-    full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     reason = "make room" if full else "mend that"
     return ValueError(
-        f"cannot save the state after step {step} in {folder}: {e.strerror}; it takes "
-        f"{need / GIB:.3g} GiB, {free / GIB:.3g} GiB are free; older states are untouched: "
+        f"cannot save the state after step {step} in {folder}: {getattr(e, 'strerror', e)}; it "
+        f"takes {need / GIB:.3g} GiB, {free / GIB:.3g} GiB are free; older states are untouched: "
         f"{reason} and continue with: python longred.py --resume {folder.parent}"
     )
 
@@ -217,10 +270,12 @@ def cannot_save(folder: Path, step: int, need: int, e: OSError) -> ValueError:
 def damage(folder: Path) -> str | None:
     """What is wrong with a saved state; None: every file has its size and checksum."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
-        if set(files) | {"manifest.json"} != {p.name for p in folder.iterdir()}:
-            return "files are missing or new"
+        manifest = read_json(folder / "manifest.json")
+        files = {str(name): found for name, found in manifest["files"].items()}
+        if not files or not all(PART.fullmatch(name) for name in files):
+            return "its files are not a state's"
+        if shards := set(files) ^ {p.name for p in folder.glob("shard-*")}:
+            return f"{min(shards)} is missing, or not of this state"
         if manifest != signed(manifest) or f"step-{manifest['step']:06d}" != folder.name:
             return "manifest.json has not its checksum"
         for name, (size, checksum) in files.items():
@@ -228,7 +283,9 @@ def damage(folder: Path) -> str | None:
                 return f"{name} has not its {size:,} bytes"
             if file_checksum(folder / name) != checksum:
                 return f"{name} has not its checksum"
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        if not isinstance(manifest["config"], dict) or not isinstance(manifest["optimizer"], dict):
+            return "manifest.json has not the entries of a state's"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         return f"manifest.json cannot be read ({type(e).__name__})"
     return None
 
@@ -238,35 +295,49 @@ def newest_state(out_dir: Path) -> Path | None:
 
     Raises ValueError where states were saved and none is sound.
     """
-    saved = sorted((out_dir / "checkpoints").glob("step-??????"), reverse=True)
-    for folder in saved:
+    saved = states_in(out_dir / "checkpoints")
+    for folder in reversed(saved):
         wrong = damage(folder)
         if wrong is None:
             return folder
         print(f"warning: {folder} is damaged, {wrong}: skipped", file=sys.stderr)
         aside = folder.with_name(folder.name + ".damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)  # the next save drops it
+        drop(aside)
+        if set(parts_of(folder)) == set(folder.iterdir()) and not aside.exists():
+            folder.rename(aside)  # the next save drops it
     if saved:
         raise ValueError(
-            f"--resume {out_dir}: none of the {len(saved)} saved states is sound; remove "
-            f"{out_dir / 'checkpoints'} to begin again at step 1"
+            f"--resume {out_dir}: none of the {len(saved)} saved states is sound; remove the "
+            f"step-* folders in {out_dir / 'checkpoints'} to begin again at step 1"
         )
     return None
 
 
 def read_manifest(folder: Path) -> dict:
-    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    return read_json(folder / "manifest.json")
 
 
 def read_state(folder: Path, student: nn.Module, optimizer) -> None:
     """Load a saved state into student and optimizer, in place, tensor by tensor.
 
-    Shards of any number of processes, into any number. Raises ValueError where they do not fit.
+    Shards of any number of processes, into any number. Raises ValueError where they do not fit:
+    a checksum can be forged, so nothing here may do more than copy numbers.
     """
+    try:
+        _read_state(folder, student, optimizer)
+    except (SafetensorError, RuntimeError, KeyError, IndexError, TypeError, OSError) as e:
+        reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+        raise ValueError(
+            f"{folder} does not hold a state of this run ({reason:.200}); remove it, and --resume "
+            "takes the state before"
+        ) from None
+
+
+def _read_state(folder: Path, student: nn.Module, optimizer) -> None:
     tensors, _ = run_state(student, optimizer)
     shards = {name: [] for name in tensors}
-    for path in sorted(folder.glob("shard-*.safetensors")):  # by rank: in the order of their rows
+    files = sorted(read_manifest(folder)["files"])  # by rank: in the order of their rows
+    for path in (folder / name for name in files):
         with safe_open(path, framework="pt") as f:  # memory-mapped: nothing is read yet
             for name in f.keys():
                 shards.setdefault(name, []).append(f.get_tensor(name))
@@ -298,4 +369,10 @@ def copy_rows(mine: Tensor, parts: list[Tensor]) -> None:
     for part in parts:
         rows.append(part[max(0, start) : max(0, start + len(local))])
         start -= len(part)
-    local.copy_(torch.cat(rows) if rows[1:] else rows[0])
+    found = torch.cat(rows) if rows[1:] else rows[0]
+    if found.shape != local.shape or found.dtype != local.dtype:  # copy_ would repeat or round
+        raise ValueError(
+            f"a tensor is {found.dtype} {list(found.shape)}, need {local.dtype} "
+            f"{list(local.shape)}: the state is of another model"
+        )
+    local.copy_(found)

@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import HERE
 
 METHOD = {  # file -> most lines, comments and docstrings included
-    "longred.py": 400,
+    "longred.py": 410,
     "model.py": 530,
     "rope_kernels.py": 420,
     "data.py": 560,

@@ -245,6 +245,8 @@ def test_spikes_are_flagged_against_the_median_before_them():
 
 
 def test_a_report_that_finds_no_short_text_says_so_and_ends_the_run_well(ckpt, tmp_path, capsys):
-    train(tiny_run(ckpt, tmp_path / "run", method="long_cpt", short_data=["nowhere"], steps=1))
+    (tmp_path / "short.txt").write_text("too short to hold anything out")
+    short = [str(tmp_path / "short.txt")]
+    train(tiny_run(ckpt, tmp_path / "run", method="long_cpt", short_data=short, steps=1))
     assert "not measured: " in capsys.readouterr().out
     assert "| long_cpt |" in (tmp_path / "run" / "report.md").read_text()

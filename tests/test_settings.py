@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from longred import Config, main, plan_streams
 from machine import plan
@@ -17,7 +18,9 @@ from model import ModelConfig, load_checkpoint, load_config
 from tests.conftest import HERE, tiny_run
 
 
-def test_lengths_that_a_gpus_attention_cannot_take_are_refused(ckpt):
+def test_lengths_that_a_gpus_attention_cannot_take_are_refused(ckpt, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     model = ModelConfig(4096, 32, 32, 8, 128, 14336, 128256, rope_theta=5e5)
     asked = Config(ckpt="x", target_len=32768, short_len=1000, device="cuda")
     with pytest.raises(ValueError, match="--short_len 1000: .* multiple of 128, try 896"):
