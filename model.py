@@ -1,7 +1,8 @@
 """Llama: the network, its loss over a large vocabulary, generation; a plain folder in and out.
 
-Architecture (Llama 1-3, Mistral, Qwen2): token embedding, n_layers blocks of pre-norm attention and
-SwiGLU MLP, final RMSNorm, LM head. Parameters carry Hugging Face's names: loading is a name map.
+Architecture (Llama 1-3, Mistral, Qwen2, Qwen3): token embedding, n_layers blocks of pre-norm
+attention and SwiGLU MLP, final RMSNorm, LM head. Parameters carry Hugging Face's names: loading is
+a name map.
 Rotary convention: half-split as in HF (dimension j pairs with j + H/2).
 
 Shapes: B batch, T tokens, D d_model, N query heads, K kv heads, H head_dim, V vocab.
@@ -47,6 +48,7 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False  # Qwen3: each head's q and k through an RMSNorm before they turn
     hf: dict = field(default_factory=dict)
 
     @classmethod
@@ -62,6 +64,7 @@ class ModelConfig:
             qkv_bias=checked["attention_bias"] or checked["model_type"] == "qwen2",
             o_bias=checked["attention_bias"],
             mlp_bias=checked["mlp_bias"],
+            qk_norm=checked["model_type"] == "qwen3",
             hf=dict(hf),
         )
 
@@ -70,7 +73,8 @@ class ModelConfig:
 
         Rotary is spelt as in transformers 4, which 5 reads; "ntk" becomes the larger theta it is.
         """
-        hf = {"model_type": "llama", "hidden_act": "silu"} | self.hf
+        family = "qwen3" if self.qk_norm else "llama"
+        hf = {"model_type": family, "hidden_act": "silu"} | self.hf
         hf.pop("rope_parameters", None)
         hf.setdefault("architectures", [checkpoints.FAMILIES[hf["model_type"]]])
         hf |= {theirs: getattr(self, ours) for ours, theirs in checkpoints.CONFIG_NAMES.items()}
@@ -80,8 +84,10 @@ class ModelConfig:
             hf["rope_scaling"] = None
         if self.max_position_embeddings:
             hf["max_position_embeddings"] = self.max_position_embeddings
+        if hf["model_type"] in ("llama", "qwen3"):
+            hf["attention_bias"] = self.qkv_bias
         if hf["model_type"] == "llama":
-            hf |= {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
+            hf["mlp_bias"] = self.mlp_bias
         return hf
 
     def stored_dtype(self) -> torch.dtype | None:
@@ -112,11 +118,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.d_model, d_kv, bias=config.qkv_bias)
         self.o_proj = nn.Linear(d_query, config.d_model, bias=config.o_bias)
         self.attend = causal_attention  # machine/ puts its own around it
+        if config.qk_norm:  # one for all heads
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def qkv(self, x: Tensor, rope: tuple) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D) -> rotated q (B, T, N, H), rotated k and plain v (B, T, K, H)."""
         heads = -1, self.config.head_dim
         q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         return *apply_rope(q, k, *rope), v
 
     def forward(self, x: Tensor, rope: tuple, cached: tuple | None = None) -> Tensor:

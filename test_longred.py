@@ -503,9 +503,11 @@ def pcd_by_hand(near, far, ids, n_new, beta, gamma):
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
 @pytest.mark.parametrize("changes", [{}, {"beta": 20.0, "gamma": 4, "base_ratio": 1e-2}], ids=str)
-def test_pcd_equals_two_separate_models_without_a_cache(changes):
-    near, far, ids = tiny_llama(), tiny_llama(), tokens(length=17)
+def test_pcd_equals_two_separate_models_without_a_cache(changes, qk_norm):
+    near, far = tiny_llama(qk_norm=qk_norm), tiny_llama(qk_norm=qk_norm)
+    ids = tokens(length=17)
     pcd = {"alpha": 0.2, "beta": 2.5, "base_ratio": 1e-4, "gamma": 30} | changes
     for j in range(1, 9):  # H = 16: planes 1 .. 8
         keep = 2 - math.exp(pcd["alpha"] * 2 * j / 16)

@@ -10,7 +10,7 @@ from tests.conftest import HERE
 
 METHOD = {  # file -> most lines, comments and docstrings included
     "longred.py": 400,
-    "model.py": 530,
+    "model.py": 570,
     "rope_kernels.py": 420,
     "data.py": 560,
     "test_longred.py": 1200,
