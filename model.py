@@ -14,12 +14,13 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 from torch.nn.attention.bias import causal_lower_right
 
 from machine import checkpoints  # files of any kind, and whether to trust them; no Llama
@@ -108,6 +109,13 @@ class KVCache:
     length: int = 0
 
 
+class Documents(NamedTuple):
+    """Where documents lie in B sequences of T tokens, read one after the other."""
+
+    lengths: list[int]  # B T in all; the end of a sequence ends a document
+    starts: Tensor  # (n + 1,) int32, on the tokens' device: 0, ..., B T
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -130,8 +138,10 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return *apply_rope(q, k, *rope), v
 
-    def forward(self, x: Tensor, rope: tuple, cached: tuple | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple, cached=None, documents=None) -> Tensor:
         q, k, v = self.qkv(x, rope)
+        if documents is not None:
+            return self.o_proj(document_attention(self.attend, q, k, v, documents).flatten(2))
         start = 0
         if cached is not None:
             keys, values, start = cached
@@ -160,6 +170,23 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor:
     return out.transpose(1, 2)
 
 
+def document_attention(attend, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """q (B, T, N, H), k and v (B, T, K, H) -> (B, T, N, H), each document by itself, causal.
+
+    No mask is built: n tokens cost n^2, not all T^2 together. In 16 bits on a GPU by torch's
+    variable-length attention (2.11's knows no grouped heads: K and V are repeated), else by pieces.
+    """
+    flat = [t.flatten(0, 1) for t in (q, k, v)]  # (B T, heads, H)
+    if not q.is_cuda or q.dtype == torch.float32:
+        pieces = zip(*(t.split(documents.lengths) for t in flat), strict=True)
+        return torch.cat([attend(*(t[None] for t in p))[0] for p in pieces]).view_as(q)
+    places = [documents.starts] * 2 + [max(documents.lengths)] * 2
+    grouped = {"enable_gqa": True} if torch.__version__ >= "2.12" else {}
+    if not grouped:
+        flat[1:] = (t.repeat_interleave(q.shape[2] // k.shape[2], 1) for t in flat[1:])
+    return varlen.varlen_attn(*flat, *places, window_size=(-1, 0), **grouped).view_as(q)
+
+
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -179,8 +206,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple, cached: tuple | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, cached)
+    def forward(self, x: Tensor, rope: tuple, cached=None, documents=None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, cached, documents)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -228,6 +255,7 @@ class Llama(nn.Module):
         position_ids: Tensor | None = None,
         taps: tuple[int, ...] = (),
         cache: KVCache | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Read tokens (B, T) int64; return the last hidden state and the tapped ones. Any length.
 
@@ -235,6 +263,7 @@ class Llama(nn.Module):
         taps: hidden-state indices as in HF: 0 = embeddings, i = output of block i,
             n_layers = after the final norm (= the last hidden state).
         cache: tokens already read; extended in place by these.
+        documents: no token attends beyond its own. Positions stay: rotary sees differences alone.
         Returns (last_hidden (B, T, D), {index: (B, T, D)}).
         """
         start = cache.length if cache else 0
@@ -246,9 +275,10 @@ class Llama(nn.Module):
         hidden = {0: x} if 0 in taps else {}
         for i, block in enumerate(self.layers):
             if self.run_block is not None and torch.is_grad_enabled():
-                x = self.run_block(i, block, x, rope)
+                x = self.run_block(i, block, x, rope, documents)
             else:
-                x = block(x, rope, (cache.keys[i], cache.values[i], start) if cache else None)
+                cached = (cache.keys[i], cache.values[i], start) if cache else None
+                x = block(x, rope, cached, documents)
             if i + 1 in taps:
                 hidden[i + 1] = x
         if cache:

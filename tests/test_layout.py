@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import HERE
 
 METHOD = {  # file -> most lines, comments and docstrings included
-    "longred.py": 400,
+    "longred.py": 430,
     "model.py": 570,
     "rope_kernels.py": 420,
     "data.py": 560,
