@@ -23,6 +23,7 @@ import torch
 
 if TYPE_CHECKING:
     from machine.tokenizer import Tokenizer
+    from model import Documents
 
 SPLIT_BY_DOCUMENT = 100  # documents: with fewer, each gives its end to the held-out part
 
@@ -123,7 +124,8 @@ class Stream:
     token as its last label, so that every token is predicted once an epoch. Each epoch visits the
     sequences in its own order; batches run on from one epoch into the next. Processes share out
     a step's sequences, not batches (machine/many.py): the same tokens however many there are.
-    Nothing hides one document from the next: attention and positions run across their borders.
+    Positions run across the documents' borders, and attention too, but with --document_mask, for
+    which `first_tokens` says where documents begin.
 
     min_doc_len: tokens; shorter documents are left out.
     length_upsample: documents of seq_len tokens or more weigh this many times as much as shorter
@@ -158,16 +160,28 @@ class Stream:
     def batch(self, index: int) -> torch.Tensor:
         """Batch number `index` (step * micro_batches + micro): (batch_size, seq_len + 1) int64."""
         sequences = np.empty((self.batch_size, self.seq_len + 1), np.int64)
+        for i, offset in enumerate(self._offsets(index)):
+            sequences[i] = _read(
+                self.corpus.tokens, self.starts, self.packed_ends, offset, self.seq_len + 1
+            )
+        return torch.from_numpy(sequences)
+
+    def first_tokens(self, index: int) -> torch.Tensor:
+        """Which tokens of batch(index) open a document: (batch_size, seq_len + 1) bool."""
+        first = np.zeros((self.batch_size, self.seq_len + 1), bool)
+        for i, offset in enumerate(self._offsets(index)):
+            inside = np.append(0, self.packed_ends) - offset
+            first[i, inside[(inside >= 0) & (inside <= self.seq_len)]] = True
+        return torch.from_numpy(first)
+
+    def _offsets(self, index: int):
+        """Where each sequence of batch(index) begins in the packed documents."""
         for i in range(self.batch_size):
             epoch, place = divmod(index * self.batch_size + i, self.n_sequences)
             if self._order[0] != epoch:
                 rng = np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), epoch])
                 self._order = (epoch, rng.permutation(self.n_sequences))
-            offset = int(self._order[1][place]) * self.seq_len
-            sequences[i] = _read(
-                self.corpus.tokens, self.starts, self.packed_ends, offset, self.seq_len + 1
-            )
-        return torch.from_numpy(sequences)
+            yield int(self._order[1][place]) * self.seq_len
 
     def describe(self, n_batches: int) -> str:
         """What a run of n_batches reads: documents, tokens, their lengths, epochs; for the log."""
@@ -223,10 +237,11 @@ class Batch(NamedTuple):
     """What one forward pass reads: equally long sequences, or the same part of each."""
 
     ids: torch.Tensor  # (B, T) int64
-    labels: torch.Tensor  # (B, T) int64, the tokens that follow
+    labels: torch.Tensor  # (B, T) int64, the tokens that follow; -100: another document's first
     indices: torch.Tensor  # (T,) int64, the tokens' own places in their sequence
     positions: torch.Tensor  # (B, T) or (T,) int64, where the student is told they stand
     share: float  # of its stream's mean loss
+    documents: "Documents | None" = None  # with --document_mask
 
 
 # ---------------------------------------------------------------------------- position schemes

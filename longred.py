@@ -116,6 +116,9 @@ class Config(machine.Config):
         most=1e3,
     )
     short_len: int | None = opt(None, "tokens in a short text (1024; <= original_len)", least=1)
+    document_mask: bool = opt(
+        False, "attention stays within a document where several share a sequence (paper: no)"
+    )
     add_eos: bool | None = opt(None, "end documents with EOS (where the tokenizer has one)")
     # A step: the paper's 16 micro-batches, 131,072 tokens in each
     steps: int = opt(512, "optimizer steps", least=1)
@@ -162,17 +165,20 @@ def long_text_loss(
     input_ids: Tensor,
     position_ids: Tensor | None = None,
     labels: Tensor | None = None,
+    documents=None,
 ) -> Tensor:
     """Next-token cross-entropy, mean over tokens, under ordinary positions by default (eq. 18).
 
     input_ids: (B, T + 1) int64, or (B, T) where labels (B, T), the tokens that follow, are given.
     position_ids: (B, T) or (T,) int64.
+    documents: a model.Documents. A document's first token (-100) is foretold by no other: it costs
+    0 and counts in the mean, which so does not depend on how a step is cut into passes.
     """
     if labels is None:
         input_ids, labels = input_ids[:, :-1], input_ids[:, 1:]
-    hidden, _ = student(input_ids, position_ids)
-    nll, count = next_token_loss(hidden, student.lm_head_weight, labels)
-    return nll / count
+    hidden, _ = student(input_ids, position_ids, documents=documents)
+    nll, _ = next_token_loss(hidden, student.lm_head_weight, labels)
+    return nll / labels.numel()
 
 
 def short_text_distillation(
@@ -181,6 +187,7 @@ def short_text_distillation(
     input_ids: Tensor,
     layers: list[int],
     position_ids: Tensor | None = None,
+    documents=None,
 ) -> Tensor:
     """Cosine distance of the chosen hidden states, SUM over layers (eq. 8).
 
@@ -188,8 +195,8 @@ def short_text_distillation(
     of a text. No LM head runs in either model.
     """
     with torch.no_grad():
-        _, target = teacher(input_ids, position_ids, layers)
-    _, hidden = student(input_ids, position_ids, layers)
+        _, target = teacher(input_ids, position_ids, layers, documents=documents)
+    _, hidden = student(input_ids, position_ids, layers, documents=documents)
     return sum(cosine_distance(hidden[i], target[i]) for i in layers)
 
 
@@ -199,6 +206,7 @@ def short_to_long_distillation(
     input_ids: Tensor,
     position_ids: Tensor,
     teacher_position_ids: Tensor | None = None,
+    documents=None,
 ) -> Tensor:
     """Cosine distance of the LAST hidden state; only the student sees skipped positions (eq. 17).
 
@@ -206,8 +214,8 @@ def short_to_long_distillation(
     teacher_position_ids: (T,), the tokens' own indices in a text of which these are a part.
     """
     with torch.no_grad():
-        target, _ = teacher(input_ids, teacher_position_ids)
-    hidden, _ = student(input_ids, position_ids)
+        target, _ = teacher(input_ids, teacher_position_ids, documents=documents)
+    hidden, _ = student(input_ids, position_ids, documents=documents)
     return cosine_distance(hidden, target)
 
 
@@ -215,12 +223,14 @@ def loss_table(c: Config, student: Llama, teacher: Llama) -> dict[str, Callable[
     """The losses that a stream may name, functions of a data.Batch. A new loss is one more row, and
     a mean over all tokens of the batch, since a process may see a part of each sequence."""
     return {
-        "cross_entropy": lambda b: long_text_loss(student, b.ids, b.positions, b.labels),
+        "cross_entropy": lambda b: long_text_loss(
+            student, b.ids, b.positions, b.labels, b.documents
+        ),
         "short_text_distillation": lambda b: short_text_distillation(
-            student, teacher, b.ids, c.distill_layers, b.indices
+            student, teacher, b.ids, c.distill_layers, b.indices, b.documents
         ),
         "short_to_long_distillation": lambda b: short_to_long_distillation(
-            student, teacher, b.ids, b.positions, b.indices
+            student, teacher, b.ids, b.positions, b.indices, b.documents
         ),
     }
 

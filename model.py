@@ -1,7 +1,8 @@
 """Llama: the network, its loss over a large vocabulary, generation; a plain folder in and out.
 
-Architecture (Llama 1-3, Mistral, Qwen2): token embedding, n_layers blocks of pre-norm attention and
-SwiGLU MLP, final RMSNorm, LM head. Parameters carry Hugging Face's names: loading is a name map.
+Architecture (Llama 1-3, Mistral, Qwen2, Qwen3): token embedding, n_layers blocks of pre-norm
+attention and SwiGLU MLP, final RMSNorm, LM head. Parameters carry Hugging Face's names: loading is
+a name map.
 Rotary convention: half-split as in HF (dimension j pairs with j + H/2).
 
 Shapes: B batch, T tokens, D d_model, N query heads, K kv heads, H head_dim, V vocab.
@@ -13,12 +14,13 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 from torch.nn.attention.bias import causal_lower_right
 
 from machine import checkpoints, hf_config  # files of any kind, and whether to trust them
@@ -47,6 +49,7 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False  # Qwen3: each head's q and k through an RMSNorm before they turn
     hf: dict = field(default_factory=dict)
 
     @classmethod
@@ -62,6 +65,7 @@ class ModelConfig:
             qkv_bias=checked["attention_bias"] or checked["model_type"] == "qwen2",
             o_bias=checked["attention_bias"],
             mlp_bias=checked["mlp_bias"],
+            qk_norm=checked["model_type"] == "qwen3",
             hf=dict(hf),
         )
 
@@ -70,15 +74,18 @@ class ModelConfig:
 
         Rotary is spelt as in transformers 4, which 5 reads; "ntk" becomes the larger theta it is.
         """
-        hf = {"model_type": "llama", "hidden_act": "silu"} | self.hf
+        family = "qwen3" if self.qk_norm else "llama"
+        hf = {"model_type": family, "hidden_act": "silu"} | self.hf
         hf.setdefault("architectures", [hf_config.FAMILIES[hf["model_type"]]])
         hf |= {theirs: getattr(self, ours) for ours, theirs in hf_config.CONFIG_NAMES.items()}
         scaling = self.rope_scaling
         if scaling and scaling["rope_type"] == "ntk":
             hf["rope_theta"] = ntk_theta(self.head_dim, self.rope_theta, scaling["factor"])
             hf["rope_scaling"] = None
+        if hf["model_type"] in ("llama", "qwen3"):
+            hf["attention_bias"] = self.qkv_bias
         if hf["model_type"] == "llama":
-            hf |= {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
+            hf["mlp_bias"] = self.mlp_bias
         return hf_config.exported(hf, self.max_position_embeddings)
 
     def stored_dtype(self) -> torch.dtype | None:
@@ -99,6 +106,13 @@ class KVCache:
     length: int = 0
 
 
+class Documents(NamedTuple):
+    """Where documents lie in B sequences of T tokens, read one after the other."""
+
+    lengths: list[int]  # B T in all; the end of a sequence ends a document
+    starts: Tensor  # (n + 1,) int32, on the tokens' device: 0, ..., B T
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -109,15 +123,22 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.d_model, d_kv, bias=config.qkv_bias)
         self.o_proj = nn.Linear(d_query, config.d_model, bias=config.o_bias)
         self.attend = causal_attention  # machine/ puts its own around it
+        if config.qk_norm:  # one for all heads
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def qkv(self, x: Tensor, rope: tuple) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D) -> rotated q (B, T, N, H), rotated k and plain v (B, T, K, H)."""
         heads = -1, self.config.head_dim
         q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         return *apply_rope(q, k, *rope), v
 
-    def forward(self, x: Tensor, rope: tuple, cached: tuple | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple, cached=None, documents=None) -> Tensor:
         q, k, v = self.qkv(x, rope)
+        if documents is not None:
+            return self.o_proj(document_attention(self.attend, q, k, v, documents).flatten(2))
         start = 0
         if cached is not None:
             keys, values, start = cached
@@ -146,6 +167,23 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor:
     return out.transpose(1, 2)
 
 
+def document_attention(attend, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """q (B, T, N, H), k and v (B, T, K, H) -> (B, T, N, H), each document by itself, causal.
+
+    No mask is built: n tokens cost n^2, not all T^2 together. In 16 bits on a GPU by torch's
+    variable-length attention (2.11's knows no grouped heads: K and V are repeated), else by pieces.
+    """
+    flat = [t.flatten(0, 1) for t in (q, k, v)]  # (B T, heads, H)
+    if not q.is_cuda or q.dtype == torch.float32:
+        pieces = zip(*(t.split(documents.lengths) for t in flat), strict=True)
+        return torch.cat([attend(*(t[None] for t in p))[0] for p in pieces]).view_as(q)
+    places = [documents.starts] * 2 + [max(documents.lengths)] * 2
+    grouped = {"enable_gqa": True} if torch.__version__ >= "2.12" else {}
+    if not grouped:
+        flat[1:] = (t.repeat_interleave(q.shape[2] // k.shape[2], 1) for t in flat[1:])
+    return varlen.varlen_attn(*flat, *places, window_size=(-1, 0), **grouped).view_as(q)
+
+
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -165,8 +203,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple, cached: tuple | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, cached)
+    def forward(self, x: Tensor, rope: tuple, cached=None, documents=None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, cached, documents)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -214,6 +252,7 @@ class Llama(nn.Module):
         position_ids: Tensor | None = None,
         taps: tuple[int, ...] = (),
         cache: KVCache | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Read tokens (B, T) int64; return the last hidden state and the tapped ones. Any length.
 
@@ -221,6 +260,7 @@ class Llama(nn.Module):
         taps: hidden-state indices as in HF: 0 = embeddings, i = output of block i,
             n_layers = after the final norm (= the last hidden state).
         cache: tokens already read; extended in place by these.
+        documents: no token attends beyond its own. Positions stay: rotary sees differences alone.
         Returns (last_hidden (B, T, D), {index: (B, T, D)}).
         """
         start = cache.length if cache else 0
@@ -232,9 +272,10 @@ class Llama(nn.Module):
         hidden = {0: x} if 0 in taps else {}
         for i, block in enumerate(self.layers):
             if self.run_block is not None and cache is None and torch.is_grad_enabled():
-                x = self.run_block(i, block, x, rope)
+                x = self.run_block(i, block, x, rope, documents)
             else:
-                x = block(x, rope, (cache.keys[i], cache.values[i], start) if cache else None)
+                cached = (cache.keys[i], cache.values[i], start) if cache else None
+                x = block(x, rope, cached, documents)
             if i + 1 in taps:
                 hidden[i + 1] = x
         if cache:

@@ -520,9 +520,11 @@ def pcd_by_hand(near, far, ids, n_new, beta, gamma):
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
 @pytest.mark.parametrize("changes", [{}, {"beta": 20.0, "gamma": 4, "base_ratio": 1e-2}], ids=str)
-def test_pcd_equals_two_separate_models_without_a_cache(changes):
-    near, far, ids = tiny_llama(), tiny_llama(), tokens(length=17)
+def test_pcd_equals_two_separate_models_without_a_cache(changes, qk_norm):
+    near, far = tiny_llama(qk_norm=qk_norm), tiny_llama(qk_norm=qk_norm)
+    ids = tokens(length=17)
     pcd = {"alpha": 0.2, "beta": 2.5, "base_ratio": 1e-4, "gamma": 30} | changes
     for j in range(1, 9):  # H = 16: planes 1 .. 8
         keep = 2 - math.exp(pcd["alpha"] * 2 * j / 16)
@@ -1118,7 +1120,7 @@ def test_the_papers_settings_are_the_defaults(ckpt):
         with pytest.raises(ValueError, match="sees no GPU, and 8.0B parameters"):
             resolve(Config(ckpt="x", target_len=32768), model, ckpt[0])
     assert (bare.long_data, bare.short_data) == (DEFAULT_LONG, DEFAULT_SHORT)
-    assert (bare.s2l_data, at_32k.s2l_data) == (DEFAULT_SHORT, ["x"])
+    assert (bare.s2l_data, at_32k.s2l_data) == (DEFAULT_SHORT, [os.path.abspath("x")])
     far = resolve(dataclasses.replace(asked, target_len=131072), model, ckpt[0])
     assert (far.rope_theta, far.alpha_short, far.alpha_s2l) == (1e8, 2, 15)
     assert (far.n_distill_layers, far.position_scheme) == (3, "uniform")

@@ -42,6 +42,8 @@ HUB_NAMES = {
     "mistral-7b-v0.3": "mistralai/Mistral-7B-v0.3",
     "qwen2-7b": "Qwen/Qwen2-7B",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B-Base",
+    "qwen3-8b": "Qwen/Qwen3-8B-Base",
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
 }
 

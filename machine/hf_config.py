@@ -18,10 +18,28 @@ FAMILIES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# Others that people bring -> what they compute and this model does not.
+OTHER_FAMILIES = {
+    "_vl|vision|audio|omni|llava|mllama": "it reads more than text",
+    "mixtral|moe|deepseek|llama4|dbrx|gpt_oss|minimax": "its MLPs are mixtures of experts",
+    "qwen3_next|mamba|jamba|bamba|rwkv|hymba|zamba|lfm": "not all of its blocks are attention",
+    "gemma": "its norms scale by 1 + weight and follow the blocks too, its MLP is a GeGLU, and its "
+    "embeddings are scaled",
+    "olmo2|olmo3": "its norms follow attention and MLP instead of preceding them",
+    "olmo|cohere|command": "it has no RMSNorm before attention and MLP",
+    "phi3|phi4": "its q, k, v and its gate, up are fused into one matrix each",
+    "phi|gpt|opt|bloom|falcon|mpt|starcoder|stablelm|persimmon|pythia": "its blocks have LayerNorm "
+    "or a plain MLP",
+    "granite": "it multiplies embeddings, residuals, attention and logits by constants",
+    "smollm3": "every fourth of its blocks has no rotary embedding",
+    "exaone|nemotron|glm|internlm|baichuan|qwen": "its blocks or the names of its weights differ "
+    "from Llama's",
 }
 # transformers' own defaults for what a config.json leaves out
-WINDOWS = {"llama": 2048, "mistral": 131072, "qwen2": 32768}
-KV_HEADS = {"mistral": 8, "qwen2": 32}
+WINDOWS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 # ModelConfig's names -> config.json's
 CONFIG_NAMES = {
     "d_model": "hidden_size",
@@ -71,19 +89,22 @@ def check_config(hf: dict) -> dict:
     """
     family = str(hf.get("model_type", "llama"))
     if family not in FAMILIES:
-        raise ValueError(f"model_type is {family:.60}, need one of {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"model_type is {family:.60}: {_difference(family)}; need one of {', '.join(FAMILIES)}"
+        )
     n_layers = _number(hf, "num_hidden_layers", most=1000)
     _refuse_unsupported(hf, family, n_layers)
     d_model = _number(hf, "hidden_size")
     n_heads = _number(hf, "num_attention_heads")
-    absent = {} if "num_key_value_heads" in hf else KV_HEADS  # null means n_heads, in all three
+    absent = {} if "num_key_value_heads" in hf else KV_HEADS  # null means n_heads, in all of them
     n_kv_heads = _number(hf, "num_key_value_heads", absent.get(family, n_heads))
     if n_heads % n_kv_heads:
         raise ValueError(
             f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads "
             f"{n_kv_heads}; config.json is damaged or not a Llama's"
         )
-    head_dim = _number(hf, "head_dim", d_model // n_heads)
+    # Qwen3's own default; the others' is what the width leaves each head.
+    head_dim = _number(hf, "head_dim", 128 if family == "qwen3" else d_model // n_heads)
     window = _number(hf, "max_position_embeddings", WINDOWS[family], most=2**40)
     theta, scaling = _rope_from_hf(hf, window)
     rope_frequencies(head_dim, theta, scaling)  # a bad theta or scaling ends here, explained
@@ -99,9 +120,17 @@ def check_config(hf: dict) -> dict:
         "rope_scaling": scaling,
         "max_position_embeddings": max(windows(hf)),
         "tie_word_embeddings": _flag(hf, "tie_word_embeddings"),
-        "attention_bias": family == "llama" and _flag(hf, "attention_bias"),
+        "attention_bias": family in ("llama", "qwen3") and _flag(hf, "attention_bias"),
         "mlp_bias": family == "llama" and _flag(hf, "mlp_bias"),
     }
+
+
+def _difference(family: str) -> str:
+    """In what a family that is not computed here differs from Llama, as far as it is known."""
+    for names, difference in OTHER_FAMILIES.items():
+        if any(name in family.lower() for name in names.split("|")):
+            return difference
+    return "this model knows nothing of it"
 
 
 def _number(hf: dict, key: str, default=None, most: int = 2**20, kind: type = int):
@@ -124,7 +153,7 @@ def _refuse_unsupported(hf: dict, family: str, n_layers: int) -> None:
     """What this model computes: each entry and the values it may have. Absent ones are fine."""
     if family == "mistral":
         hf = {"sliding_window": 4096} | hf  # transformers' default
-    if family == "qwen2" and not hf.get("use_sliding_window"):
+    if family in ("qwen2", "qwen3") and not hf.get("use_sliding_window"):
         hf = hf | {"sliding_window": None}
     for key, computed in {
         "sliding_window": (None,),

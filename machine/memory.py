@@ -261,6 +261,7 @@ ATTENTION_OPS = [
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.torch_attn._varlen_attn.default,
 ]
 
 
@@ -432,24 +433,24 @@ def _contexts(save_attention: bool):
     return first, _recomputing(second)
 
 
-def _eager(block: nn.Module, x: Tensor, rope: tuple, recompute: bool, save: bool) -> Tensor:
+def _eager(block: nn.Module, recompute: bool, save: bool, *inputs) -> Tensor:
     """A block, recomputed in backward or not, its attention's output saved or not."""
     if not recompute:
-        return block(x, rope)
+        return block(*inputs)
     contexts = partial(_contexts, save)
     return checkpoint(
-        block, x, rope, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+        block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
     )
 
 
-def _graph(block: nn.Module, x: Tensor, rope: tuple, recompute: bool, save: bool) -> Tensor:
+def _graph(block: nn.Module, recompute: bool, save: bool, *inputs) -> Tensor:
     """The same for torch.compile, with the checkpoint inside the graph: recomputation that nobody
     reads, down_proj's, is dropped there without our help."""
     if not recompute:
-        return block(x, rope)
+        return block(*inputs)
     if save:
-        return checkpoint(block, x, rope, use_reentrant=False, context_fn=_save_attention)
-    return checkpoint(block, x, rope, use_reentrant=False)
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=_save_attention)
+    return checkpoint(block, *inputs, use_reentrant=False)
 
 
 @cache
@@ -471,11 +472,11 @@ def apply_policy(model: Llama, policy: Policy, offload: Offload | None = None) -
             block.mlp.rows, block.mlp.save = policy.mlp_rows, i >= first_unchecked
     run = _compiled() if policy.compile else _eager
 
-    def run_block(i: int, block: nn.Module, x: Tensor, rope: tuple) -> Tensor:
+    def run_block(i: int, block: nn.Module, x: Tensor, rope: tuple, documents) -> Tensor:
         recompute = i < first_unchecked
         away = policy.offload and recompute
         with offload.hooks(i, x) if away else nullcontext():
-            return run(block, x, rope, recompute, i >= first_saved)
+            return run(block, recompute, i >= first_saved, x, rope, None, documents)
 
     model.run_block = run_block
 

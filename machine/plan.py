@@ -152,6 +152,7 @@ def activation_memory(config: ModelConfig, unit: Unit, policy: Policy) -> dict[s
     lse = 4 * m * config.n_heads
     recomputed = config.n_layers - policy.unchecked
     block = 2 * m * (3 * d + 2 * q + 2 * kv) + lse + 8 * m  # what autograd keeps beside x and MLP
+    block += 2 * m * (q + kv) if config.qk_norm else 0  # q and k before their norms
     # A block's backward is widest in the MLP, or in attention with its fp32 gradient of q. The
     # first block it meets has its activations counted below if unchecked, else makes them now.
     tiles = 3 if policy.unchecked else 5  # gate and up count with the block where it keeps them

@@ -38,7 +38,19 @@ from machine.settings import (  # noqa: F401, for longred.py
     resumed_config,
     rope_scaling,
 )
-from model import Llama, load_checkpoint, load_config, save_checkpoint
+from model import Documents, Llama, load_checkpoint, load_config, save_checkpoint
+
+
+def apart(labels: Tensor, first: Tensor) -> tuple[Tensor, Documents]:
+    """Labels (B, T) without those that open another document, and where documents lie.
+
+    first: (B, T + 1) bool, on the CPU: which inputs, and the label after the last, open one.
+    """
+    opens = first[:, :-1].clone()
+    opens[:, 0] = True  # a sequence may begin inside one
+    starts = torch.cat([opens.flatten().nonzero()[:, 0], torch.tensor([opens.numel()])])
+    labels = labels.masked_fill(first[:, 1:].to(labels.device), -100)
+    return labels, Documents(starts.diff().tolist(), starts.int().to(labels.device))
 
 
 def last_words(error: Exception) -> str | int:
@@ -277,20 +289,26 @@ class Run:
         loaded = -1  # micro-batch
         for start in range(0, len(mine), stream.rows):
             real = [j for j in mine[start : start + stream.rows] if j < n]
-            ids, positions = [], []
+            ids, positions, first = [], [], []
             for j in real or [n - 1]:
                 micro, row = divmod(j, stream.batch)
                 if micro != loaded:
                     loaded, began = micro, time.monotonic()
                     whole_ids, whole_positions = read(stream, step * stream.micro + micro)
+                    if self.c.document_mask:
+                        whole_first = stream.text.first_tokens(step * stream.micro + micro)
                     self.data_seconds += time.monotonic() - began
+                first += [whole_first[row]] if self.c.document_mask else []
                 ids.append(whole_ids[row, part.start : part.stop + 1])
                 positions += [] if whole_positions is None else [whole_positions[row, part]]
             ids = torch.stack(ids).to(device)
             positions = torch.stack(positions).to(device) if positions else indices
             share = len(real) / (n * pieces) * self.processes.size
             self.keeper.check_stop()
-            yield data.Batch(ids[:, :-1], ids[:, 1:], indices, positions, share)
+            labels, documents = (
+                apart(ids[:, 1:], torch.stack(first)) if first else (ids[:, 1:], None)
+            )
+            yield data.Batch(ids[:, :-1], labels, indices, positions, share, documents)
 
     def over_processes(self, means: dict[str, Tensor | None]) -> dict[str, float | None]:
         """Their means; the one moment of a step at which numbers come from the GPU."""

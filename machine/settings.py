@@ -230,6 +230,12 @@ def check_device(c: Config, parameters: int) -> None:
 def check_lengths(c: Config, model: ModelConfig) -> None:
     """What attention asks of lengths: on a GPU, and where processes share a sequence."""
     lengths = c.train_len, c.short_len, c.original_len
+    if c.document_mask and (c.context > 1 or c.compile):
+        other = f"--context {c.context}" if c.context > 1 else "--compile"
+        raise ValueError(
+            f"--document_mask does not go with {other}: documents would lie across processes, or "
+            "ask for a new graph each time; drop one of the two"
+        )
     if any(n % c.context for n in (*lengths, model.n_heads, model.n_kv_heads)):
         raise ValueError(
             f"--context {c.context} must divide the lengths {lengths} and the model's "

@@ -634,7 +634,7 @@ def traced_peak(config, unit, policy):
     offload = memory.Offload(config.n_layers, 0, torch.device("cpu"))  # gets its room below
     hidden = torch.Size((unit.batch, unit.seq_len, config.d_model))
 
-    def teacher(_ids, _positions, taps):
+    def teacher(_ids, _positions, taps, **_):
         return None, {i: torch.zeros(hidden, dtype=torch.bfloat16) for i in taps}
 
     with FakeTensorMode(), warnings.catch_warnings():

@@ -60,7 +60,12 @@ def tiny_config(**changes) -> ModelConfig:
 def tiny_llama(seed=0, std=0.2, **changes) -> Llama:
     """At the usual std of 0.02 attention is flat and a wrong theta hardly shows; 0.2 shows it."""
     model = Llama(tiny_config(**changes))
-    return model.init_weights(std, torch.Generator().manual_seed(seed)).eval()
+    model.init_weights(std, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for name, p in model.named_parameters():  # ones would hide a norm of q or k left out
+            if "q_norm" in name or "k_norm" in name:
+                p.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(len(name)))
+    return model.eval()
 
 
 def tokens(batch=2, length=33, vocab=96, seed=1):
@@ -133,10 +138,10 @@ def tiktoken_file(path, text, merges=300):
     path.write_text("\n".join(lines) + "\n")
 
 
-@pytest.fixture
-def pairs(tmp_path):
+@pytest.fixture(params=[False, True], ids=["llama", "qwen3"])
+def pairs(tmp_path, request):
     """The same teacher and student, ours and transformers': student with another theta."""
-    original = save_checkpoint(tiny_llama(), tmp_path / "original")
+    original = save_checkpoint(tiny_llama(qk_norm=request.param), tmp_path / "original")
     student = load_checkpoint(original, rope_theta=9000.0).train()
     extended = save_checkpoint(student, tmp_path / "extended")
     return (load_checkpoint(original), student), (hf_model(original), hf_model(extended))

@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import torch._dynamo.testing
 import transformers
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from longred import train, write_byte_tokenizer
 from machine import checkpoints, hf_config
 from machine.checkpoints import resolve_checkpoint
+from measure import evaluate
 from model import ModelConfig, load_checkpoint, load_config, save_checkpoint
 from tests.conftest import (
     HERE,
@@ -112,6 +114,8 @@ FAMILIES = {
     "llama biased": dict(attention_bias=True, mlp_bias=True),
     "mistral": dict(sliding_window=None, rope_theta=1000.0),
     "qwen2": dict(use_sliding_window=False, rope_theta=1000.0),
+    "qwen3": dict(rope_theta=1000.0),
+    "qwen3 biased, tied": dict(attention_bias=True, tie_word_embeddings=True, rope_theta=1000.0),
 }
 EXTENSIONS = {
     "none": {},
@@ -124,13 +128,13 @@ EXTENSIONS = {
 
 def family_folder(folder, family):
     """A tiny random checkpoint of that family, written by transformers."""
-    kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[family.split()[0]]
+    kind = family.split()[0].capitalize()
     shape = tiny_config().to_hf() | dict(rope_scaling=None, head_dim=8, initializer_range=0.2)
     shape = {k: v for k, v in shape.items() if k not in ("architectures", "model_type")}
     config = getattr(transformers, f"{kind}Config")(**(shape | FAMILIES[family]))
     theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     for name, p in theirs.named_parameters():
-        if name.endswith("bias"):  # zeros would hide a bias that is not read
+        if name.endswith("bias") or "_norm." in name:  # zeros and ones would hide one not read
             p.data.normal_(generator=torch.Generator().manual_seed(len(name)))
     theirs.save_pretrained(folder)
     return theirs
@@ -154,6 +158,37 @@ def test_families_equal_transformers_both_ways_after_each_extension(tmp_path, fa
         assert (rel(got, before) < 1e-4) == (name == "none"), name
         assert type(extended) is type(theirs) and extended.config.max_position_embeddings == 256
         assert extended.config.tie_word_embeddings == theirs.config.tie_word_embeddings
+
+
+def test_qwen3_is_extended_measured_and_exported_as_qwen3(ckpt, tmp_path):
+    model = tiny_llama(vocab_size=256, std=0.1, qk_norm=True)
+    folder = save_checkpoint(model, tmp_path / "original", tokenizer_from=ckpt[0])
+    out = tmp_path / "run"
+    exported = train(tiny_run((folder, *ckpt[1:]), out, steps=3, lr=3e-3))
+    theirs, ours, ids = hf_model(exported), load_checkpoint(exported), tokens(1, 200, 256)
+    assert type(theirs).__name__ == "Qwen3ForCausalLM"
+    with torch.no_grad():
+        assert rel(ours.logits(ours(ids)[0]), theirs(ids).logits) < 1e-4
+    norm = "layers.1.self_attn.q_norm.weight"
+    assert not torch.equal(ours.get_parameter(norm), model.get_parameter(norm))  # it learns too
+    out_dir = str(tmp_path / "evaluated")
+    flags = ["--tasks", "kept", "position", "--eval_tokens", "256", "--out_dir", out_dir]
+    evaluate.main(["--base", str(folder), "--ckpt", str(out), "--device", "cpu", *flags])
+    found = json.loads((tmp_path / "evaluated" / "results.json").read_text())["runs"][1]["kept"]
+    assert found["kl"] > 0 and np.shape(found["attention_kl"]) == (3, 6)
+
+
+def test_a_family_that_is_not_computed_is_refused_by_its_difference():
+    for family, said in {
+        "qwen3_moe": "mixtures of experts",
+        "qwen2_vl": "more than text",
+        "gemma3_text": "GeGLU",
+        "phi3": "fused",
+        "olmo2": "follow",
+        "never_heard_of": "knows nothing of it",
+    }.items():
+        with pytest.raises(ValueError, match=f"model_type is {family}: .*{said}.*; need one of"):
+            ModelConfig.from_hf(tiny_config().to_hf() | {"model_type": family})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

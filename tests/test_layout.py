@@ -10,8 +10,8 @@ import pytest
 from tests.conftest import HERE
 
 METHOD = {  # file -> most lines, comments and docstrings included
-    "longred.py": 410,
-    "model.py": 530,
+    "longred.py": 430,
+    "model.py": 570,
     "rope_kernels.py": 420,
     "data.py": 560,
     "test_longred.py": 1200,
