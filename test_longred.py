@@ -52,6 +52,7 @@ from model import (
     ModelConfig,
     attention_kl,
     load_checkpoint,
+    next_token_kl,
     next_token_loss,
     save_checkpoint,
 )
@@ -437,7 +438,7 @@ def test_chunked_cross_entropy_equals_the_plain_one(rows):
     assert rel(got[0], want[0]) < 1e-5 and rel(got[1], want[1]) < 1e-5
 
 
-def test_cross_entropy_never_holds_all_logits():
+def test_cross_entropy_and_kl_never_hold_all_logits():
     class Largest(TorchDispatchMode):
         numel = 0
 
@@ -451,7 +452,42 @@ def test_cross_entropy_never_holds_all_logits():
     with Largest() as largest:
         total, _ = next_token_loss(hidden, weight, tokens(1, 1024, 500))
         total.backward()
+    with Largest() as of_kl:
+        total, _ = next_token_kl(hidden, weight, hidden.detach() / 2, weight)
+        total.backward()
+    assert 128 * 500 <= of_kl.numel < 1024 * 500 // 4
     assert 256 * 500 <= largest.numel < 1024 * 500 // 2
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("rows", [5, 66, 1000, None])
+def test_chunked_kl_and_its_gradient_match_float64(rows, dtype, tolerance):
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g).to(dtype)
+
+    inputs = [draw(2, 33, 48), draw(96, 48) / 3, draw(2, 33, 32), draw(96, 32) / 3]
+    exact = [t.double().requires_grad_() for t in inputs]
+    h, head, teacher_h, teacher_head = exact
+    log_q, log_p = (h @ head.T).log_softmax(-1), (teacher_h @ teacher_head.T).log_softmax(-1)
+    plain = (log_p.exp() * (log_p - log_q)).sum()
+    want = torch.autograd.grad(3 * plain, exact[:2])
+    ours = [t.requires_grad_() for t in inputs]
+    total, count = next_token_kl(*ours, chunk_rows=rows)
+    got = torch.autograd.grad(3 * total, ours, allow_unused=True)
+    assert count == 66 and total.dtype == torch.float32
+    assert rel(total, plain) < tolerance
+    assert rel(got[0], want[0]) < tolerance and rel(got[1], want[1]) < tolerance
+    assert got[2] is None and got[3] is None  # the teacher is no part of what is learnt
+    same, _ = next_token_kl(ours[0], ours[1], ours[0], ours[1])
+    assert abs(same.item()) < 1e-4 * total.item()
+
+
+def test_kl_between_two_vocabularies_is_refused():
+    hidden = torch.randn(1, 4, 8)
+    with pytest.raises(ValueError, match="vocabularies of 96 .teacher. and 97 .student."):
+        next_token_kl(hidden, torch.randn(97, 8), hidden, torch.randn(96, 8))
 
 
 def test_cached_generation_equals_uncached_and_transformers(tmp_path):

@@ -9,8 +9,8 @@ import pytest
 from tests.conftest import HERE
 
 METHOD = {  # file -> most lines, comments and docstrings included
-    "longred.py": 400,
-    "model.py": 530,
+    "longred.py": 460,
+    "model.py": 630,
     "rope_kernels.py": 420,
     "data.py": 560,
     "test_longred.py": 1200,
