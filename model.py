@@ -397,6 +397,7 @@ def _chunk_kl(h: Tensor, weight: Tensor, teacher_h: Tensor, teacher_weight: Tens
     log_p.sub_(log_p.logsumexp(-1, keepdim=True))
     p = log_p.exp()
     kl = log_p.sub_(log_q).mul_(p).sum()
+    del log_p
     return kl, log_q.exp_().sub_(p).to(h.dtype) if with_grad else None
 
 

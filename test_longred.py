@@ -941,6 +941,56 @@ def test_one_step_of_train_equals_the_formula_written_out(ckpt, tmp_path):
         assert (a - b).abs().max() < 2e-5, name  # lr / 50: Adam's first step is lr * sign
 
 
+@pytest.mark.parametrize("method, alpha_kl", [("soft_replay", None), ("longred", 2.0)])
+def test_one_step_with_kl_equals_the_formula_written_out(ckpt, tmp_path, method, alpha_kl):
+    c = tiny_run(ckpt, tmp_path / "run", steps=1, distill_layers=[2, 3], eval_tokens=0)
+    exported = load_checkpoint(train(dataclasses.replace(c, method=method, alpha_kl=alpha_kl)))
+    folder, long, short = ckpt
+    teacher = load_checkpoint(folder)
+    student = load_checkpoint(folder, rope_theta=3000.0).train()
+    texts = {
+        name: data.tokenize([str(path)], data.load_tokenizer(folder), tmp_path / "tokens", name)
+        for name, path in (("long", long), ("short", short))
+    }
+    long_ids = torch.cat(
+        [data.Stream(texts["long"], "long", c.seed, 1, 256).batch(m) for m in (0, 1)]
+    )
+    short_ids = data.Stream(texts["short"], "short", c.seed, 3, 64).batch(0)[:, :-1]
+    s2l_ids = data.Stream(texts["long"], "s2l", c.seed, 2, 64).batch(0)[:, :-1]
+
+    def kl(ids):  # over whole vocabularies, in float64
+        log_p, log_q = (m.logits(m(ids)[0]).double().log_softmax(-1) for m in (teacher, student))
+        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+    loss = 8 / 16 * long_text_loss(student, long_ids)
+    want = {"loss_kl": kl(short_ids)}
+    if method == "soft_replay":
+        want |= {"loss_short": kl(short_ids), "loss_s2l": kl(s2l_ids)}
+        loss = loss + 6 / 16 * want["loss_short"] + 2 / 16 * want["loss_s2l"]
+    else:
+        skipped = data.cream_positions(np.random.default_rng([c.seed, 0x52, 0]), 2, 64, 256)
+        want["loss_short"] = short_text_distillation(student, teacher, short_ids, [2, 3])
+        want["loss_s2l"] = short_to_long_distillation(
+            student, teacher, s2l_ids, torch.from_numpy(skipped)
+        )
+        loss = loss + 6 / 16 * (5 * want["loss_short"] + 2 * want["loss_kl"])
+        loss = loss + 2 / 16 * 10 * want["loss_s2l"]
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0).item()
+    torch.optim.AdamW(student.parameters(), 1e-3, (0.9, 0.95), 1e-8, 0.1).step()
+    line = read_log(tmp_path / "run")[0]
+    for name, value in (want | {"loss": loss}).items():
+        assert line[name] == pytest.approx(value.item(), rel=1e-5), name
+    assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    for (name, a), b in zip(exported.named_parameters(), student.parameters(), strict=True):
+        assert (a - b).abs().max() < 2e-5, name
+
+
+def test_alpha_kl_where_there_is_no_kl_is_refused(ckpt, tmp_path):
+    with pytest.raises(ValueError, match="--alpha_kl 1 with --method mix_cpt: only longred and"):
+        train(tiny_run(ckpt, tmp_path / "run", method="mix_cpt", alpha_kl=1.0))
+
+
 def test_the_teacher_is_frozen_and_kept_out_of_everything(ckpt, tmp_path, monkeypatch):
     loaded, optimized = [], []
     adamw = torch.optim.AdamW

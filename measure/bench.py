@@ -45,11 +45,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
-from longred import short_text_distillation
+from longred import cosine_distance, short_text_distillation
 from machine import corpus, memory
 from machine import plan as planner
 from machine.tokenizer import LLAMA3_PATTERN, read_ranks
-from model import LOSS_ROWS, Attention, Llama, ModelConfig, next_token_loss
+from model import LOSS_ROWS, Attention, Llama, ModelConfig, next_token_kl, next_token_loss
 from rope_kernels import apply_rope, rope_backend, rope_frequencies
 
 # ------------------------------------------------ Timing and bookkeeping, shared by the subcommands
@@ -309,13 +309,21 @@ class Trainer:
 
 def loss(student, teacher, ids, unit):
     """What longred.train computes for one unit; a tapped one compares the last hidden states."""
-    if not unit.taps:  # longred.long_text_loss, in a GPU's chunks on a CPU too
+    if not unit.taps and unit.heads == 1:  # longred.long_text_loss, in a GPU's chunks on a CPU too
         hidden, _ = student(ids[:, :-1])
         nll, n = next_token_loss(hidden, student.lm_head_weight, ids[:, 1:], LOSS_ROWS)
         return nll / n
     n = student.config.n_layers
     layers = list(range(n - unit.taps + 1, n + 1))
-    return short_text_distillation(student, teacher, ids[:, :-1], layers)
+    if unit.heads == 0:
+        return short_text_distillation(student, teacher, ids[:, :-1], layers)
+    with torch.no_grad():  # longred.short_text_distillation with_kl, likewise
+        last, target = teacher(ids[:, :-1], None, layers)
+    own, hidden = student(ids[:, :-1], None, layers)
+    distance = sum(cosine_distance(hidden[i], target[i]) for i in layers)
+    heads = student.lm_head_weight, teacher.lm_head_weight
+    kl, count = next_token_kl(own, heads[0], last, heads[1], LOSS_ROWS // 2)
+    return distance + kl / count
 
 
 def random_llama(config, device, seed):
@@ -635,11 +643,14 @@ def traced_peak(config, unit, policy):
     hidden = torch.Size((unit.batch, unit.seq_len, config.d_model))
 
     def teacher(_ids, _positions, taps):
-        return None, {i: torch.zeros(hidden, dtype=torch.bfloat16) for i in taps}
+        made = {i: torch.zeros(hidden, dtype=torch.bfloat16) for i in taps}
+        last = made.get(config.n_layers)
+        return torch.zeros(hidden, dtype=torch.bfloat16) if last is None else last, made
 
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Offload compares addresses, here all 0
         student = fake_student(config)
+        teacher.lm_head_weight = student.lm_head_weight.detach()
         offload.slot_bytes = 2 * hidden.numel()
         offload.host = torch.empty(config.n_layers * offload.slot_bytes, dtype=torch.uint8)
         memory.apply_policy(student, policy, offload)

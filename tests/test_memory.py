@@ -377,7 +377,9 @@ def units(length):
 def test_planned_activations_are_within_a_tenth_of_those_the_code_allocates(length, gib):
     plan = make_plan(bench.LLAMA3_8B, units(length), gib * GIB, 120 * GIB)
     config = replace(bench.LLAMA3_8B, n_layers=6)  # every block is like its neighbours
-    for unit in plan.units.values():
+    short = plan.units["short"]
+    with_kl = [replace(short, heads=2), replace(short, taps=0, heads=2)]
+    for unit in [*plan.units.values(), *with_kl]:
         p = plan.policies[unit.name]
         policy = replace(p, unchecked=p.unchecked // 6, attention=min(p.attention, 3))
         traced = bench.traced_peak(config, unit, policy)
