@@ -37,19 +37,21 @@ class DocumentOf:
 
 
 def other_documents(corpus: data.Corpus, n: int, length: int, far: int, seed: int) -> Tensor:
-    """For each of data.held_out(corpus, n, length) a far part that shares no document with it.
+    """For each of data.held_out(corpus, n, length) a far part without its near part's documents.
 
-    From its own source where there is one, else from another. Returns (n, far) int64.
+    From its own source where there is one, else from another; where the near part spans all
+    documents, of others than its last token's. Returns (n, far) int64.
     Raises ValueError where all of the held-out text is of one document.
     """
     ids = data.held_out(corpus, n, length)
     owners = data.held_out(replace(corpus, tokens=DocumentOf(corpus.doc_starts)), n, length)
-    documents = [set(row.tolist()) for row in owners]
-    sources = [{int(corpus.doc_sources[d]) for d in found} for found in documents]
-    out = []
-    for i, mine in enumerate(documents):
-        others = [j for j, theirs in enumerate(documents) if not mine & theirs]
-        if not others:
+    sources = [{int(corpus.doc_sources[d]) for d in set(row.tolist())} for row in owners]
+    theirs, out = [set(row[:far].tolist()) for row in owners], []
+    for i, row in enumerate(owners):
+        for mine in (set(row[far:].tolist()), {int(row[-1])}):
+            if others := [j for j, documents in enumerate(theirs) if not mine & documents]:
+                break
+        else:
             raise ValueError(
                 "the held-out text is of one document, far context has no control; add another"
             )

@@ -91,10 +91,10 @@ def test_the_other_far_part_shares_no_document_and_keeps_its_source():
     far = other_documents(corpus, 20, 20, 10, seed=3)
     assert far.shape == (len(ids), 10)
     for row, theirs in zip(ids, far, strict=True):
-        mine = {int(t) // 4000 for t in row}
+        mine, whole = ({int(t) // 4000 for t in part} for part in (row[10:], row))
         others = {int(t) // 4000 for t in theirs}
         assert not mine & others
-        if len(mine) == 1:  # both documents of a source in one sequence: it has no third
+        if len(whole) == 1:  # both documents of a source in one sequence: it has no third
             assert {d // 2 for d in mine} == {d // 2 for d in others}
     with pytest.raises(ValueError, match="of one document"):
         other_documents(made_corpus([4000]), 5, 20, 10, seed=3)
