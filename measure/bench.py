@@ -3,6 +3,7 @@
     python -m measure.bench rope          one GPU: the rotary kernel against its peers and a copy
     python -m measure.bench step          one GPU: a LongReD step of Llama-3-8B, part by part
     python -m measure.bench memory        one GPU: planned against measured peaks, PCIe
+    python -m measure.bench loss          any machine: KL of the next token against cross-entropy
     python -m measure.bench data          any machine: tokenising against the library alone
     python -m measure.bench rope --device cpu    a smoke test; its numbers mean nothing
 
@@ -547,6 +548,64 @@ def bench_memory(args):
     write_result(result, args.out_dir, "-".join(["memory", *map(str, args.lengths)]))
 
 
+def bench_loss(args):
+    """Time and peak above its inputs of KL(teacher || student), against the cross-entropy's.
+
+    On a GPU Llama-3-8B's head over a pass of 8,192 tokens, bf16; on a CPU a small head in fp32 for
+    the time. The peak is counted on fake tensors at Llama-3-8B's size, in a GPU's chunks; on a GPU
+    the allocator's own stands beside it.
+    """
+    device = torch.device(args.device)
+    small = device.type == "cpu"
+    tokens, v, d = (512, 4096, 256) if small else (8192, LLAMA3_8B.vocab_size, LLAMA3_8B.d_model)
+    dtype = torch.float32 if small else torch.bfloat16
+    calls, inputs = loss_calls(tokens, v, d, dtype, device)
+    result = describe(device) | {"shape": [tokens, v, d], "rows": {}}
+    for name, run in calls.items():
+        reset_peak(device)
+        held = 0 if small else sum(t.nbytes for t in inputs)
+        row = {"seconds": timed(run, args.rounds, device)[0]}
+        if not small:
+            row["peak_gib"] = peak_bytes(device) / GIB - held / GIB
+        row["counted_gib"] = counted_peak(name) / GIB
+        result["rows"][name] = row
+        print(name, {k: round(x, 4) for k, x in row.items()}, flush=True)
+    kl, nll = result["rows"]["next_token_kl"], result["rows"]["next_token_loss"]
+    result["ratios"] = {key: kl[key] / nll[key] for key in nll}
+    print("KL / cross-entropy:", {k: round(x, 3) for k, x in result["ratios"].items()})
+    write_result(result, args.out_dir, "loss")
+
+
+def loss_calls(tokens, v, d, dtype, device):
+    """Both losses with backward, over the same student: {name: a call}, and their inputs."""
+    make = functools.partial(torch.randn, dtype=dtype, device=device)
+    hidden, head = make(1, tokens, d).requires_grad_(), make(v, d).requires_grad_()
+    teacher, its_head = make(1, tokens, d), make(v, d)
+    labels = torch.zeros(1, tokens, dtype=torch.int64, device=device)
+    rows = LOSS_ROWS if tokens >= LOSS_ROWS else 256
+
+    def backward(loss):
+        loss.backward()
+        hidden.grad = head.grad = None
+
+    return {
+        "next_token_loss": lambda: backward(next_token_loss(hidden, head, labels, rows)[0]),
+        "next_token_kl": lambda: backward(
+            next_token_kl(hidden, head, teacher, its_head, rows // 2)[0]
+        ),
+    }, (hidden, head, teacher, its_head, labels)
+
+
+def counted_peak(name, tokens=8192):
+    """Bytes above its inputs at the worst moment, at Llama-3-8B's size, on fake tensors."""
+    v, d = LLAMA3_8B.vocab_size, LLAMA3_8B.d_model
+    with FakeTensorMode():
+        calls, inputs = loss_calls(tokens, v, d, torch.bfloat16, torch.device("cpu"))
+        with CountBytes(inputs, {torch.Size((v, d))}) as count:
+            calls[name]()
+    return count.peak
+
+
 def pcie_rates(device, nbytes=2**30):
     """GB/s between locked host memory and the GPU: up, down, and each way with both at once."""
     host = memory.host_buffer(2 * nbytes, pin=True).view(2, nbytes)
@@ -800,6 +859,7 @@ def main(argv=None):
         add("--gpu_gib", type=float, help="use no more than this (default: all)")
         add("--host_gib", type=float, help="plan for this (default: all free)")
         add("--moments", default="fp32", choices=MOMENTS, help="of AdamW's m and v")
+    command("loss", bench_loss, 5, "KL of the next token against the cross-entropy; medians")
     add = command("data", bench_data, 3, "tokenising against the tokenizer library alone; best")
     add("--data", nargs="*", help="text (default: the standard library's sources)")
     add("--ckpt", help="folder with a tokenizer (default: a BPE trained on that text)")

@@ -387,6 +387,12 @@ def test_planned_activations_are_within_a_tenth_of_those_the_code_allocates(leng
         assert 0.95 < planned / traced < 1.15, (unit, policy)
 
 
+def test_kl_takes_no_more_room_than_the_cross_entropy():
+    nll, kl = (bench.counted_peak(f"next_token_{name}") for name in ("loss", "kl"))
+    full = 8192 * bench.LLAMA3_8B.vocab_size * 4  # all logits once, in fp32
+    assert kl <= 1.1 * nll and 0 < nll < 2 * full
+
+
 def test_planner_meets_the_targets_and_more_memory_is_never_slower():
     def peak(plan):
         return max(sum(terms.values()) for terms in plan.gpu.values())
