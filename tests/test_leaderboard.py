@@ -1,4 +1,4 @@
-"""measure/leaderboard.py: the declared statistics, by hand, and what is printed of a missing run."""
+"""measure/leaderboard.py: the declared statistics, by hand, and what a missing run prints."""
 
 import numpy as np
 import pytest
