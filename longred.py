@@ -19,6 +19,12 @@ each optimizer step two distillations towards the frozen original model:
     similarity of hidden states        eq. 5       cosine_distance
     layers to distil, by attention KL  eq. 6       select_distill_layers, model.attention_kl
 
+--method soft_replay keeps the model's outputs, not its hidden states: 8/16 L_long + alpha_kl (6/16
+KL(teacher || student) of the next token on short text + 2/16 of it on short-to-long's text under
+ordinary positions). --method longred --alpha_kl A adds A x 6/16 KL on short text to LongReD's step,
+from the same forward passes. KL against forgetting is others' (on a model's own samples: arXiv
+2605.26097); these shares are Mix CPT's.
+
 --method longrecipe is LongRecipe (arXiv 2409.00509) in the same loop: long text of 0.3 x the target
 under positions that skip from sentence to sentence. --long_position_scheme longrecipe puts
 LongReD's own long stream under the same positions.
@@ -47,7 +53,14 @@ from torch import Tensor
 import data
 from machine import run as machine
 from machine.run import opt
-from model import Llama, attention_kl, merge_weights, next_token_loss, rescaled
+from model import (
+    Llama,
+    attention_kl,
+    merge_weights,
+    next_token_kl,
+    next_token_loss,
+    rescaled,
+)
 from rope_kernels import rope_frequencies
 
 default_theta = machine.default_theta  # of ABF, for code beyond this repository
@@ -73,14 +86,18 @@ class Config(machine.Config):
         None, "new theta (ABF: the paper's, else by a rule)", least=1, most=1e15
     )
     # Method
-    method: Literal["longred", "long_cpt", "mix_cpt", "longrecipe"] = opt(
+    method: Literal["longred", "soft_replay", "long_cpt", "mix_cpt", "longrecipe"] = opt(
         "longred",
-        "longred: three losses; long_cpt: cross-entropy on long text; mix_cpt: on all streams; "
+        "longred: three losses; soft_replay: cross-entropy on long text, KL to the original's "
+        "outputs on short; long_cpt: cross-entropy on long text; mix_cpt: on all streams; "
         "longrecipe: on text of --train_len with gaps between sentences",
     )
     alpha_short: float | None = opt(None, "weight of short-text distillation (5; 128K: 2)", least=0)
     alpha_s2l: float | None = opt(
         None, "weight of short-to-long distillation (10; 128K: 15)", least=0
+    )
+    alpha_kl: float | None = opt(
+        None, "weight of KL(original || it) on short text (soft_replay: 1; longred: 0)", least=0
     )
     distill_layers: list[int] | None = opt(None, "hidden states to distil; 1 = output of block 1")
     n_distill_layers: int | None = opt(None, "how many to choose by drift (6; 128K: 3)", least=1)
@@ -188,16 +205,38 @@ def short_text_distillation(
     layers: list[int],
     position_ids: Tensor | None = None,
     documents=None,
-) -> Tensor:
+    with_kl: bool = False,
+) -> Tensor | dict[str, Tensor]:
     """Cosine distance of the chosen hidden states, SUM over layers (eq. 8).
 
     input_ids: (B, T) int64, read by both under positions 0..T-1, or the position_ids (T,) of a part
-    of a text. No LM head runs in either model.
+    of a text. No LM head runs in either model; with_kl: both do, and {"short": that distance,
+    "kl": KL of the next token} comes back, from the same two passes.
     """
     with torch.no_grad():
-        _, target = teacher(input_ids, position_ids, layers, documents=documents)
-    _, hidden = student(input_ids, position_ids, layers, documents=documents)
-    return sum(cosine_distance(hidden[i], target[i]) for i in layers)
+        last, target = teacher(input_ids, position_ids, layers, documents=documents)
+    own, hidden = student(input_ids, position_ids, layers, documents=documents)
+    distance = sum(cosine_distance(hidden[i], target[i]) for i in layers)
+    if not with_kl:
+        return distance
+    total, count = next_token_kl(own, student.lm_head_weight, last, teacher.lm_head_weight)
+    return {"short": distance, "kl": total / count}
+
+
+def soft_replay(
+    student: Llama,
+    teacher: Llama,
+    input_ids: Tensor,
+    position_ids: Tensor | None = None,
+    documents=None,
+) -> Tensor:
+    """KL(teacher || student) of the next token, mean over tokens, over the whole vocabulary.
+
+    A sampled token's cross-entropy is an estimate of the same gradient from one sample (Mix CPT).
+    input_ids: (B, T) int64. position_ids: (T,), the tokens' own indices.
+    """
+    parts = short_text_distillation(student, teacher, input_ids, [], position_ids, documents, True)
+    return parts["kl"]
 
 
 def short_to_long_distillation(
@@ -220,18 +259,26 @@ def short_to_long_distillation(
 
 
 def loss_table(c: Config, student: Llama, teacher: Llama) -> dict[str, Callable[..., Tensor]]:
-    """The losses that a stream may name, functions of a data.Batch. A new loss is one more row, and
-    a mean over all tokens of the batch, since a process may see a part of each sequence."""
+    """The losses that a stream may name, functions of a data.Batch. A new loss is one more row: a
+    mean over all tokens of the batch, since a process may see a part of each sequence, or several
+    by their names in the log."""
+
+    def kl_of_short(b: data.Batch) -> dict[str, Tensor]:
+        kl = soft_replay(student, teacher, b.ids, b.indices, b.documents)
+        return {"short": kl, "kl": kl}
+
     return {
         "cross_entropy": lambda b: long_text_loss(
             student, b.ids, b.positions, b.labels, b.documents
         ),
         "short_text_distillation": lambda b: short_text_distillation(
-            student, teacher, b.ids, c.distill_layers, b.indices, b.documents
+            student, teacher, b.ids, c.distill_layers, b.indices, b.documents, bool(c.alpha_kl)
         ),
         "short_to_long_distillation": lambda b: short_to_long_distillation(
             student, teacher, b.ids, b.positions, b.indices, b.documents
         ),
+        "kl_of_short": kl_of_short,
+        "soft_replay": lambda b: soft_replay(student, teacher, b.ids, b.indices, b.documents),
     }
 
 
@@ -250,7 +297,9 @@ class StepStream:
     seq_len: int  # tokens
     weight: float  # on the mean loss over all of them (eq. 18, see the top of this file)
     loss: str  # a row of loss_table
-    taps: int = 0  # hidden states compared with the teacher's; 0: it is not asked
+    taps: int = 0  # hidden states compared with the teacher's
+    kl_weight: float = 0.0  # on KL beside that loss, from the same passes
+    heads: int | None = None  # LM heads run; default 1, 0 with taps; 2: student's and teacher's
     scheme: str = "ordinary"  # of the student's positions: data.draw_positions
     steps: range = range(0)  # in which it is read
     rows: int = 0  # sequences in one forward pass, by the machine's memory
@@ -259,6 +308,11 @@ class StepStream:
     @property
     def tokens(self) -> int:  # in a step
         return self.micro * self.batch * self.seq_len
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What is trained, by its name in the log."""
+        return {self.name: self.weight} | ({"kl": self.kl_weight} if self.kl_weight else {})
 
 
 def plan_streams(c: Config) -> dict[str, StepStream]:
@@ -277,6 +331,12 @@ def plan_streams(c: Config) -> dict[str, StepStream]:
         short.weight, s2l.weight = short.weight * c.alpha_short, s2l.weight * c.alpha_s2l
         short.taps, s2l.taps = len(c.distill_layers or ()) or c.n_distill_layers, 1
         s2l.scheme = c.position_scheme
+        if c.alpha_kl:
+            short.kl_weight, short.heads = 6 / 16 * c.alpha_kl, 2
+    elif c.method == "soft_replay":
+        short.loss, s2l.loss = "kl_of_short", "soft_replay"
+        short.weight, s2l.weight = short.weight * c.alpha_kl, s2l.weight * c.alpha_kl
+        short.heads = s2l.heads = 2
     elif c.method in ("long_cpt", "longrecipe"):
         long.weight = 1  # it is alone
     long.steps = short.steps = s2l.steps = range(c.steps)
@@ -345,6 +405,14 @@ def choose_layers(c: Config, run: machine.Run, short: StepStream) -> list[int]:
 # ----------------------------------------------------------------------------------------- train
 
 
+def weighted(stream: StepStream, parts: Tensor | dict[str, Tensor], share: float, means: dict):
+    """What a batch adds to the step's loss; its parts, unweighted, are added to the means."""
+    parts = parts if isinstance(parts, dict) else {stream.name: parts}
+    for name, part in parts.items():
+        means[name] = (means[name] or 0.0) + part.detach().double() * share
+    return sum(parts[name] * (weight * share) for name, weight in stream.weights.items())
+
+
 def learning_rate(c: Config, step: int) -> float:
     """Constant; over the replay stage from a tenth to 0 (LongRecipe's 5e-6; the line is ours)."""
     if step < c.steps:
@@ -370,15 +438,12 @@ def train(config: Config) -> Path:
 
         for step in run.steps(c.steps + c.replay_steps):  # from the newest state on
             reads = [stream for stream in streams.values() if step in stream.steps]
-            means = dict.fromkeys(STREAMS)  # unweighted losses; None: not read in this step
+            means = dict.fromkeys((*STREAMS, "kl"))  # unweighted; None: not read in this step
             for stream in reads:
-                means[stream.name] = 0.0
                 for batch in run.batches(stream, step, read):  # this process's part of them
-                    loss = losses[stream.loss](batch)
-                    (loss * (stream.weight * batch.share)).backward()
-                    means[stream.name] += loss.detach().double() * batch.share
+                    weighted(stream, losses[stream.loss](batch), batch.share, means).backward()
             means = run.over_processes(means)
-            total = sum(stream.weight * means[stream.name] for stream in reads)
+            total = sum(w * means[name] for s in reads for name, w in s.weights.items())
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), c.grad_clip or math.inf)
             optimizer.param_groups[0]["lr"] = learning_rate(c, step)
             if run.may_update(total, means, norm):  # finite, and the last state is on disk

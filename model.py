@@ -385,22 +385,22 @@ def fp32_product(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b).float()
 
 
-class _NextTokenLoss(torch.autograd.Function):
-    """Sum of next-token losses, with the gradients formed chunk by chunk during the forward pass.
+class _ChunkedLoss(torch.autograd.Function):
+    """A sum over tokens, with the gradients formed chunk by chunk during the forward pass.
 
-    Each chunk of rows makes its logits, turns them in place into softmax - onehot, and leaves
-    d(hidden) and its part of d(weight): three matmuls in all, as without chunking.
+    Each chunk of rows makes its logits, turns them in place into d(logits), and leaves d(hidden)
+    and its part of d(weight): for the cross-entropy three matmuls in all, as without chunking.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, rows, with_grad):  # (M, D), (V, D), (M,)
+    def forward(ctx, hidden, weight, chunk_loss, rows, with_grad):  # (M, D), (V, D)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if with_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
         for i in range(0, hidden.shape[0], rows):
             h = hidden[i : i + rows]
-            nll, grad = _chunk_loss(h, weight, labels[i : i + rows], with_grad)
-            total += nll
+            loss, grad = chunk_loss(h, weight, slice(i, i + rows), with_grad)
+            total += loss
             if with_grad:
                 torch.mm(grad, weight, out=grad_hidden[i : i + rows])
                 grad_weight += fp32_product(grad.T, h)
@@ -415,7 +415,7 @@ class _NextTokenLoss(torch.autograd.Function):
         return grad_hidden.mul_(grad_total), grad_weight.mul_(grad_total), None, None, None
 
 
-def _chunk_loss(h: Tensor, weight: Tensor, labels: Tensor, with_grad: bool):
+def _chunk_nll(h: Tensor, weight: Tensor, labels: Tensor, with_grad: bool):
     """(sum of nll, d(logits) in h's dtype or None). A function, so that its logits die with it."""
     logits = F.linear(h, weight).float()  # (rows, V)
     counted = labels != -100
@@ -427,6 +427,18 @@ def _chunk_loss(h: Tensor, weight: Tensor, labels: Tensor, with_grad: bool):
     grad = logits.sub_(lse[:, None]).exp_()
     grad.scatter_add_(-1, target, grad.new_full(target.shape, -1.0))
     return nll, grad.mul_(counted[:, None]).to(h.dtype)
+
+
+def _chunk_kl(h: Tensor, weight: Tensor, teacher_h: Tensor, teacher_weight: Tensor, with_grad):
+    """(sum of KL(teacher || student), d(logits) = student's softmax - teacher's, or None)."""
+    log_q = F.linear(h, weight).float()  # (rows, V)
+    log_q.sub_(log_q.logsumexp(-1, keepdim=True))
+    log_p = F.linear(teacher_h, teacher_weight).float()
+    log_p.sub_(log_p.logsumexp(-1, keepdim=True))
+    p = log_p.exp()
+    kl = log_p.sub_(log_q).mul_(p).sum()
+    del log_p
+    return kl, log_q.exp_().sub_(p).to(h.dtype) if with_grad else None
 
 
 def next_token_loss(
@@ -442,8 +454,46 @@ def next_token_loss(
     rows = chunk_rows or (LOSS_ROWS if hidden.is_cuda else 256)
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or lm_head_weight.requires_grad)
     flat = labels.flatten()
-    total = _NextTokenLoss.apply(hidden.flatten(0, -2), lm_head_weight, flat, rows, with_grad)
-    return total, (flat != -100).sum()
+
+    def chunk_loss(h, weight, part, with_grad):
+        return _chunk_nll(h, weight, flat[part], with_grad)
+
+    rest = lm_head_weight, chunk_loss, rows, with_grad
+    return _ChunkedLoss.apply(hidden.flatten(0, -2), *rest), (flat != -100).sum()
+
+
+def next_token_kl(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """KL(teacher || student) of the next token from hidden states, in chunks as next_token_loss.
+
+    The sum over tokens of sum over the vocabulary of p (log p - log q), p = softmax of the
+    teacher's logits, q of the student's. Hidden: (B, T, D); heads: (V, D), float. The widths D may
+    differ, the vocabularies may not: ValueError. The teacher gets no gradient.
+    chunk_rows: as there, but half by default, since two models' logits exist at a time.
+    Returns (sum, fp32 scalar with gradient; number of tokens, int64 scalar).
+    """
+    if len(student_head) != len(teacher_head):
+        raise ValueError(
+            f"KL between vocabularies of {len(teacher_head)} (teacher) and {len(student_head)} "
+            "(student): need the same one in both"
+        )
+    assert student_hidden.shape[:-1] == teacher_hidden.shape[:-1]
+    rows = chunk_rows or (LOSS_ROWS // 2 if student_hidden.is_cuda else 128)
+    with_grad = torch.is_grad_enabled()
+    with_grad = with_grad and (student_hidden.requires_grad or student_head.requires_grad)
+    flat, fixed = teacher_hidden.detach().flatten(0, -2), teacher_head.detach()
+
+    def chunk_loss(h, weight, part, with_grad):
+        return _chunk_kl(h, weight, flat[part], fixed, with_grad)
+
+    hidden = student_hidden.flatten(0, -2)
+    total = _ChunkedLoss.apply(hidden, student_head, chunk_loss, rows, with_grad)
+    return total, torch.tensor(len(hidden), device=hidden.device)
 
 
 @torch.no_grad()

@@ -53,6 +53,7 @@ from model import (
     ModelConfig,
     attention_kl,
     load_checkpoint,
+    next_token_kl,
     next_token_loss,
     rescaled,
     save_checkpoint,
@@ -439,7 +440,7 @@ def test_chunked_cross_entropy_equals_the_plain_one(rows):
     assert rel(got[0], want[0]) < 1e-5 and rel(got[1], want[1]) < 1e-5
 
 
-def test_cross_entropy_never_holds_all_logits():
+def test_cross_entropy_and_kl_never_hold_all_logits():
     class Largest(TorchDispatchMode):
         numel = 0
 
@@ -453,7 +454,42 @@ def test_cross_entropy_never_holds_all_logits():
     with Largest() as largest:
         total, _ = next_token_loss(hidden, weight, tokens(1, 1024, 500))
         total.backward()
+    with Largest() as of_kl:
+        total, _ = next_token_kl(hidden, weight, hidden.detach() / 2, weight)
+        total.backward()
+    assert 128 * 500 <= of_kl.numel < 1024 * 500 // 4
     assert 256 * 500 <= largest.numel < 1024 * 500 // 2
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("rows", [5, 66, 1000, None])
+def test_chunked_kl_and_its_gradient_match_float64(rows, dtype, tolerance):
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g).to(dtype)
+
+    inputs = [draw(2, 33, 48), draw(96, 48) / 3, draw(2, 33, 32), draw(96, 32) / 3]
+    exact = [t.double().requires_grad_() for t in inputs]
+    h, head, teacher_h, teacher_head = exact
+    log_q, log_p = (h @ head.T).log_softmax(-1), (teacher_h @ teacher_head.T).log_softmax(-1)
+    plain = (log_p.exp() * (log_p - log_q)).sum()
+    want = torch.autograd.grad(3 * plain, exact[:2])
+    ours = [t.requires_grad_() for t in inputs]
+    total, count = next_token_kl(*ours, chunk_rows=rows)
+    got = torch.autograd.grad(3 * total, ours, allow_unused=True)
+    assert count == 66 and total.dtype == torch.float32
+    assert rel(total, plain) < tolerance
+    assert rel(got[0], want[0]) < tolerance and rel(got[1], want[1]) < tolerance
+    assert got[2] is None and got[3] is None  # the teacher is no part of what is learnt
+    same, _ = next_token_kl(ours[0], ours[1], ours[0], ours[1])
+    assert abs(same.item()) < 1e-4 * total.item()
+
+
+def test_kl_between_two_vocabularies_is_refused():
+    hidden = torch.randn(1, 4, 8)
+    with pytest.raises(ValueError, match="vocabularies of 96 .teacher. and 97 .student."):
+        next_token_kl(hidden, torch.randn(97, 8), hidden, torch.randn(96, 8))
 
 
 def test_cached_generation_equals_uncached_and_transformers(tmp_path):
@@ -922,6 +958,56 @@ def test_one_step_of_train_equals_the_formula_written_out(ckpt, tmp_path):
     assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
     for (name, a), b in zip(exported.named_parameters(), student.parameters(), strict=True):
         assert (a - b).abs().max() < 2e-5, name  # lr / 50: Adam's first step is lr * sign
+
+
+@pytest.mark.parametrize("method, alpha_kl", [("soft_replay", None), ("longred", 2.0)])
+def test_one_step_with_kl_equals_the_formula_written_out(ckpt, tmp_path, method, alpha_kl):
+    c = tiny_run(ckpt, tmp_path / "run", steps=1, distill_layers=[2, 3], eval_tokens=0)
+    exported = load_checkpoint(train(dataclasses.replace(c, method=method, alpha_kl=alpha_kl)))
+    folder, long, short = ckpt
+    teacher = load_checkpoint(folder)
+    student = load_checkpoint(folder, rope_theta=3000.0).train()
+    texts = {
+        name: data.tokenize([str(path)], data.load_tokenizer(folder), tmp_path / "tokens", name)
+        for name, path in (("long", long), ("short", short))
+    }
+    long_ids = torch.cat(
+        [data.Stream(texts["long"], "long", c.seed, 1, 256).batch(m) for m in (0, 1)]
+    )
+    short_ids = data.Stream(texts["short"], "short", c.seed, 3, 64).batch(0)[:, :-1]
+    s2l_ids = data.Stream(texts["long"], "s2l", c.seed, 2, 64).batch(0)[:, :-1]
+
+    def kl(ids):  # over whole vocabularies, in float64
+        log_p, log_q = (m.logits(m(ids)[0]).double().log_softmax(-1) for m in (teacher, student))
+        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+    loss = 8 / 16 * long_text_loss(student, long_ids)
+    want = {"loss_kl": kl(short_ids)}
+    if method == "soft_replay":
+        want |= {"loss_short": kl(short_ids), "loss_s2l": kl(s2l_ids)}
+        loss = loss + 6 / 16 * want["loss_short"] + 2 / 16 * want["loss_s2l"]
+    else:
+        skipped = data.cream_positions(np.random.default_rng([c.seed, 0x52, 0]), 2, 64, 256)
+        want["loss_short"] = short_text_distillation(student, teacher, short_ids, [2, 3])
+        want["loss_s2l"] = short_to_long_distillation(
+            student, teacher, s2l_ids, torch.from_numpy(skipped)
+        )
+        loss = loss + 6 / 16 * (5 * want["loss_short"] + 2 * want["loss_kl"])
+        loss = loss + 2 / 16 * 10 * want["loss_s2l"]
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0).item()
+    torch.optim.AdamW(student.parameters(), 1e-3, (0.9, 0.95), 1e-8, 0.1).step()
+    line = read_log(tmp_path / "run")[0]
+    for name, value in (want | {"loss": loss}).items():
+        assert line[name] == pytest.approx(value.item(), rel=1e-5), name
+    assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    for (name, a), b in zip(exported.named_parameters(), student.parameters(), strict=True):
+        assert (a - b).abs().max() < 2e-5, name
+
+
+def test_alpha_kl_where_there_is_no_kl_is_refused(ckpt, tmp_path):
+    with pytest.raises(ValueError, match="--alpha_kl 1 with --method mix_cpt: only longred and"):
+        train(tiny_run(ckpt, tmp_path / "run", method="mix_cpt", alpha_kl=1.0))
 
 
 def test_the_teacher_is_frozen_and_kept_out_of_everything(ckpt, tmp_path, monkeypatch):

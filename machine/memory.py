@@ -488,7 +488,7 @@ class Visitor:
     """A frozen model whose weights live in one flat locked host buffer and visit the GPU.
 
     They do not change there, so none go back: leaving frees the copies. Llama-3-8B without its LM
-    head, which no distillation loss runs: 15.0 GB, 0.3 s at an assumed 50 GB/s.
+    head, which only KL runs: 15.0 GB, 0.3 s at an assumed 50 GB/s.
     """
 
     def __init__(self, model: nn.Module, device: torch.device):
@@ -576,8 +576,11 @@ class OneGPU:
     def ready(self, name: str) -> None:
         """Set up for the passes of unit `name`: the student's policy, the teacher here or not."""
         apply_policy(self.student, self.plan.policies[name], self.offload)
-        if self.teacher:
-            self.teacher.come() if self.plan.units[name].taps else self.teacher.leave()
+        units = self.plan.units
+        if self.teacher and units[name].teacher:
+            self.teacher.come(lm_head=any(u.heads == 2 for u in units.values()))
+        elif self.teacher:
+            self.teacher.leave()
 
     def finish(self) -> None:
         """After the last step: gradients and policies go, the whole teacher comes to stay."""

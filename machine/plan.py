@@ -56,7 +56,16 @@ class Unit:
     batch: int  # sequences
     seq_len: int
     count: int = 1
-    taps: int = 0  # hidden states compared with the teacher's; 0: cross-entropy, no teacher
+    taps: int = 0  # hidden states compared with the teacher's
+    heads: int | None = None  # LM heads run: 1, of KL 2 (the teacher's); default 1, 0 with taps
+
+    def __post_init__(self):
+        if self.heads is None:
+            object.__setattr__(self, "heads", 0 if self.taps else 1)
+
+    @property
+    def teacher(self) -> bool:
+        return self.taps > 0 or self.heads == 2
 
     @property
     def tokens(self) -> int:
@@ -113,15 +122,16 @@ def flops(config: ModelConfig, unit: Unit) -> dict[str, float]:
     return {
         "matmul": 2.0 * unit.tokens * block,
         "attention": 2.0 * unit.tokens * unit.seq_len * q,  # half the square, QK and PV
-        "head": 0.0 if unit.taps else 2.0 * unit.tokens * config.vocab_size * config.d_model,
+        "head": 2.0 * unit.tokens * config.vocab_size * config.d_model if unit.heads else 0.0,
     }
 
 
 def model_flops(config: ModelConfig, unit: Unit) -> float:
     """FLOPs of a unit, nothing counted twice: student forward, twice that backward, teacher."""
     once = flops(config, unit)
-    passes = 4 if unit.taps else 3
-    return config.n_layers * passes * (once["matmul"] + once["attention"]) + 3 * once["head"]
+    passes = 4 if unit.teacher else 3
+    heads = 2 + unit.heads  # the student's three passes of it, and the teacher's one
+    return config.n_layers * passes * (once["matmul"] + once["attention"]) + heads * once["head"]
 
 
 def unit_seconds(config: ModelConfig, unit: Unit, policy: Policy) -> float:
@@ -133,8 +143,8 @@ def unit_seconds(config: ModelConfig, unit: Unit, policy: Policy) -> float:
     down = config.d_ff * config.d_model / block  # early stop: down_proj is not run again
     seconds = n * (3 * matmul + attention + 2.5 * once["attention"] / ATTENTION_BACKWARD)
     seconds += recomputed * (1 - down) * matmul + (recomputed - policy.attention) * attention
-    seconds += 3 * once["head"] / MATMUL
-    if unit.taps:
+    seconds += (2 + unit.heads) * once["head"] / MATMUL
+    if unit.teacher:
         seconds += n * (matmul + attention)
     tiles = -(-unit.tokens // policy.mlp_rows)
     traffic = n * unit.tokens * config.d_model * ELEMENTWISE
@@ -161,13 +171,16 @@ def activation_memory(config: ModelConfig, unit: Unit, policy: Policy) -> dict[s
     backward = max(in_mlp, in_attention) + (0 if policy.unchecked else block)
     # Gradients of the hidden states compared; the last one's is used up before any block's.
     in_block = backward + max(0, unit.taps - 1) * x
-    if unit.taps:  # the teacher's hidden states, and ours unless they are inputs counted below
-        compared = (2 if policy.offload else 1) * unit.taps * x
-        chunk = 40 * min(DISTANCE_ROWS, m) * d  # ten fp32 copies
-        at_loss = 2 * x + compared + chunk + x
-    else:  # fp32 and bf16 logits, then bf16 d(logits) and an fp32 product, beside the fp32 sum
-        rows, v = min(LOSS_ROWS, m), config.vocab_size
-        at_loss = 2 * x + 4 * v * d + max(6 * rows * v, 2 * rows * v + 4 * v * d) + x
+    # The teacher's hidden states, and ours unless they are inputs counted below.
+    compared = (2 if policy.offload else 1) * unit.taps * x
+    chunk = 40 * min(DISTANCE_ROWS, m) * d if unit.taps else 0  # ten fp32 copies
+    if unit.heads:  # fp32 and bf16 logits (KL: three fp32 ones), then bf16 d(logits) and an fp32
+        # product, beside the fp32 sum; of KL alone the teacher's last hidden state
+        rows, v = min(LOSS_ROWS // unit.heads, m), config.vocab_size
+        logits = max(6 * unit.heads * rows * v, 2 * rows * v + 4 * v * d)
+        chunk = max(chunk, 4 * v * d + logits)
+        compared = compared or (unit.heads - 1) * x
+    at_loss = 2 * x + compared + chunk + x
     worst = "in a block's backward" if in_block > at_loss else "at the loss"
     on_gpu = min(recomputed, 2) if policy.offload else recomputed
     mlp_saved = 2 * m * (4 if config.mlp_bias else 2) * f
@@ -226,7 +239,6 @@ def _fastest(config, units, gpu_bytes, host_bytes, moments) -> Plan | None:
     n = parameter_count(config)
     state_bytes = n * (2 + 2 * moments.itemsize)
     parked = 2 * n  # the teacher, with its LM head: the closing report needs it
-    visiting = 2 * parameter_count(config, lm_head=False)
     gpu_room = int(gpu_bytes * (1 - GPU_SPARE_FRACTION) - GPU_SPARE)
     best = None
     for offload, swapped, host_state in product((False, True), repeat=3):
@@ -236,14 +248,15 @@ def _fastest(config, units, gpu_bytes, host_bytes, moments) -> Plan | None:
             "block inputs": 0,
         }
         seconds = state_bytes / PCIE if host_state else 12 * n * 12 / COPY
-        seconds += visiting / PCIE if swapped and any(u.taps for u in units) else 0
+        visiting = 2 * parameter_count(config, lm_head=any(u.heads == 2 for u in units))
+        seconds += visiting / PCIE if swapped and any(u.teacher for u in units) else 0
         parts, policies, gpu, slot_bytes = {}, {}, {}, 0
         for unit in units:
             fixed = {
                 "weights, bf16": 2 * n,
                 "gradients, fp32": 4 * n,
                 "AdamW's state": 0 if host_state else state_bytes,
-                "teacher, bf16": (visiting if unit.taps else 0) if swapped else parked,
+                "teacher, bf16": (visiting if unit.teacher else 0) if swapped else parked,
             }
             found = best_policy(config, unit, gpu_room - sum(fixed.values()), offload)
             if found is None:

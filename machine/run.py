@@ -153,7 +153,7 @@ class Run:
         if not c.device.startswith("cuda"):
             return None
         units = [
-            plan.Unit(s.name, s.rows, s.seq_len, s.micro * -(-s.batch // s.rows), s.taps)
+            plan.Unit(s.name, s.rows, s.seq_len, s.micro * -(-s.batch // s.rows), s.taps, s.heads)
             for s in self.streams.values()
         ]
         room = int(c.gpu_gib * plan.GIB) if c.gpu_gib else plan.gpu_room()
@@ -321,7 +321,7 @@ class Run:
 
         total: the weighted sum that is trained; means: the unweighted losses of the step.
         """
-        read = [self.streams[name] for name, mean in means.items() if mean is not None]
+        read = [s for s in self.streams.values() if means[s.name] is not None]
         self.line = {
             "loss": total,
             **{f"loss_{name}": mean for name, mean in means.items()},

@@ -146,6 +146,7 @@ def fill_defaults(c: Config, ckpt_name: str, theta: float) -> None:
         s2l_batch=max(1, MICRO_BATCH // c.original_len),
         replay_batch=max(1, MICRO_BATCH // c.original_len),
         short_len=1024,
+        alpha_kl=1.0 if c.method == "soft_replay" else 0.0,
     )
     if c.rope_type is None:
         fill(c, rope_theta=default_theta(theta, c.original_len, c.target_len))
@@ -199,6 +200,11 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
         )
     if not 0 <= c.merge < 1:
         raise ValueError(f"--merge {c.merge}: need the original's share, from 0 to below 1")
+    if c.alpha_kl and c.method not in ("longred", "soft_replay"):
+        raise ValueError(
+            f"--alpha_kl {c.alpha_kl:g} with --method {c.method}: only longred and soft_replay "
+            "have that loss; drop one of the two"
+        )
     if not all(1 <= i <= model.n_layers for i in c.distill_layers or ()):
         raise ValueError(
             f"--distill_layers {c.distill_layers}: this model has hidden states 1 to "

@@ -3,6 +3,7 @@
     python -m measure.bench rope          one GPU: the rotary kernel against its peers and a copy
     python -m measure.bench step          one GPU: a LongReD step of Llama-3-8B, part by part
     python -m measure.bench memory        one GPU: planned against measured peaks, PCIe
+    python -m measure.bench loss          any machine: KL of the next token against cross-entropy
     python -m measure.bench data          any machine: tokenising against the library alone
     python -m measure.bench rope --device cpu    a smoke test; its numbers mean nothing
 
@@ -45,11 +46,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
-from longred import short_text_distillation
+from longred import cosine_distance, short_text_distillation
 from machine import corpus, memory
 from machine import plan as planner
 from machine.tokenizer import LLAMA3_PATTERN, read_ranks
-from model import LOSS_ROWS, Attention, Llama, ModelConfig, next_token_loss
+from model import LOSS_ROWS, Attention, Llama, ModelConfig, next_token_kl, next_token_loss
 from rope_kernels import apply_rope, rope_backend, rope_frequencies
 
 # ------------------------------------------------ Timing and bookkeeping, shared by the subcommands
@@ -309,13 +310,21 @@ class Trainer:
 
 def loss(student, teacher, ids, unit):
     """What longred.train computes for one unit; a tapped one compares the last hidden states."""
-    if not unit.taps:  # longred.long_text_loss, in a GPU's chunks on a CPU too
+    if not unit.taps and unit.heads == 1:  # longred.long_text_loss, in a GPU's chunks on a CPU too
         hidden, _ = student(ids[:, :-1])
         nll, n = next_token_loss(hidden, student.lm_head_weight, ids[:, 1:], LOSS_ROWS)
         return nll / n
     n = student.config.n_layers
     layers = list(range(n - unit.taps + 1, n + 1))
-    return short_text_distillation(student, teacher, ids[:, :-1], layers)
+    if unit.heads == 0:
+        return short_text_distillation(student, teacher, ids[:, :-1], layers)
+    with torch.no_grad():  # longred.short_text_distillation with_kl, likewise
+        last, target = teacher(ids[:, :-1], None, layers)
+    own, hidden = student(ids[:, :-1], None, layers)
+    distance = sum(cosine_distance(hidden[i], target[i]) for i in layers)
+    heads = student.lm_head_weight, teacher.lm_head_weight
+    kl, count = next_token_kl(own, heads[0], last, heads[1], LOSS_ROWS // 2)
+    return distance + kl / count
 
 
 def random_llama(config, device, seed):
@@ -539,6 +548,64 @@ def bench_memory(args):
     write_result(result, args.out_dir, "-".join(["memory", *map(str, args.lengths)]))
 
 
+def bench_loss(args):
+    """Time and peak above its inputs of KL(teacher || student), against the cross-entropy's.
+
+    On a GPU Llama-3-8B's head over a pass of 8,192 tokens, bf16; on a CPU a small head in fp32 for
+    the time. The peak is counted on fake tensors at Llama-3-8B's size, in a GPU's chunks; on a GPU
+    the allocator's own stands beside it.
+    """
+    device = torch.device(args.device)
+    small = device.type == "cpu"
+    tokens, v, d = (512, 4096, 256) if small else (8192, LLAMA3_8B.vocab_size, LLAMA3_8B.d_model)
+    dtype = torch.float32 if small else torch.bfloat16
+    calls, inputs = loss_calls(tokens, v, d, dtype, device)
+    result = describe(device) | {"shape": [tokens, v, d], "rows": {}}
+    for name, run in calls.items():
+        reset_peak(device)
+        held = 0 if small else sum(t.nbytes for t in inputs)
+        row = {"seconds": timed(run, args.rounds, device)[0]}
+        if not small:
+            row["peak_gib"] = peak_bytes(device) / GIB - held / GIB
+        row["counted_gib"] = counted_peak(name) / GIB
+        result["rows"][name] = row
+        print(name, {k: round(x, 4) for k, x in row.items()}, flush=True)
+    kl, nll = result["rows"]["next_token_kl"], result["rows"]["next_token_loss"]
+    result["ratios"] = {key: kl[key] / nll[key] for key in nll}
+    print("KL / cross-entropy:", {k: round(x, 3) for k, x in result["ratios"].items()})
+    write_result(result, args.out_dir, "loss")
+
+
+def loss_calls(tokens, v, d, dtype, device):
+    """Both losses with backward, over the same student: {name: a call}, and their inputs."""
+    make = functools.partial(torch.randn, dtype=dtype, device=device)
+    hidden, head = make(1, tokens, d).requires_grad_(), make(v, d).requires_grad_()
+    teacher, its_head = make(1, tokens, d), make(v, d)
+    labels = torch.zeros(1, tokens, dtype=torch.int64, device=device)
+    rows = LOSS_ROWS if tokens >= LOSS_ROWS else 256
+
+    def backward(loss):
+        loss.backward()
+        hidden.grad = head.grad = None
+
+    return {
+        "next_token_loss": lambda: backward(next_token_loss(hidden, head, labels, rows)[0]),
+        "next_token_kl": lambda: backward(
+            next_token_kl(hidden, head, teacher, its_head, rows // 2)[0]
+        ),
+    }, (hidden, head, teacher, its_head, labels)
+
+
+def counted_peak(name, tokens=8192):
+    """Bytes above its inputs at the worst moment, at Llama-3-8B's size, on fake tensors."""
+    v, d = LLAMA3_8B.vocab_size, LLAMA3_8B.d_model
+    with FakeTensorMode():
+        calls, inputs = loss_calls(tokens, v, d, torch.bfloat16, torch.device("cpu"))
+        with CountBytes(inputs, {torch.Size((v, d))}) as count:
+            calls[name]()
+    return count.peak
+
+
 def pcie_rates(device, nbytes=2**30):
     """GB/s between locked host memory and the GPU: up, down, and each way with both at once."""
     host = memory.host_buffer(2 * nbytes, pin=True).view(2, nbytes)
@@ -635,11 +702,14 @@ def traced_peak(config, unit, policy):
     hidden = torch.Size((unit.batch, unit.seq_len, config.d_model))
 
     def teacher(_ids, _positions, taps, **_):
-        return None, {i: torch.zeros(hidden, dtype=torch.bfloat16) for i in taps}
+        made = {i: torch.zeros(hidden, dtype=torch.bfloat16) for i in taps}
+        last = made.get(config.n_layers)
+        return torch.zeros(hidden, dtype=torch.bfloat16) if last is None else last, made
 
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Offload compares addresses, here all 0
         student = fake_student(config)
+        teacher.lm_head_weight = student.lm_head_weight.detach()
         offload.slot_bytes = 2 * hidden.numel()
         offload.host = torch.empty(config.n_layers * offload.slot_bytes, dtype=torch.uint8)
         memory.apply_policy(student, policy, offload)
@@ -789,6 +859,7 @@ def main(argv=None):
         add("--gpu_gib", type=float, help="use no more than this (default: all)")
         add("--host_gib", type=float, help="plan for this (default: all free)")
         add("--moments", default="fp32", choices=MOMENTS, help="of AdamW's m and v")
+    command("loss", bench_loss, 5, "KL of the next token against the cross-entropy; medians")
     add = command("data", bench_data, 3, "tokenising against the tokenizer library alone; best")
     add("--data", nargs="*", help="text (default: the standard library's sources)")
     add("--ckpt", help="folder with a tokenizer (default: a BPE trained on that text)")

@@ -12,12 +12,15 @@ is python PATH/measure/evaluate.py.
     task        question, and where it is answered
     ----------  ------------------------------------------------------------------------------------
     kept        short text: loss, KL(original || it), first choices, drift  (short_text_drift)
-    position    long text: loss by position, with and without the far context  (position_losses)
+    position    long text: loss by position, whole and with the window cut  (position_losses)
+    far         long text: what far text brings by content, what by length alone: the same tokens
+                behind the far part of another document  (measure/far_context.py)
     repeat      is a passage better known the second time, and from how far?  (repeat_scores)
     niah_... vt cwe fwe    RULER (Hsieh et al., arXiv 2404.06654), in our own words  (make_sample)
 
-Perplexity falls when a model merely tolerates distance, so two numbers here show its use: the same
-tokens scored with the window cut to the original, and the passage that was there before.
+Perplexity falls when a model merely tolerates distance, and a cut window costs a model that only
+stands on many tokens; so two numbers here show use of far text: the same tokens scored behind the
+far part of another document, and the passage that was there before.
 Give --data and --short_data the lists that longred.py was given: what it held out is read here.
 Every result is kept in OUT_DIR/cache as soon as it is there, by the checkpoint's content and the
 task's settings: a stopped command continues, and one more --ckpt costs only itself.
@@ -255,9 +258,9 @@ NIAH = {
 }
 NOISE = "The wind turns. Rain falls and the river runs on. Night comes, and then day again. "
 RULER = [*NIAH, "vt", "cwe", "fwe"]
-TASKS = ["kept", "position", "repeat", "niah_single_2", "niah_multikey_1", "niah_multivalue"]
+TASKS = ["kept", "position", "far", "repeat", "niah_single_2", "niah_multikey_1", "niah_multivalue"]
 TASKS += ["niah_multiquery", "vt", "cwe", "fwe"]  # what is done unless --tasks says otherwise
-TASKS_ALL = ["kept", "position", "repeat", *RULER]
+TASKS_ALL = ["kept", "position", "far", "repeat", *RULER]
 
 
 @dataclass
@@ -554,6 +557,7 @@ class Texts:
     source: Source | None
     original_len: int
     lengths: list[int]
+    far: dict[str, Tensor] | str  # other far parts for `long` (B, T - original_len), or why not
 
 
 def measure(
@@ -587,6 +591,12 @@ def measure(
         losses = position_losses(load(folder), texts.long.to(a.device), window)
         return {"nll": [round(nll, 4) for nll in losses.tolist()]}
 
+    def far() -> dict:
+        from measure.far_context import far_losses  # which reads models as we do
+
+        long = texts.long.to(a.device)
+        return far_losses(load(folder), long, texts.original_len, texts.far)
+
     def drift() -> dict:
         return short_text_drift(load(base), load(folder), texts.short.to(a.device))
 
@@ -605,12 +615,15 @@ def measure(
             name: once("position", functools.partial(positions, window), window=window, **text)
             for name, window in (("whole", None), ("cut", texts.original_len))
         }
+    if "far" in tasks and isinstance(texts.far, dict):
+        others = {name: _digest(ids) for name, ids in texts.far.items()}
+        out["far"] = once("far", far, others=others, **text)
     drawn = {**text, "seed": a.seed, "samples": a.samples, "depths": a.depths}
     if texts.source:
         drawn["tokenizer"] = texts.source.tokenizer.fingerprint
     if pcd is not None:
         drawn["pcd"] = pcd
-    for task in [t for t in tasks if t not in ("kept", "position")]:
+    for task in [t for t in tasks if t not in ("kept", "position", "far")]:
         for length in texts.lengths:
             result = once(task, functools.partial(asked, task, length), length=length, **drawn)
             out.setdefault(task, {})[str(length)] = result
@@ -643,11 +656,17 @@ def summarize(result: dict, original_len: int, lengths: list[int]) -> dict[str, 
         tables["Gained: loss by position, the whole text before it read"] = {
             span: whole[part].mean() for span, part in spans.items()
         }
-        tables[f"Gained: what context beyond {original_len:,} tokens brings, nats"] = {
+        tables[f"Loss with the window cut to {original_len:,} tokens, less that above, nats"] = {
             span: (cut[part] - whole[part]).mean()
             for span, part in spans.items()
             if part.start >= original_len
         }
+    if "far" in result:
+        from measure.far_context import columns
+
+        tables[f"Gained: what text beyond {original_len:,} tokens brings, nats"] = columns(
+            result["far"]
+        )
     if "repeat" in result:
         tables["Gained: loss on a passage read before, and on a new one"] = {
             f"{name} at {int(n):,}": r[name]
@@ -980,16 +999,34 @@ def open_texts(a: Namespace, base: Path, folders: list[Path]) -> Texts:
         )
     tokenizer = data.load_tokenizer(base, a.add_eos)
     tokenizer.check_fits(configs[0].vocab_size)
-    ids = []
+    ids, corpora = [], {}
     for name, specs, length in (
         ("long", a.data, lengths[-1]),
         ("short", a.short_data or a.data, original_len),
     ):
-        corpus = data.tokenize(specs, tokenizer, a.cache_dir, name)
+        corpus = corpora[name] = data.tokenize(specs, tokenizer, a.cache_dir, name)
         ids.append(data.held_out(corpus, max(1, a.eval_tokens // length), length))
     asks = any(task in RULER for task in a.tasks)
     source = Source(tokenizer, ids[0].flatten().numpy()) if asks else None
-    return Texts(ids[1], ids[0], source, original_len, lengths)
+    far = far_parts(a, corpora["long"], *ids, original_len) if "far" in a.tasks else "not asked"
+    return Texts(ids[1], ids[0], source, original_len, lengths, far)
+
+
+def far_parts(a: Namespace, corpus, long: Tensor, short: Tensor, window: int):
+    """Other far parts for the long sequences, by name; or, printed too, why there are none."""
+    from measure.far_context import other_documents, shuffled
+
+    length = long.shape[1] - 1
+    try:
+        if length <= window:
+            raise ValueError(f"--lengths end at the original window of {window}")
+        other = other_documents(corpus, len(long), length, length - window, a.seed)
+    except ValueError as e:
+        print(f"far context is not measured: {e}")
+        return str(e)
+    kind = torch.from_numpy(np.resize(short[:, :-1].numpy(), other.shape))
+    far = long[:, : length - window]
+    return {"other": other, "short text": kind, "shuffled": shuffled(far, a.seed)}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 import data
 from measure.evaluate import position_losses, short_text_drift, table
 from model import Llama
@@ -26,9 +28,16 @@ def report(c, streams: dict, teacher: Llama, student: Llama, code_changes: list[
             row[f"long loss at {c.target_len}"] = by_position.mean().item()
             for i, quarter in enumerate(by_position.chunk(4)):
                 row[f"quarter {i + 1}"] = quarter.mean().item()
+            if "beyond" in texts:  # users fall off this cliff
+                try:
+                    beyond = position_losses(model, texts["beyond"]).mean().item()
+                    row[f"long loss at {2 * c.target_len}, beyond the window"] = beyond
+                except torch.OutOfMemoryError:
+                    print(f"not measured: {2 * c.target_len:,} tokens do not fit this memory")
             curves[name] = [part.mean().item() for part in by_position.chunk(32)]
     tokens = {name: s.tokens * len(s.steps) for name, s in streams.items()}
     trained = ", ".join(f"{n:,} {name} tokens" for name, n in tokens.items())
+    texts.pop("beyond", None)  # more of the same text
     held_out = ", ".join(f"{len(ids)} {name} sequences" for name, ids in texts.items())
     changes = "".join(
         f"After step {change['after_step']} the run went on with other code in "
@@ -47,15 +56,18 @@ def report(c, streams: dict, teacher: Llama, student: Llama, code_changes: list[
 
 
 def held_out_texts(c) -> dict:
-    """{"short": (n, original_len + 1) ids, "long": (n, target_len + 1)}, what there is of them."""
+    """{"short": (n, original_len + 1) ids, "long": (n, target_len + 1), "beyond": twice the target
+    window}, what there is of them."""
     tokenizer, texts = data.load_tokenizer(c.ckpt, c.add_eos), {}
     for name, specs, seq_len in (
         ("short", c.short_data, c.original_len),
         ("long", c.long_data, c.target_len),
+        ("beyond", c.long_data, 2 * c.target_len),
     ):
         quiet = dict(skip_bad_lines=c.skip_bad_lines, log=lambda line: None)
         try:
-            corpus = data.tokenize(specs, tokenizer, c.cache_dir, name, **quiet)
+            kind = "short" if name == "short" else "long"
+            corpus = data.tokenize(specs, tokenizer, c.cache_dir, kind, **quiet)
             ids = data.held_out(corpus, max(1, c.eval_tokens // seq_len), seq_len)
             texts[name] = ids.to(c.device)
         except ValueError as e:

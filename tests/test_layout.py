@@ -10,11 +10,11 @@ import pytest
 from tests.conftest import HERE
 
 METHOD = {  # file -> most lines, comments and docstrings included
-    "longred.py": 430,
-    "model.py": 570,
+    "longred.py": 500,
+    "model.py": 630,
     "rope_kernels.py": 420,
     "data.py": 560,
-    "test_longred.py": 1200,
+    "test_longred.py": 1400,
 }
 FOLDERS = ("", "machine", "measure", "tests")
 FILES = {

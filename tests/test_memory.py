@@ -377,12 +377,20 @@ def units(length):
 def test_planned_activations_are_within_a_tenth_of_those_the_code_allocates(length, gib):
     plan = make_plan(bench.LLAMA3_8B, units(length), gib * GIB, 120 * GIB)
     config = replace(bench.LLAMA3_8B, n_layers=6)  # every block is like its neighbours
-    for unit in plan.units.values():
+    short = plan.units["short"]
+    with_kl = [replace(short, heads=2), replace(short, taps=0, heads=2)]
+    for unit in [*plan.units.values(), *with_kl]:
         p = plan.policies[unit.name]
         policy = replace(p, unchecked=p.unchecked // 6, attention=min(p.attention, 3))
         traced = bench.traced_peak(config, unit, policy)
         planned = sum(activation_memory(config, unit, policy).values())
         assert 0.95 < planned / traced < 1.15, (unit, policy)
+
+
+def test_kl_takes_no_more_room_than_the_cross_entropy():
+    nll, kl = (bench.counted_peak(f"next_token_{name}") for name in ("loss", "kl"))
+    full = 8192 * bench.LLAMA3_8B.vocab_size * 4  # all logits once, in fp32
+    assert kl <= 1.1 * nll and 0 < nll < 2 * full
 
 
 def test_planner_meets_the_targets_and_more_memory_is_never_slower():

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+import data
 import longred
 from longred import long_text_loss, main, short_to_long_distillation, train
 from machine import log, states
@@ -250,3 +251,16 @@ def test_a_report_that_finds_no_short_text_says_so_and_ends_the_run_well(ckpt, t
     train(tiny_run(ckpt, tmp_path / "run", method="long_cpt", short_data=short, steps=1))
     assert "not measured: " in capsys.readouterr().out
     assert "| long_cpt |" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_the_report_has_a_column_at_twice_the_window(ckpt, tmp_path):
+    c = tiny_run(ckpt, tmp_path / "run", eval_tokens=1024)
+    model = load_checkpoint(train(c))
+    (long,) = c.long_data
+    corpus = data.tokenize([long], data.load_tokenizer(c.ckpt), c.cache_dir, "long")
+    ids = data.held_out(corpus, 2, 512)
+    logits = model.logits(model(ids[:, :-1])[0]).double()
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+    rows = json.loads((tmp_path / "run" / "longred.json").read_text())["report"]["rows"]
+    assert rows["longred"]["long loss at 512, beyond the window"] == pytest.approx(want, rel=1e-5)
+    assert "| long loss at 512, beyond the window |" in (tmp_path / "run" / "report.md").read_text()

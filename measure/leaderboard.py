@@ -1,0 +1,301 @@
+"""The comparison that results/PLAN.md declares: train what is missing, score it, print who leads.
+
+    python -m measure.leaderboard --base stories260K --long texts/*.txt --own own.jsonl \\
+        --foreign texts/war_and_peace.txt --test test.jsonl --out_dir out/leaderboard
+
+One core, one run after the other, in the order of CELLS, seed by seed; every run and every score is
+kept as it ends, so a stopped command goes on. `--no-train` scores and prints what there is. Cells
+without a run print NOT RUN. Leaves leaderboard.md, leaderboard.json and leaderboard.png.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+if not __package__:  # run by its path, which puts measure/ first among the places of modules
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np
+import torch
+
+import data
+from longred import Config, plan_streams
+from machine import plan
+from machine.memory import pad_heads
+from measure.evaluate import remember, short_text_drift, whole_file
+from measure.far_context import (
+    brings,
+    far_losses,
+    interval,
+    other_documents,
+    shuffled,
+    tail_losses,
+)
+from model import load_checkpoint
+
+METHODS = {  # name in folders -> name in print, flags
+    "long_cpt": ("Long CPT", "--method long_cpt"),
+    "mix_cpt": ("Mix CPT", "--method mix_cpt"),
+    "longred": ("LongReD-C", ""),
+    "soft_replay": ("soft replay", "--method soft_replay"),
+    "longred_kl": ("LongReD + KL", "--alpha_kl 1"),
+    "mix_cpt_ntk": ("Mix CPT, NTK", "--method mix_cpt --rope_type ntk"),
+    "longred_ntk": ("LongReD-C, NTK", "--rope_type ntk"),
+    "soft_replay_ntk": ("soft replay, NTK", "--method soft_replay --rope_type ntk"),
+}
+MAIN = "mix_cpt", "longred", "soft_replay"
+CELLS = [("own", name) for name in MAIN] + [("foreign", name) for name in MAIN]
+CELLS += [("none", "long_cpt"), ("own", "longred_kl"), ("foreign", "longred_kl")]
+CELLS += [("foreign", f"{name}_ntk") for name in MAIN]
+PRIMARY = [  # soft replay against these
+    (text, other, axis)
+    for text in ("own", "foreign")
+    for other in ("mix_cpt", "longred")
+    for axis in ("stories", "books")
+]
+SETTING = (
+    "--target_len 2048 --no-add_eos --steps 80 --lr 5e-4 --long_micro 2 --long_batch 2 "
+    "--short_micro 3 --short_batch 4 --s2l_micro 1 --s2l_batch 4 --eval_tokens 0 --keep 0"
+)
+MARGIN = 0.01  # nats by which a method that leads may be behind in the mean
+
+
+# ----------------------------------------------------------------------------- runs and scores
+
+
+def train(a, text: str, method: str, seed: int) -> None:
+    """One run into its folder, by the command that a user would type."""
+    out = a.out_dir / f"{text}-{method}-{seed}"
+    flags = ["--ckpt", a.base, "--long_data", *a.long, *SETTING.split()]
+    flags += ["--seed", str(seed), "--out_dir", str(out), "--cache_dir", a.cache_dir]
+    if text != "none":
+        short = {"own": a.own, "foreign": a.foreign}[text]
+        flags += ["--short_data", short, "--s2l_data", short]
+    script = Path(__file__).resolve().parent.parent / "longred.py"
+    resume = (out / "longred.json").exists() and ["--resume", str(out)]
+    command = [sys.executable, str(script), *(resume or flags + METHODS[method][1].split())]
+    subprocess.run(command, check=True)
+
+
+def open_texts(a) -> dict[str, torch.Tensor]:
+    """The scored text: stories in sequences of the old window, books at target and twice that."""
+    tokenizer = data.load_tokenizer(a.base, add_eos=False)
+    stories = data.tokenize([a.test], tokenizer, a.cache_dir, "test")
+    books = data.tokenize(a.long, tokenizer, a.cache_dir, "long")
+    n = (len(stories.tokens) - 1) // 512
+    rows = [stories.tokens[i * 512 : i * 512 + 513].astype(np.int64) for i in range(n)]
+    texts = {"stories": torch.from_numpy(np.stack(rows))}
+    texts |= {
+        "books": data.held_out(books, 10**6, 2048),
+        "twice": data.held_out(books, 10**6, 4096),
+    }
+    other = other_documents(books, 10**6, 2048, 1536, seed=1)
+    texts["other"], texts["shuffled"] = other, shuffled(texts["books"][:, :1536], seed=1)
+    texts["of stories"] = torch.from_numpy(np.resize(texts["stories"][:, :-1], other.shape))
+    return texts
+
+
+def score(base, model, texts: dict) -> dict:
+    """Losses of every sequence (even: validation, odd: test), and on the test half the rest."""
+    found = {
+        name: [round(x, 5) for x in tail_losses(model, texts[name], texts[name].shape[1] - 1)]
+        for name in ("stories", "books", "twice")
+    }
+    kept = short_text_drift(base, model, texts["stories"][1::2], attention_sequences=0)
+    found |= {"kl": kept["kl"], "same_top1": kept["same_top1"], "drift": 1 - kept["cosine"][-1]}
+    others = {name: texts[name][1::2] for name in ("other", "shuffled", "of stories")}
+    found["far"] = far_losses(model, texts["books"][1::2], 512, others)
+    return found
+
+
+def cost(out: Path, model) -> dict:
+    """Of a finished run, from what it left: tokens, FLOPs (teacher and heads in) and seconds."""
+    c = Config(**json.loads((out / "longred.json").read_text())["config"])
+    tokens = flops = 0
+    for s in plan_streams(c).values():
+        unit = plan.Unit(s.name, s.batch, s.seq_len, s.micro * len(s.steps), s.taps, s.heads)
+        tokens += unit.count * unit.tokens
+        flops += unit.count * plan.model_flops(model.config, unit)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return {"tokens": tokens, "flops": flops, "seconds": sum(line["seconds"] for line in log)}
+
+
+def sampling_flops(config, n: int, length: int) -> float:
+    """Of n texts of `length` tokens sampled with a cache: one forward pass, its head included."""
+    once = plan.flops(config, plan.Unit("", n, length))
+    return config.n_layers * (once["matmul"] + once["attention"]) + once["head"]
+
+
+# --------------------------------------------------------------------------------- statistics
+
+
+def paired_t(differences: list[float]) -> tuple[float, float, float, float]:
+    """Of three paired differences: mean, 95% interval, two-sided p (2 degrees of freedom)."""
+    d = np.array(differences)
+    assert len(d) == 3, "declared for three seeds"
+    error = d.std(ddof=1) / np.sqrt(3)
+    t = abs(d.mean()) / error if error else np.inf
+    half = 4.302653 * error
+    return d.mean(), d.mean() - half, d.mean() + half, 1 - 1 / np.sqrt(1 + 2 / t**2) if t else 1.0
+
+
+def holm(p: list[float]) -> list[float]:
+    """Holm's corrected p values, in the order given."""
+    order, out, most = np.argsort(p), [0.0] * len(p), 0.0
+    for rank, i in enumerate(order):
+        most = max(most, min(1.0, (len(p) - rank) * p[i]))
+        out[i] = most
+    return out
+
+
+def compare(runs: dict, text: str, other: str, axis: str, seeds: list[int]) -> dict | None:
+    """Soft replay less another method, test half; None with fewer than three seeds of both."""
+    keys = [((text, "soft_replay", s), (text, other, s)) for s in seeds]
+    if len(seeds) != 3 or not all(one in runs and two in runs for one, two in keys):
+        return None
+    pairs = [[np.array(runs[k][axis][1::2]) for k in pair] for pair in keys]
+    by_sequence = np.mean([mine - theirs for mine, theirs in pairs], axis=0)
+    mean, low, high, p = paired_t([mine.mean() - theirs.mean() for mine, theirs in pairs])
+    return dict(mean=mean, t=(low, high), p=p, bootstrap=interval(by_sequence)[1:])
+
+
+def verdicts(runs: dict, seeds: list[int]) -> tuple[list[str], dict]:
+    """The primary comparisons as a Markdown table, and who leads whom by the declared rule."""
+    found = {key: compare(runs, *key, seeds) for key in PRIMARY}
+    corrected = holm([f["p"] if f else 1.0 for f in found.values()])
+    lines = ["| short text | soft replay less | axis | mean | 95% t | Holm's p | bootstrap |"]
+    lines += ["|---|---|---|---:|---:|---:|---:|"]
+    for (key, f), p in zip(found.items(), corrected, strict=True):
+        text, other, axis = key
+        row = "NOT RUN | | | |"
+        if f:
+            f["significant"] = bool(p < 0.05 and f["bootstrap"][0] * f["bootstrap"][1] > 0)
+            ranges = (f"{lo:+.4f} to {hi:+.4f}" for lo, hi in (f["t"], f["bootstrap"]))
+            row = "{:+.4f} | {} | {:.3f} | {} |".format(f["mean"], next(ranges), p, next(ranges))
+        lines.append(f"| {text} | {METHODS[other][0]} | {axis} | {row}")
+    leads = {}
+    for text, other, _ in PRIMARY:
+        both = [found[text, other, axis] for axis in ("stories", "books")]
+        if None not in both:
+            worse = any(f["mean"] > (0 if f["significant"] else MARGIN) for f in both)
+            better = any(f["significant"] and f["mean"] < 0 for f in both)
+            leads[f"{text}: soft replay leads {METHODS[other][0]}"] = better and not worse
+    return lines, leads
+
+
+# ------------------------------------------------------------------------------------- print
+
+
+def spread(values: list[float], form: str = ".3f") -> str:
+    mean = f"{np.mean(values):{form}}"
+    return mean + (f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else "")
+
+
+def leaderboard(runs: dict, original: dict) -> list[str]:
+    """One row a method and text, test half."""
+    head = ["method", "short text", "seeds", "story loss", "KL", "drift", "book loss"]
+    head += ["at 4,096", "content brings", "length brings", "tokens", "TFLOP", "seconds"]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|---|" + "---:|" * (len(head) - 3)]
+    cells = {(text, name): [] for text, name in CELLS}
+    seeds = {}
+    for (text, name, seed), run in runs.items():
+        cells[text, name].append(run)
+        seeds.setdefault((text, name), []).append(str(seed))
+    for (text, name), group in [(("", "original"), [original]), *cells.items()]:
+        title, which = METHODS.get(name, ("original",))[0], " ".join(seeds.get((text, name), []))
+        if not group:
+            lines.append(f"| {title} | {text} | NOT RUN |" + " |" * (len(head) - 3))
+            continue
+        row = [spread([np.mean(r["stories"][1::2]) for r in group])]
+        row += [spread([r[key] for r in group]) for key in ("kl", "drift")]
+        row += [spread([np.mean(r[key][1::2]) for r in group]) for key in ("books", "twice")]
+        far = {n: np.mean([r["far"][n] for r in group], axis=0) for n in ("true", "other", "cut")}
+        row += [f"{m:.3f} ({lo:.3f} to {hi:.3f})" for m, lo, hi in brings(far).values()]
+        if "seconds" in group[0]:
+            row += [f"{group[0]['tokens']:,}", f"{group[0]['flops'] / 1e12:.2f}"]
+            row += [spread([r["seconds"] for r in group], ".0f")]
+        row += [""] * (len(head) - 3 - len(row))
+        lines.append(f"| {title} | {text} | {which} | " + " | ".join(row) + " |")
+    return lines
+
+
+def draw(runs: dict, original: dict, path: Path) -> None:
+    """Short loss against long loss: lower left is better; the frontier of means drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
+    colors = {"own": "#0072b2", "foreign": "#d55e00", "none": "#777777"}
+    words = {"own": "own samples", "foreign": "War and Peace", "none": "no short text"}
+    points = []
+    for text, name in CELLS:
+        group = [r for (t, n, _), r in runs.items() if (t, n) == (text, name)]
+        if group:
+            xs, ys = ([np.mean(r[k][1::2]) for r in group] for k in ("stories", "books"))
+            error = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in (xs, ys)]
+            x, y = np.mean(xs), np.mean(ys)
+            points.append((x, y))
+            axes.errorbar(x, y, error[1], error[0], "o", color=colors[text], capsize=3)
+            label = f"{METHODS[name][0]}, {words[text]}" + ("" if len(group) > 1 else ", one seed")
+            axes.annotate(label, (x, y), (6, 5), textcoords="offset points", color=colors[text])
+    best = [p for p in points if not any(q[0] <= p[0] and q[1] <= p[1] for q in points if q != p)]
+    axes.plot(*zip(*sorted(best), strict=True), color="black", lw=0.8, zorder=0)
+    axes.axvline(np.mean(original["stories"][1::2]), color="#777777", lw=0.8, ls=":")
+    axes.annotate(" original", (np.mean(original["stories"][1::2]), axes.get_ylim()[1]), va="top")
+    axes.set_xlim(right=axes.get_xlim()[1] + 0.3 * np.ptp(axes.get_xlim()))
+    axes.set(xlabel="lost on stories -> loss, nats a token", ylabel="loss on books, nats a token")
+    axes.set_title("Lower left is better; the line joins what nothing beats on both")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m measure.leaderboard", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    for name in ("base", "own", "foreign", "test"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--long", nargs="+", required=True)
+    parser.add_argument("--seeds", default="2024,2025,2026")
+    parser.add_argument("--out_dir", type=Path, default=Path("out/leaderboard"))
+    parser.add_argument("--cache_dir", default="out/tokens")
+    parser.add_argument("--train", action=argparse.BooleanOptionalAction, default=True)
+    a = parser.parse_args(argv)
+    seeds, texts, runs = [int(s) for s in a.seeds.split(",")], open_texts(a), {}
+    base = pad_heads(load_checkpoint(a.base))
+    digest = {name: len(ids) for name, ids in texts.items()}
+    print("sequences:", digest)
+
+    def kept(name: str, compute) -> dict:
+        return remember(a.out_dir / "scores", {"task": name, "texts": digest}, compute)
+
+    original = kept("original", lambda: score(base, base, texts))
+    for seed in seeds:
+        for text, method in CELLS:
+            out = a.out_dir / f"{text}-{method}-{seed}"
+            if a.train and not (out / "hf" / "config.json").exists():
+                train(a, text, method, seed)
+            if (out / "hf" / "config.json").exists():
+                model = pad_heads(load_checkpoint(out))
+                found = kept(out.name, lambda m=model: score(base, m, texts))
+                runs[text, method, seed] = found | cost(out, base)
+    lines, leads = verdicts(runs, seeds)
+    sampled = sampling_flops(base.config, 2000, 511) / 1e12
+    table = [*leaderboard(runs, original), "", *lines, ""]
+    table += [f"{claim}: {'yes' if yes else 'no'}" for claim, yes in leads.items()]
+    table += [f"\nOwn samples cost {sampled:.2f} TFLOP once. {time.strftime('%Y-%m-%d')}."]
+    print("\n".join(table))
+    content = {"original": original, "runs": {"-".join(map(str, k)): r for k, r in runs.items()}}
+    for name, text in (("md", "\n".join(table)), ("json", json.dumps(content))):
+        with whole_file(a.out_dir / f"leaderboard.{name}") as f:
+            f.write(text + "\n")
+    if runs:
+        draw(runs, original, a.out_dir / "leaderboard.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""measure/leaderboard.py: the declared statistics, by hand, and what a missing run prints."""
+
+import numpy as np
+import pytest
+
+from measure.leaderboard import holm, leaderboard, paired_t, verdicts
+
+
+def test_three_pairs_give_the_t_interval_and_p_of_a_table():
+    mean, low, high, p = paired_t([1.0, 2.0, 3.0])  # t = 2 / (1 / sqrt 3) = 3.4641, 2 degrees
+    assert mean == 2 and (low, high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
+    assert p == pytest.approx(0.0742, abs=1e-4)
+    assert paired_t([1.0, -1.0, 0.0])[3] == 1.0
+
+
+def test_holm_multiplies_by_the_hypotheses_left_and_never_falls():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 1.0]) == [1.0, 1.0]
+
+
+def made(stories, books, seed):
+    """A run whose sequences have these mean losses, with a little noise of its own."""
+    noise = np.random.default_rng(seed).normal(0, 1e-3, size=(2, 40))
+    losses = {"stories": list(stories + noise[0]), "books": list(books + noise[1])}
+    far = dict.fromkeys(("true", "other", "cut"), [1.0, 2.0])
+    return losses | {"twice": losses["books"], "far": far, "kl": 0.1, "drift": 0.1}
+
+
+def test_a_lead_wants_both_axes_and_three_seeds():
+    means = {"soft_replay": (1.0, 3.0), "mix_cpt": (1.1, 3.0), "longred": (1.1, 2.9)}
+    seeds = [1, 2, 3]
+    runs = {
+        ("own", name, seed): made(x + 0.01 * seed, y, 10 * seed + i)
+        for i, (name, (x, y)) in enumerate(means.items())
+        for seed in seeds
+    }
+    lines, leads = verdicts(runs, seeds)
+    assert leads == {
+        "own: soft replay leads Mix CPT": True,
+        "own: soft replay leads LongReD-C": False,  # behind by 0.1 on books
+    }
+    assert sum("NOT RUN" in line for line in lines) == 4  # foreign text
+    del runs["own", "soft_replay", 3]
+    lines, leads = verdicts(runs, seeds)
+    assert not leads and sum("NOT RUN" in line for line in lines) == 8
+
+
+def test_a_cell_without_a_run_says_so():
+    rows = leaderboard({("own", "mix_cpt", 1): made(1.5, 3.0, 1)}, made(1.4, 4.0, 2))
+    assert sum("NOT RUN" in row for row in rows) == 11
+    (row,) = (row for row in rows if row.startswith("| Mix CPT | own"))
+    assert "| 1 | 1.5" in row and "NOT RUN" not in row
