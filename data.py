@@ -125,6 +125,7 @@ class Stream:
     a step's sequences, not batches (machine/many.py): the same tokens however many there are.
     Nothing hides one document from the next: attention and positions run across their borders.
 
+    source: of the corpus' sources (specs) this one alone; None: all.
     min_doc_len: tokens; shorter documents are left out.
     length_upsample: documents of seq_len tokens or more weigh this many times as much as shorter
         ones, and yet every source (spec) keeps its share of the tokens: each document is repeated
@@ -138,9 +139,12 @@ class Stream:
     seq_len: int
     min_doc_len: int = 0
     length_upsample: float = 1.0
+    source: int | None = None
 
     def __post_init__(self):
         starts, lengths = self.corpus.segments(min_doc_len=self.min_doc_len)
+        if self.source is not None:
+            lengths = np.where(self.corpus.doc_sources == self.source, lengths, 0)
         if self.length_upsample != 1:
             chosen = _upsample(self.corpus, lengths, self.seq_len, self.length_upsample)
             starts, lengths = starts[chosen], lengths[chosen]
@@ -155,19 +159,20 @@ class Stream:
             )
         self._order = (-1, np.empty(0, np.int64))  # the order of one epoch, a pure function of it
 
+    def sequence(self, number: int) -> np.ndarray:
+        """Sequence `number` of all epochs: (seq_len + 1,) int64."""
+        epoch, place = divmod(number, self.n_sequences)
+        if self._order[0] != epoch:
+            rng = np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), epoch])
+            self._order = (epoch, rng.permutation(self.n_sequences))
+        offset = int(self._order[1][place]) * self.seq_len
+        return _read(self.corpus.tokens, self.starts, self.packed_ends, offset, self.seq_len + 1)
+
     def batch(self, index: int) -> torch.Tensor:
         """Batch number `index` (step * micro_batches + micro): (batch_size, seq_len + 1) int64."""
-        sequences = np.empty((self.batch_size, self.seq_len + 1), np.int64)
-        for i in range(self.batch_size):
-            epoch, place = divmod(index * self.batch_size + i, self.n_sequences)
-            if self._order[0] != epoch:
-                rng = np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), epoch])
-                self._order = (epoch, rng.permutation(self.n_sequences))
-            offset = int(self._order[1][place]) * self.seq_len
-            sequences[i] = _read(
-                self.corpus.tokens, self.starts, self.packed_ends, offset, self.seq_len + 1
-            )
-        return torch.from_numpy(sequences)
+        first = index * self.batch_size
+        rows = (self.sequence(first + i) for i in range(self.batch_size))
+        return torch.from_numpy(np.stack(list(rows)))
 
     def describe(self, n_batches: int) -> str:
         """What a run of n_batches reads: documents, tokens, their lengths, epochs; for the log."""
@@ -185,6 +190,53 @@ class Stream:
             f"{held.sum():,} held out {how}; tokens by length of document: {spread}; "
             f"{n:,} sequences of {self.seq_len:,} are {epochs:.2f} epochs"
         ) + (many if epochs > 4 else "")
+
+
+class Mixture:
+    """Batches like a Stream's, of several sources in given shares of the tokens.
+
+    Every BLOCK sequences hold a whole number of each source's, to the nearest by largest remainder,
+    in random order; each source is read epoch by epoch by a Stream of its own. batch(index) is a
+    pure function of (seed, name, index).
+    """
+
+    BLOCK = 1000  # sequences; shares are exact to a thousandth
+
+    def __init__(self, streams: list[Stream], shares: list[float]):
+        """streams: alike but for their source. shares: above 0, in any unit."""
+        self.streams, self.corpus = streams, streams[0].corpus
+        want = self.BLOCK * np.array(shares) / sum(shares)
+        self.counts = np.floor(want).astype(int)
+        short = np.argsort(self.counts - want, kind="stable")[: self.BLOCK - self.counts.sum()]
+        self.counts[short] += 1
+        self._block = (-1, np.empty(0, np.int64), np.empty(0, np.int64))
+
+    def sequence(self, number: int) -> np.ndarray:
+        block, place = divmod(number, self.BLOCK)
+        if self._block[0] != block:
+            first = self.streams[0]
+            salt = zlib.crc32(f"{first.name}, sources".encode())
+            order = np.random.default_rng([first.seed, salt, block]).permutation(
+                np.repeat(np.arange(len(self.counts)), self.counts)
+            )
+            ranks = np.empty(self.BLOCK, np.int64)  # of each among its source's in this block
+            for source, count in enumerate(self.counts):
+                ranks[order == source] = np.arange(count)
+            self._block = (block, order, ranks)
+        source, rank = int(self._block[1][place]), int(self._block[2][place])
+        return self.streams[source].sequence(block * int(self.counts[source]) + rank)
+
+    batch_size = property(lambda self: self.streams[0].batch_size)
+    batch = Stream.batch
+
+    def describe(self, n_batches: int) -> str:
+        """Every source's line, for its share of a run of n_batches."""
+        shares = self.counts / self.BLOCK
+        lines = (
+            f"{share:.1%} of {s.describe(round(n_batches * share))}"
+            for s, share in zip(self.streams, shares, strict=True)
+        )
+        return "\n".join(lines)
 
 
 def _upsample(corpus: Corpus, lengths: np.ndarray, seq_len: int, factor: float) -> np.ndarray:

@@ -119,6 +119,9 @@ class Config(machine.Config):
     s2l_data: list[str] | None = opt(
         None, "text for short-to-long (default: long_data; where that is the default, short_data)"
     )
+    source_weights: list[str] | None = opt(
+        None, "SOURCE=SHARE of its stream's tokens, for all sources of a --..._data list or none"
+    )
     min_doc_len: int = opt(0, "leave shorter documents out of the long stream, in tokens", least=0)
     length_upsample: float = opt(
         1.0,

@@ -35,6 +35,7 @@ from machine.settings import (  # noqa: F401, for longred.py
     resolve,
     resumed_config,
     rope_scaling,
+    source_shares,
 )
 from model import Llama, load_checkpoint, load_config, save_checkpoint
 
@@ -128,8 +129,12 @@ class Run:
         def open_stream(s) -> data.Stream:
             specs = getattr(c, f"{s.name}_data")
             corpus = data.tokenize(specs, tokenizer, c.cache_dir, s.name, c.skip_bad_lines)
-            only_long = (c.min_doc_len, c.length_upsample) if s.name == "long" else ()
-            return data.Stream(corpus, s.name, c.seed, s.batch, s.seq_len, *only_long)
+            only_long = (c.min_doc_len, c.length_upsample) if s.name == "long" else (0, 1.0)
+            settings = corpus, s.name, c.seed, s.batch, s.seq_len, *only_long
+            shares = source_shares(c, specs)
+            if not shares:
+                return data.Stream(*settings)
+            return data.Mixture([data.Stream(*settings, i) for i in range(len(specs))], shares)
 
         if self.processes.size > 1:
             self.once(lambda: [open_stream(s) for s in streams.values()] and None)

@@ -105,6 +105,44 @@ def rope_scaling(c: Config) -> dict | None:
     return scaling
 
 
+def source_shares(c: Config, specs: list[str]) -> list[float] | None:
+    """--source_weights for one stream's list of sources, in its order; None: as they come.
+
+    Raises ValueError for a share that is no number above 0, and for a list named only in part.
+    """
+    shares = {}
+    for text in c.source_weights or ():
+        source, _, share = text.rpartition("=")
+        try:
+            shares[source] = float(share)
+        except ValueError:
+            shares[source] = math.nan
+        if not source or not 0 < shares[source] < math.inf:
+            raise ValueError(f"--source_weights {text}: need SOURCE=SHARE, a number above 0")
+    missing = [spec for spec in specs if spec not in shares]
+    if len(missing) == len(specs):
+        return None
+    if missing:
+        raise ValueError(
+            f"--source_weights has no share for {missing[0]}; name all of its list, or none"
+        )
+    return [shares[spec] for spec in specs]
+
+
+def check_sources(c: Config) -> None:
+    """Every share's source is one that this run reads."""
+    lists = [c.long_data, c.short_data, c.s2l_data, c.replay_data]
+    read = [spec for specs in lists for spec in specs or ()]
+    for specs in lists:
+        source_shares(c, specs or [])
+    for text in c.source_weights or ():
+        if (source := text.rpartition("=")[0]) not in read:
+            raise ValueError(
+                f"--source_weights {text}: {source} is no source of this run; write it as in "
+                f"--long_data or --short_data: {', '.join(dict.fromkeys(read))}"
+            )
+
+
 def fill(c: Config, **defaults) -> None:
     """Set the fields that were left to us."""
     for name, value in defaults.items():
@@ -191,6 +229,7 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
             f"{model.n_layers} (the last is after the final norm)"
         )
     check_lengths(c, model)
+    check_sources(c)
     return c
 
 
