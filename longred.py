@@ -114,7 +114,8 @@ class Config(machine.Config):
     short_data: list[str] | None = opt(
         None,
         "short text, the like of which is to be kept; default: 2.9 GB of RedPajama's sample from "
-        "the hub (its parts' own licences), about 0.7G tokens",
+        "the hub (its parts' own licences), about 0.7G tokens; self[:N]: N texts (2,000) sampled "
+        "from the checkpoint itself",
     )
     s2l_data: list[str] | None = opt(
         None, "text for short-to-long (default: long_data; where that is the default, short_data)"

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from machine import corpus, plan
+from machine import corpus, plan, samples
 from model import ModelConfig
 
 
@@ -130,9 +130,11 @@ def source_shares(c: Config, specs: list[str]) -> list[float] | None:
 
 
 def check_sources(c: Config) -> None:
-    """Every share's source is one that this run reads."""
+    """Sources are well spelt, and every share's is one that this run reads."""
     lists = [c.long_data, c.short_data, c.s2l_data, c.replay_data]
     read = [spec for specs in lists for spec in specs or ()]
+    for spec in read:
+        samples.count(spec)
     for specs in lists:
         source_shares(c, specs or [])
     for text in c.source_weights or ():
