@@ -13,7 +13,7 @@ The held-out part is never trained on:
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -116,6 +116,10 @@ def _read(tokens, starts, packed_ends, offset, length) -> np.ndarray:
     return out
 
 
+def _stacked(rows: Iterable[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(list(rows)))
+
+
 @dataclass
 class Stream:
     """Batches of a corpus' training part; batch(index) is a pure function of (seed, name, index).
@@ -127,6 +131,7 @@ class Stream:
     Positions run across the documents' borders, and attention too, but with --document_mask, for
     which `first_tokens` says where documents begin.
 
+    source: of the corpus' sources (specs) this one alone; None: all.
     min_doc_len: tokens; shorter documents are left out.
     length_upsample: documents of seq_len tokens or more weigh this many times as much as shorter
         ones, and yet every source (spec) keeps its share of the tokens: each document is repeated
@@ -140,9 +145,12 @@ class Stream:
     seq_len: int
     min_doc_len: int = 0
     length_upsample: float = 1.0
+    source: int | None = None
 
     def __post_init__(self):
         starts, lengths = self.corpus.segments(min_doc_len=self.min_doc_len)
+        if self.source is not None:
+            lengths = np.where(self.corpus.doc_sources == self.source, lengths, 0)
         if self.length_upsample != 1:
             chosen = _upsample(self.corpus, lengths, self.seq_len, self.length_upsample)
             starts, lengths = starts[chosen], lengths[chosen]
@@ -157,31 +165,35 @@ class Stream:
             )
         self._order = (-1, np.empty(0, np.int64))  # the order of one epoch, a pure function of it
 
+    def sequence(self, number: int) -> np.ndarray:
+        """Sequence `number` of all epochs: (seq_len + 1,) int64."""
+        offset, length = self._offset(number), self.seq_len + 1
+        return _read(self.corpus.tokens, self.starts, self.packed_ends, offset, length)
+
+    def opens(self, number: int) -> np.ndarray:
+        """Which tokens of sequence(number) open a document: (seq_len + 1,) bool."""
+        first = np.zeros(self.seq_len + 1, bool)
+        inside = np.append(0, self.packed_ends) - self._offset(number)
+        first[inside[(inside >= 0) & (inside <= self.seq_len)]] = True
+        return first
+
+    def _offset(self, number: int) -> int:
+        """Where sequence `number` begins in the packed documents."""
+        epoch, place = divmod(number, self.n_sequences)
+        if self._order[0] != epoch:
+            rng = np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), epoch])
+            self._order = (epoch, rng.permutation(self.n_sequences))
+        return int(self._order[1][place]) * self.seq_len
+
     def batch(self, index: int) -> torch.Tensor:
         """Batch number `index` (step * micro_batches + micro): (batch_size, seq_len + 1) int64."""
-        sequences = np.empty((self.batch_size, self.seq_len + 1), np.int64)
-        for i, offset in enumerate(self._offsets(index)):
-            sequences[i] = _read(
-                self.corpus.tokens, self.starts, self.packed_ends, offset, self.seq_len + 1
-            )
-        return torch.from_numpy(sequences)
+        first = index * self.batch_size
+        return _stacked(self.sequence(first + i) for i in range(self.batch_size))
 
     def first_tokens(self, index: int) -> torch.Tensor:
         """Which tokens of batch(index) open a document: (batch_size, seq_len + 1) bool."""
-        first = np.zeros((self.batch_size, self.seq_len + 1), bool)
-        for i, offset in enumerate(self._offsets(index)):
-            inside = np.append(0, self.packed_ends) - offset
-            first[i, inside[(inside >= 0) & (inside <= self.seq_len)]] = True
-        return torch.from_numpy(first)
-
-    def _offsets(self, index: int):
-        """Where each sequence of batch(index) begins in the packed documents."""
-        for i in range(self.batch_size):
-            epoch, place = divmod(index * self.batch_size + i, self.n_sequences)
-            if self._order[0] != epoch:
-                rng = np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), epoch])
-                self._order = (epoch, rng.permutation(self.n_sequences))
-            yield int(self._order[1][place]) * self.seq_len
+        first = index * self.batch_size
+        return _stacked(self.opens(first + i) for i in range(self.batch_size))
 
     def describe(self, n_batches: int) -> str:
         """What a run of n_batches reads: documents, tokens, their lengths, epochs; for the log."""
@@ -199,6 +211,62 @@ class Stream:
             f"{held.sum():,} held out {how}; tokens by length of document: {spread}; "
             f"{n:,} sequences of {self.seq_len:,} are {epochs:.2f} epochs"
         ) + (many if epochs > 4 else "")
+
+
+class Mixture:
+    """Batches like a Stream's, of several sources in given shares of the tokens.
+
+    Every BLOCK sequences hold a whole number of each source's, to the nearest by largest remainder,
+    in random order; each source is read epoch by epoch by a Stream of its own. batch(index) is a
+    pure function of (seed, name, index).
+    """
+
+    BLOCK = 1000  # sequences; shares are exact to a thousandth
+
+    def __init__(self, streams: list[Stream], shares: list[float]):
+        """streams: alike but for their source. shares: above 0, in any unit."""
+        self.streams, self.corpus = streams, streams[0].corpus
+        want = self.BLOCK * np.array(shares) / sum(shares)
+        self.counts = np.floor(want).astype(int)
+        short = np.argsort(self.counts - want, kind="stable")[: self.BLOCK - self.counts.sum()]
+        self.counts[short] += 1
+        self._block = (-1, np.empty(0, np.int64), np.empty(0, np.int64))
+
+    def _part(self, number: int) -> tuple[Stream, int]:
+        """Whose sequence comes as `number`, and which of its own it is."""
+        block, place = divmod(number, self.BLOCK)
+        if self._block[0] != block:
+            first = self.streams[0]
+            salt = zlib.crc32(f"{first.name}, sources".encode())
+            order = np.random.default_rng([first.seed, salt, block]).permutation(
+                np.repeat(np.arange(len(self.counts)), self.counts)
+            )
+            ranks = np.empty(self.BLOCK, np.int64)  # of each among its source's in this block
+            for source, count in enumerate(self.counts):
+                ranks[order == source] = np.arange(count)
+            self._block = (block, order, ranks)
+        source, rank = int(self._block[1][place]), int(self._block[2][place])
+        return self.streams[source], block * int(self.counts[source]) + rank
+
+    def sequence(self, number: int) -> np.ndarray:
+        stream, own = self._part(number)
+        return stream.sequence(own)
+
+    def opens(self, number: int) -> np.ndarray:
+        stream, own = self._part(number)
+        return stream.opens(own)
+
+    batch_size = property(lambda self: self.streams[0].batch_size)
+    batch, first_tokens = Stream.batch, Stream.first_tokens
+
+    def describe(self, n_batches: int) -> str:
+        """Every source's line, for its share of a run of n_batches."""
+        shares = self.counts / self.BLOCK
+        lines = (
+            f"{share:.1%} of {s.describe(round(n_batches * share))}"
+            for s, share in zip(self.streams, shares, strict=True)
+        )
+        return "\n".join(lines)
 
 
 def _upsample(corpus: Corpus, lengths: np.ndarray, seq_len: int, factor: float) -> np.ndarray:
@@ -351,6 +419,24 @@ def pose_positions(rng: Rng, batch: int, seq_len: int, target_len: int) -> Array
     return index + np.where(index < first, 0, distance)
 
 
+END_PROMPT = 18  # tokens
+
+
+def endprompt_positions(rng: Rng, batch: int, seq_len: int, target_len: int) -> Array:
+    """EndPrompt (arXiv 2605.14589): the text at its own positions, its end at the window's.
+
+    position i = i for i < T - E, else target_len - T + i; E = 18 tokens, at most half of T. One gap
+    of full length for every token before it, none inside, and nothing is drawn.
+    Differs: the last E tokens are the text's own, where the paper appends a prompt that says so.
+    Returns: (batch, seq_len) int64, strictly increasing from 0 to target_len - 1.
+    """
+    _check_lengths(seq_len, target_len)
+    index = np.arange(seq_len)
+    end = min(END_PROMPT, seq_len // 2)
+    positions = index + np.where(index < seq_len - end, 0, target_len - seq_len)
+    return np.tile(positions, (batch, 1))
+
+
 def longrecipe_positions(rng: Rng, boundaries: Array, seq_len: int, target_len: int) -> Array:
     """LongRecipe (arXiv 2409.00509, Algorithm 1): random gaps between sentences, none inside.
 
@@ -409,5 +495,6 @@ def draw_positions(
         "cream": cream_positions,
         "cream_truncated": cream_truncated_positions,
         "pose": pose_positions,
+        "endprompt": endprompt_positions,
     }[scheme]
     return torch.from_numpy(draw(rng, *ids.shape, target_len))

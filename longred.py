@@ -104,7 +104,7 @@ class Config(machine.Config):
     position_scheme: Literal["uniform", "cream", "cream_truncated"] | None = opt(
         None, "skipped positions of short-to-long (default: cream, uniform from 128K on)"
     )
-    long_position_scheme: Literal["ordinary", "pose", "longrecipe"] | None = opt(
+    long_position_scheme: Literal["ordinary", "pose", "endprompt", "longrecipe"] | None = opt(
         None, "positions of long text (default: ordinary; method longrecipe: longrecipe)"
     )
     train_len: int | None = opt(
@@ -120,10 +120,14 @@ class Config(machine.Config):
     short_data: list[str] | None = opt(
         None,
         "short text, the like of which is to be kept; default: 2.9 GB of RedPajama's sample from "
-        "the hub (its parts' own licences), about 0.7G tokens",
+        "the hub (its parts' own licences), about 0.7G tokens; self[:N]: N texts (2,000) sampled "
+        "from the checkpoint itself",
     )
     s2l_data: list[str] | None = opt(
         None, "text for short-to-long (default: long_data; where that is the default, short_data)"
+    )
+    source_weights: list[str] | None = opt(
+        None, "SOURCE=SHARE of its stream's tokens, for all sources of a --..._data list or none"
     )
     min_doc_len: int = opt(0, "leave shorter documents out of the long stream, in tokens", least=0)
     length_upsample: float = opt(

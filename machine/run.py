@@ -14,14 +14,15 @@ saves and stops. It knows no loss: what is learnt, and how, stands in longred.py
 import os
 import platform
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import data
-from machine import corpus, log, memory, plan, states
+from machine import corpus, log, memory, plan, samples, states
 from machine.checkpoints import hf_name, open_tensors, resolve_checkpoint
 from machine.command_line import parse_args  # noqa: F401, for longred.py
 from machine.keeper import Keeper, refuse_taken
@@ -33,10 +34,12 @@ from machine.settings import (  # noqa: F401, for longred.py
     TEXTS,
     Config,
     default_theta,
+    is_path,
     opt,
     resolve,
     resumed_config,
     rope_scaling,
+    source_shares,
 )
 from model import Documents, Llama, load_checkpoint, load_config, save_checkpoint
 
@@ -73,6 +76,7 @@ class Run:
         self.plan = self.one_gpu = None  # of the memory of one GPU; None on a CPU or on many
         self.resumed = None  # longred.json of the run that goes on
         self.data_seconds = 0.0  # waited for text in this step
+        self.own = {}  # the source self:N -> its file and cost
 
     def __enter__(self) -> "Run":
         return self
@@ -128,7 +132,7 @@ class Run:
         open_tensors(self.source, shapes, self.original)
         data.load_tokenizer(self.source, self.c.add_eos).check_fits(self.original.vocab_size)
         for specs in (getattr(given, name) for name in TEXTS):
-            corpus.find_files([s for s in specs or () if not s.startswith("hf:")], {})
+            corpus.find_files([s for s in map(str, specs or ()) if is_path(s)], {})
 
     def check(self, streams: dict) -> None:
         """Refuse a run that its disk or its memory cannot hold; on a GPU print and take its plan.
@@ -170,9 +174,14 @@ class Run:
 
         def open_stream(s) -> data.Stream:
             specs = getattr(c, f"{s.name}_data")
-            corpus = data.tokenize(specs, tokenizer, c.cache_dir, s.name, c.skip_bad_lines)
-            only_long = (c.min_doc_len, c.length_upsample) if s.name == "long" else ()
-            return data.Stream(corpus, s.name, c.seed, s.batch, s.seq_len, *only_long)
+            text = self.own_text(specs, tokenizer)
+            corpus = data.tokenize(text, tokenizer, c.cache_dir, s.name, c.skip_bad_lines)
+            only_long = (c.min_doc_len, c.length_upsample) if s.name == "long" else (0, 1.0)
+            settings = corpus, s.name, c.seed, s.batch, s.seq_len, *only_long
+            shares = source_shares(c, specs)
+            if not shares:
+                return data.Stream(*settings)
+            return data.Mixture([data.Stream(*settings, i) for i in range(len(specs))], shares)
 
         if self.processes.size > 1:
             self.once(lambda: [open_stream(s) for s in streams.values()] and None)
@@ -182,12 +191,29 @@ class Run:
         self.record = {
             "data": {name: s.text.corpus.fingerprint for name, s in streams.items()},
             "weights": states.weight_fingerprints(self.source),
+            "own_samples": self.own,
         }
         if self.resumed:
             states.check_same(self.resumed, self.record, self.out_dir, c.resume_anyway)
         self.record["code"] = states.code_fingerprints()
         self.record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
         return tokenizer
+
+    def own_text(self, specs: list[str], tokenizer) -> list[str]:
+        """A list of sources, `self` in it replaced by the file of the checkpoint's own samples."""
+        for spec in specs:
+            n = samples.count(spec)
+            if n and spec not in self.own:
+                asked = sum(
+                    s.tokens * len(s.steps)
+                    for s in self.streams.values()
+                    if spec in getattr(self.c, f"{s.name}_data")
+                )
+                load = partial(self.load, whole=True)
+                more = self.source, self.original, load, tokenizer, asked
+                path, cost = samples.own_samples(self.c, n, *more)
+                self.own[spec] = {"file": path} | cost
+        return [self.own[spec]["file"] if spec in self.own else spec for spec in specs]
 
     def load(self, theta=None, scaling=None, whole: bool = False) -> Llama:
         """The checkpoint's model, its rotary rescaled; over many processes in shards, or whole."""
@@ -361,7 +387,12 @@ class Run:
             from measure.report import report
 
             models = (memory.pad_heads(m.to(c.device, self.compute)) for m in (teacher, student))
-            self.record["report"] = report(c, self.streams, *models, self.record["code_changes"])
+            texts = {
+                name: [self.own.get(spec, {"file": spec})["file"] for spec in getattr(c, name)]
+                for name in ("long_data", "short_data")
+            }
+            told = self.record["code_changes"], self.own
+            self.record["report"] = report(replace(c, **texts), self.streams, *models, *told)
         self.write_record()
         print(f"more: python -m measure.evaluate --base {c.ckpt} --ckpt {self.out_dir}")
         return exported

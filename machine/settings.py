@@ -16,7 +16,7 @@ from typing import Literal, Union, get_args, get_origin
 
 import torch
 
-from machine import corpus, plan
+from machine import corpus, plan, samples
 from machine.hf_config import original_window
 from model import ModelConfig
 
@@ -112,6 +112,46 @@ def rope_scaling(c: Config) -> dict | None:
     if c.rope_type == "yarn":
         scaling["original_max_position_embeddings"] = c.original_len
     return scaling
+
+
+def source_shares(c: Config, specs: list[str]) -> list[float] | None:
+    """--source_weights for one stream's list of sources, in its order; None: as they come.
+
+    Raises ValueError for a share that is no number above 0, and for a list named only in part.
+    """
+    shares = {}
+    for text in c.source_weights or ():
+        source, _, share = text.rpartition("=")
+        try:
+            shares[source] = float(share)
+        except ValueError:
+            shares[source] = math.nan
+        if not source or not 0 < shares[source] < math.inf:
+            raise ValueError(f"--source_weights {text}: need SOURCE=SHARE, a number above 0")
+    missing = [spec for spec in specs if spec not in shares]
+    if len(missing) == len(specs):
+        return None
+    if missing:
+        raise ValueError(
+            f"--source_weights has no share for {missing[0]}; name all of its list, or none"
+        )
+    return [shares[spec] for spec in specs]
+
+
+def check_sources(c: Config) -> None:
+    """Sources are well spelt, and every share's is one that this run reads."""
+    lists = [c.long_data, c.short_data, c.s2l_data, c.replay_data]
+    read = [spec for specs in lists for spec in specs or ()]
+    for spec in read:
+        samples.count(spec)
+    for specs in lists:
+        source_shares(c, specs or [])
+    for text in c.source_weights or ():
+        if (source := text.rpartition("=")[0]) not in read:
+            raise ValueError(
+                f"--source_weights {text}: {source} is no source of this run; write it as in "
+                f"--long_data or --short_data: {', '.join(dict.fromkeys(read))}"
+            )
 
 
 def fill(c: Config, **defaults) -> None:
@@ -211,6 +251,7 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
             f"{model.n_layers} (the last is after the final norm)"
         )
     check_lengths(c, model)
+    check_sources(c)
     return c
 
 
@@ -265,20 +306,24 @@ def whole_path(path: str, flag: str) -> str:
 
 
 def settle_paths(c: Config) -> None:
-    """Every path of the settings becomes absolute; hub datasets stay as they are."""
+    """Every path of the settings becomes absolute; hub datasets and self stay as they are."""
     for name in ("out_dir", "cache_dir"):
         if getattr(c, name):
             setattr(c, name, whole_path(getattr(c, name), name))
     for name in TEXTS:
         if specs := getattr(c, name):
-            specs = [s if s.startswith("hf:") else whole_path(s, name) for s in map(str, specs)]
-            setattr(c, name, specs)
+            setattr(c, name, [whole_path(s, name) if is_path(s) else s for s in map(str, specs)])
+
+
+def is_path(spec: str) -> bool:
+    """A source of text that lies on this disk: no hub dataset, no sample of the checkpoint's."""
+    return not spec.startswith("hf:") and samples.count(spec) is None
 
 
 def moved(path: str, old_dir: str, new_dir: str) -> str:
     """A run's path, or where it lies now if it moved together with OUT_DIR; checked by content."""
     plain = path.rpartition("#")[0] if "#" in path and not os.path.exists(path) else path
-    if path.startswith("hf:") or not os.path.isabs(old_dir) or glob.glob(plain):
+    if not is_path(path) or not os.path.isabs(old_dir) or glob.glob(plain):
         return path
     there = os.path.normpath(os.path.join(new_dir, os.path.relpath(plain, old_dir)))
     if os.path.isabs(plain) and glob.glob(there):

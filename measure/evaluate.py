@@ -54,6 +54,7 @@ from tqdm import tqdm
 import data
 from machine.checkpoints import resolve_checkpoint
 from machine.memory import pad_heads
+from machine.samples import sample_texts
 from machine.tokenizer import Tokenizer
 from model import (
     PCD,
@@ -904,22 +905,17 @@ def _draw_maps(plt, results: list, tasks, title: str, most: float | None = None)
 def write_samples(a: Namespace) -> None:
     """Sample texts from the model, each from its BOS token (else EOS) to its EOS token."""
     model = pad_heads(load_checkpoint(a.base, device=a.device, dtype=a.dtype))
-    tokenizer = data.load_tokenizer(resolve_checkpoint(a.base))
-    first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    if first is None:
-        raise ValueError(f"{a.base}: its tokenizer has neither BOS nor EOS to start a text from")
     length = a.length or model.config.max_position_embeddings
     if not length:
         raise ValueError("--length is missing: Meta's params.json does not say the window")
     generator = torch.Generator(a.device).manual_seed(a.seed)
+    tokenizer = data.load_tokenizer(resolve_checkpoint(a.base))
     with whole_file(a.write_samples) as f, tqdm(total=a.n_samples, unit="text") as bar:
         for start in range(0, a.n_samples, 50):
-            batch = torch.full((min(50, a.n_samples - start), 1), first, device=a.device)
-            texts = model.generate(batch, length - 1, a.temperature, generator=generator)
-            for ids in texts[:, 1:].tolist():
-                stops = [i for i, t in enumerate(ids) if t in (tokenizer.eos_id, first)]
-                f.write(json.dumps({"text": tokenizer.decode(ids[: (stops + [None])[0]])}) + "\n")
-            bar.update(len(batch))
+            n = min(50, a.n_samples - start)
+            texts, _ = sample_texts(model, tokenizer, n, length, generator, a.temperature)
+            f.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+            bar.update(n)
 
 
 # ---------------------------------------------------------------------------------- the command
@@ -1058,8 +1054,10 @@ def compare(a: Namespace) -> None:
     for _, folder, _ in found:  # the text that a run of longred.py was given
         run = folder and folder.parent / "longred.json"
         if run and run.is_file() and not a.data:
-            config = json.loads(run.read_text())["config"]
-            a.data, a.short_data = config["long_data"], a.short_data or config["short_data"]
+            record = json.loads(run.read_text())
+            config, own = record["config"], record.get("own_samples", {})
+            files = [own.get(s, {"file": s})["file"] for s in config["short_data"]]
+            a.data, a.short_data = config["long_data"], a.short_data or files
             a.add_eos = config["add_eos"] if a.add_eos is None else a.add_eos
     runs = [("original", base)] + [(name, folder) for name, folder, _ in found if folder]
     unfinished = [(name, why) for name, folder, why in found if not folder]

@@ -104,8 +104,8 @@ def score(base, model, texts: dict) -> dict:
         name: [round(x, 5) for x in tail_losses(model, texts[name], texts[name].shape[1] - 1)]
         for name in ("stories", "books", "twice")
     }
-    kept = short_text_drift(base, model, texts["stories"][1::2], attention_sequences=0)
-    found |= {"kl": kept["kl"], "same_top1": kept["same_top1"], "drift": 1 - kept["cosine"][-1]}
+    moved = short_text_drift(base, model, texts["stories"][1::2], attention_sequences=0)
+    found |= {"kl": moved["kl"], "same_top1": moved["same_top1"], "drift": 1 - moved["cosine"][-1]}
     others = {name: texts[name][1::2] for name in ("other", "shuffled", "of stories")}
     found["far"] = far_losses(model, texts["books"][1::2], 512, others)
     return found
@@ -270,10 +270,10 @@ def main(argv: list[str] | None = None) -> None:
     digest = {name: len(ids) for name, ids in texts.items()}
     print("sequences:", digest)
 
-    def kept(name: str, compute) -> dict:
+    def once(name: str, compute) -> dict:
         return remember(a.out_dir / "scores", {"task": name, "texts": digest}, compute)
 
-    original = kept("original", lambda: score(base, base, texts))
+    original = once("original", lambda: score(base, base, texts))
     for seed in seeds:
         for text, method in CELLS:
             out = a.out_dir / f"{text}-{method}-{seed}"
@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
                 train(a, text, method, seed)
             if (out / "hf" / "config.json").exists():
                 model = pad_heads(load_checkpoint(out))
-                found = kept(out.name, lambda m=model: score(base, m, texts))
+                found = once(out.name, lambda m=model: score(base, m, texts))
                 runs[text, method, seed] = found | cost(out, base)
     lines, leads = verdicts(runs, seeds)
     sampled = sampling_flops(base.config, 2000, 511) / 1e12

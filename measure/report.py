@@ -9,11 +9,14 @@ from measure.evaluate import position_losses, short_text_drift, table
 from model import Llama
 
 
-def report(c, streams: dict, teacher: Llama, student: Llama, code_changes: list[dict]) -> dict:
+def report(
+    c, streams: dict, teacher: Llama, student: Llama, code_changes: list[dict], own: dict
+) -> dict:
     """Measure both models, print the table, write OUT_DIR/report.md; returns the numbers.
 
     c: the run's Config. streams: as longred.plan_streams has them. code_changes: {"after_step",
-    "files"} of each time the run went on with other code than it began with.
+    "files"} of each time the run went on with other code than it began with. own: {source: cost} of
+    short text sampled from the checkpoint.
     """
     texts = held_out_texts(c)
     rows, curves = {}, {}
@@ -43,6 +46,11 @@ def report(c, streams: dict, teacher: Llama, student: Llama, code_changes: list[
         f"After step {change['after_step']} the run went on with other code in "
         f"{', '.join(change['files'])}.\n\n"
         for change in code_changes
+    )
+    changes += "".join(
+        f"{spec}: {cost['texts']:,} of the checkpoint's own texts, {cost['tokens']:,} tokens, "
+        f"sampled in {cost['seconds']:,.0f} s.\n\n"
+        for spec, cost in own.items()
     )
     text = (
         f"# {c.method}: {c.original_len:,} -> {c.target_len:,}\n\n"

@@ -1,5 +1,6 @@
 """machine/corpus.py: text of any kind to token files, once, whatever happens meanwhile."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -12,18 +13,22 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+import torch
 
 import data
 import machine.corpus
+from longred import train
 from tests.conftest import (
     STORIES,
     TEXTS,
     bpe,
     documents,
+    made_corpus,
     needs_stories,
     prose,
     run_python,
     tiktoken_folder,
+    tiny_run,
 )
 
 DOCS = ["first \u00e9 text", "second,\r\nlonger \ud55c text\n\n", "third"]
@@ -353,3 +358,39 @@ def test_the_default_data_names_files_that_need_no_optional_package():
     assert all(
         machine.corpus._kind(spec) == "jsonl" and not spec.endswith(".zst") for spec in specs
     )
+
+
+def test_a_mixture_holds_the_shares_asked_for_and_repeats_no_sequence_of_an_epoch():
+    corpus = made_corpus([4000, 3000, 9000], sources=[0, 0, 1])  # every token is different
+    streams = [data.Stream(corpus, "long", 7, 4, 10, source=i) for i in (0, 1)]
+    mixed = data.Mixture(streams, [1, 3])
+    ids = torch.cat([mixed.batch(i) for i in range(250)])  # one block of 1,000 sequences
+    first = ids[:, 0] < 7000
+    assert first.sum() == 250 and len(set(ids[~first, 0].tolist())) == 750
+    assert all(len({int(t) < 7000 for t in row}) == 1 for row in ids)  # no sequence mixes them
+    longer = torch.cat([mixed.batch(i) for i in range(250, 500)])
+    assert (longer[:, 0] < 7000).sum() == 250
+    seen = torch.cat([ids[first], longer[longer[:, 0] < 7000]])[:, 0]
+    assert len(set(seen.tolist())) == 500  # of 665 of its first epoch: blocks run on
+    fresh = data.Mixture([data.Stream(corpus, "long", 7, 4, 10, source=i) for i in (0, 1)], [1, 3])
+    assert torch.equal(fresh.batch(333), mixed.batch(333))  # whatever was read before
+    assert data.Mixture(streams, [1, 1, 1][:2]).counts.tolist() == [500, 500]
+    assert "25.0% of long: 2 documents" in mixed.describe(250)
+
+
+def test_source_weights_are_trained_on_and_mistakes_refused(ckpt, tmp_path):
+    _, long, short = ckpt
+    c = tiny_run(ckpt, tmp_path / "run", steps=1, method="long_cpt", eval_tokens=0)
+    c = dataclasses.replace(c, long_data=[str(long), str(short)])
+    weights = [f"{long}=1", f"{short}=0.25"]
+    train(dataclasses.replace(c, source_weights=weights))
+    mistakes = (
+        (weights[:1], f"no share for {short}"),
+        ([*weights, "elsewhere=1"], "elsewhere is no source of this run"),
+        ([f"{long}=0", weights[1]], "need SOURCE=SHARE, a number above 0"),
+        ([f"{long}=x", weights[1]], "need SOURCE=SHARE, a number above 0"),
+    )
+    for given, words in mistakes:
+        bad = dataclasses.replace(c, source_weights=given, out_dir=str(tmp_path / "bad"))
+        with pytest.raises(ValueError, match=words):
+            train(bad)

@@ -1,0 +1,119 @@
+"""Short text sampled from the checkpoint itself, before a run: --short_data self[:N].
+
+Nobody has the text that Llama 3 was trained on, but its weights can be asked for more of the like.
+Texts are made in parts of some dozens, each a function of (weights, seed, settings, part): a
+stopped run goes on at the next part, and a larger N only adds to what is there.
+"""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from machine import plan, states
+from machine.tokenizer import Tokenizer
+from model import Llama
+
+DEFAULT_TEXTS = 2000
+PART_TOKENS = 2**18  # whose keys and values are held at a time: 32 GiB for Llama-3-8B in bf16
+CPU_FLOPS = 5e9  # FLOP/s of one core in small matmuls, assumed, for the plan alone
+
+
+def count(spec: str) -> int | None:
+    """Texts that "self" or "self:N" asks for; None for any other source of text."""
+    head, colon, number = spec.partition(":")
+    if head != "self" or Path(spec).exists():
+        return None
+    if colon and not (number.isdecimal() and int(number) > 0):
+        raise ValueError(f"{spec}: need self or self:N, N texts of the checkpoint's own")
+    return int(number) if colon else DEFAULT_TEXTS
+
+
+def sample_texts(
+    model: Llama,
+    tokenizer: Tokenizer,
+    n: int,
+    length: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+) -> tuple[list[str], int]:
+    """n texts, each from BOS (else EOS) to EOS or to `length` tokens; and their tokens in all.
+
+    Sampled in one batch with the KV cache, from the whole softmax. Raises ValueError where the
+    tokenizer has neither token.
+    """
+    first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    if first is None:
+        raise ValueError("its tokenizer has neither BOS nor EOS to start a text from")
+    device, texts, tokens = model.embed_tokens.weight.device, [], 0
+    batch = torch.full((n, 1), first, device=device)
+    for ids in model.generate(batch, length - 1, temperature, generator=generator)[:, 1:].tolist():
+        stops = [i for i, t in enumerate(ids) if t in (tokenizer.eos_id, first)]
+        ids = ids[: (stops + [None])[0]]
+        tokens += len(ids)
+        texts.append(tokenizer.decode(ids))
+    return texts, tokens
+
+
+def own_samples(
+    c, n: int, source: Path, config, load, tokenizer: Tokenizer, asked: int
+) -> tuple[str, dict]:
+    """(a .jsonl of n texts up to c.original_len tokens, its cost), made now or found in the cache.
+
+    source: the checkpoint's folder, config: its ModelConfig. load(): the whole model. asked: tokens
+    that the run will read of them.
+    """
+    length = c.original_len
+    each = max(1, min(64, PART_TOKENS // length))
+    key = [states.weight_fingerprints(source), tokenizer.fingerprint, c.seed, length, each, "T=1"]
+    folder = Path(c.cache_dir) / ("samples-" + _digest(key))
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [folder / f"part-{i:05d}.json" for i in range(-(-n // each))]
+    left = [path for path in parts if not path.exists()]
+    print(
+        f"own samples: {n:,} texts of up to {length:,} tokens, at most {n * length:,} tokens, read "
+        f"{asked / (n * length):.2f} times over or more; {len(left)} of {len(parts)} parts to "
+        f"make, about {len(left) * _hours(config, each, length, c.device):.2g} hours (assumed "
+        f"speeds), kept in {folder}",
+        flush=True,
+    )
+    model = load() if left else None
+    began = time.monotonic()
+    for done, path in enumerate(left):
+        seed = int(_digest([c.seed, path.name])[:12], 16)
+        generator = torch.Generator(c.device).manual_seed(seed)
+        part_began = time.monotonic()
+        texts, tokens = sample_texts(model, tokenizer, each, length, generator)
+        found = {"texts": texts, "tokens": tokens, "seconds": time.monotonic() - part_began}
+        states.write_json(path, found)
+        to_go = (time.monotonic() - began) / (done + 1) * (len(left) - done - 1)
+        print(
+            f"own samples: part {done + 1}/{len(left)}  {each * length / found['seconds']:,.0f} "
+            f"tok/s  ETA {to_go // 60:.0f}:{to_go % 60:02.0f}",
+            flush=True,
+        )
+    made = [json.loads(path.read_text(encoding="utf-8")) for path in parts]
+    whole = folder / f"{n}.jsonl"
+    if not whole.exists():  # under torchrun the first process has written it
+        lines = [json.dumps({"text": text}) + "\n" for part in made for text in part["texts"]]
+        partial = whole.with_suffix(".partial")
+        partial.write_text("".join(lines[:n]), encoding="utf-8")
+        partial.replace(whole)
+    cost = {"texts": n, "tokens": sum(part["tokens"] for part in made)}
+    return str(whole), cost | {"seconds": round(sum(part["seconds"] for part in made), 1)}
+
+
+def _digest(key) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _hours(config, each: int, length: int, device: str) -> float:
+    """Of one part: a GPU reads all weights and half a full cache a token, a CPU multiplies."""
+    once = plan.flops(config, plan.Unit("", each, length))
+    work = config.n_layers * (once["matmul"] + once["attention"]) + once["head"]
+    if not device.startswith("cuda"):
+        return work / CPU_FLOPS / 3600
+    cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * each * length  # bytes, half
+    return length * (2 * plan.parameter_count(config) + cache) / plan.COPY / 3600
