@@ -396,7 +396,7 @@ def tokenize(
             f"{name}: {error}; if the disk is full, free about half the text's size in {cache_dir} "
             "and run again: it goes on where it stopped"
         ) from error
-    left_out = f"; {meta['bad']:,} bad records left out" if meta["bad"] else ""
+    left_out = f"; {meta['bad']} bad records left out" if meta["bad"] else ""
     log(f"{name}: {len(records):,} documents, {len(tokens):,} tokens in {folder}{left_out}")
     starts = np.append(0, records[:, 0])
     return Corpus(name, tokens, starts, records[:, 1], records[:, 2], fingerprint, folder)

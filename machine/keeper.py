@@ -89,13 +89,17 @@ def lock(folder: Path, what: str):
 MADE = ("longred.json", "log.jsonl", "report.md", "hf", "checkpoints")
 
 
-def clear_run(out_dir: Path) -> None:
-    """Remove a run that its maker will do once more; nothing where anything else lies in there.
+def clear_run(out_dir: Path, ckpt: str) -> None:
+    """Remove a run of `ckpt` that its maker will do once more; nothing where anything else is.
 
-    Raises ValueError, with all left as it was, for a run at work and for files that are no run's.
+    Raises ValueError, with all left as it was, for a run at work or of another checkpoint, and for
+    files that are no run's.
     """
     holder = lock(out_dir, "--out_dir")
     try:
+        record = out_dir / "longred.json"
+        if record.exists() and not same_place(states.read_run(out_dir)["config"], out_dir, ckpt):
+            raise ValueError(f"{out_dir} holds another run, which stays: pass another --out_dir")
         states_, export = out_dir / "checkpoints", out_dir / "hf"
         ours = [out_dir / "lock", *(out_dir / name for name in MADE)]
         ours += [p for state in states_.glob("step-*") for p in (state, *states.parts_of(state))]
@@ -116,6 +120,12 @@ def clear_run(out_dir: Path) -> None:
             (out_dir / name).unlink(missing_ok=True)
     finally:
         holder.close()
+
+
+def same_place(config: dict, out_dir: Path, ckpt: str) -> bool:
+    """Whether a run's checkpoint is this one, also where both moved together."""
+    was = os.path.relpath(str(config.get("ckpt")), str(config.get("out_dir")))
+    return was == os.path.relpath(Path(ckpt).resolve(), out_dir)
 
 
 def refuse_taken(out_dir: Path) -> None:

@@ -288,12 +288,10 @@ class Run:
         """Say, and record for the report, which files a resumed run finds changed."""
         old = self.resumed or {}
         self.record["code_changes"] = old.get("code_changes", [])
-        if old and (files := states.changed_code(old["code"], self.record["code"])):
+        if old and (files := states.changed_code(old.get("code", {}), self.record["code"])):
             self.record["code_changes"].append({"after_step": first, "files": files})
 
     def write_record(self) -> None:
-        if said := log.unheard():
-            self.record.setdefault("notes", []).append(said)
         if self.processes.rank == 0:
             states.write_json(self.out_dir / "longred.json", self.record)
 
@@ -393,6 +391,8 @@ class Run:
             }
             told = self.record["code_changes"], self.own
             self.record["report"] = report(replace(c, **texts), self.streams, *models, *told)
+        if said := log.unheard():  # after the last line of log.jsonl
+            self.record["notes"] = [said]
         self.write_record()
         print(f"more: python -m measure.evaluate --base {c.ckpt} --ckpt {self.out_dir}")
         return exported

@@ -75,15 +75,16 @@ def read_run(out_dir: str | os.PathLike) -> dict:
     if not path.exists():
         raise ValueError(f"--resume {out_dir}: no {path.name} there, so no run to resume")
     record = read_json(path)
-    for part, kind in RECORD.items():
-        if not isinstance(record.get(part), kind):
-            raise ValueError(f"{path} is damaged: no {part} in it; take it from a backup")
-    if not isinstance(record.get("code_changes", []), list):
-        raise ValueError(f"{path} is damaged: code_changes is no list; take it from a backup")
+    parts = {name: {} for name in ("data", "weights", "code")} | {"code_changes": []} | record
+    for name, kind in {"config": dict, **RECORD}.items():
+        if not isinstance(parts.get(name), kind):
+            raise ValueError(
+                f"{path} is damaged: {name} is missing or wrong; take it from a backup"
+            )
     return record
 
 
-RECORD = {"config": dict, "data": dict, "weights": dict, "code": dict}
+RECORD = {"data": dict, "weights": dict, "code": dict, "code_changes": list}
 
 
 # -------------------------------------------------------------------------- what a run depends on
@@ -218,9 +219,9 @@ def publish(partial: Path, manifest: dict, keep: int) -> None:
     final = partial.with_suffix("")
     drop(final)
     if final.exists():  # somebody's files lie in a folder of this name: beside them
-        for path in sorted(partial.iterdir(), key=lambda p: p.name == "manifest.json"):
+        for path in sorted(parts_of(partial), key=lambda p: p.name == "manifest.json"):
             path.replace(final / path.name)
-        partial.rmdir()
+        drop(partial)
     else:
         partial.rename(final)
     sync_folder(final.parent)
@@ -325,7 +326,9 @@ def read_state(folder: Path, student: nn.Module, optimizer) -> None:
     """
     try:
         _read_state(folder, student, optimizer)
-    except (SafetensorError, RuntimeError, KeyError, IndexError, TypeError, OSError) as e:
+    except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError, OSError) as e:
+        if str(folder) in str(e):
+            raise
         reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
         raise ValueError(
             f"{folder} does not hold a state of this run ({reason:.200}); remove it, and --resume "

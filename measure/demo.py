@@ -7,7 +7,6 @@ alone, once by LongReD.
 
 import json
 import math
-import shutil
 import sysconfig
 from pathlib import Path
 
@@ -16,7 +15,9 @@ from tqdm import tqdm
 
 import data
 from longred import Config, long_text_loss, train
-from machine.states import read_run
+from machine.keeper import clear_run, lock
+from machine.settings import check_device, whole_path
+from machine.states import read_run, write_json
 from measure import evaluate
 from model import Llama, ModelConfig, save_checkpoint
 
@@ -26,36 +27,68 @@ def demo(config: Config) -> Path:
 
     config: out_dir (default: out/demo), seed and device count; the rest is the demo's own.
     """
-    out_dir = Path(config.out_dir or "out/demo")
+    if not 0 <= config.seed < 2**40:
+        raise ValueError(f"--seed {config.seed}: need one from 0 to below {2**40}")
+    out_dir = Path(whole_path(config.out_dir or "out/demo", "out_dir"))
+    device = config.device
+    check_device(config, 0)
+    with lock(out_dir, "--out_dir"):
+        return tell(out_dir, config.seed, device)
+
+
+MADE = "prose.jsonl code.jsonl original tokenizer tokens long_cpt longred".split()
+MADE += [f"{name}.png" for name in evaluate.PICTURES]
+MARK = "demo.json"  # the folder is a demo's, and what is in MADE its own
+
+
+def take_folder(out_dir: Path) -> None:
+    """Mark a folder as the demo's; ValueError where somebody's files have the demo's names."""
+    mark = out_dir / MARK
+    if not mark.is_file():
+        if there := [name for name in MADE if (out_dir / name).exists()]:
+            raise ValueError(
+                f"{out_dir / there[0]} is in the demo's way, and no demo made it: pass another "
+                "--out_dir (for an older demo's folder too), or --ckpt for a run of your own"
+            )
+        write_json(mark, {"made by": "python longred.py"})
+
+
+def tell(out_dir: Path, seed: int, device: str | None) -> Path:
+    """The demo, in a folder that is locked."""
+    take_folder(out_dir)
     prose, code, original = out_dir / "prose.jsonl", out_dir / "code.jsonl", out_dir / "original"
     if not (original / "config.json").is_file():
         write_demo_text(prose, code)
-        train_demo_model(config, original, prose)
+        train_demo_model(seed, original, prose)
     flags = dict(ckpt=str(original), target_len=1024, rope_theta=1e5, steps=60, lr=5e-4)
     flags |= dict(long_data=[str(code)], short_data=[str(prose)], s2l_data=[str(prose)])
     flags |= dict(long_micro=2, long_batch=2, short_micro=2, short_batch=4)
     flags |= dict(s2l_micro=1, s2l_batch=4, cache_dir=str(out_dir / "tokens"))
-    flags |= dict(seed=config.seed, device=config.device)
+    flags |= dict(seed=seed, device=device)
     reports = {}
+    for method in ("long_cpt", "longred"):  # an earlier demo's go; both are looked at beforehand
+        if (out_dir / method).exists():
+            clear_run(out_dir / method, str(original))
     for method in ("long_cpt", "longred"):
         folder = out_dir / method
-        if (folder / "longred.json").exists():
-            shutil.rmtree(folder)  # an earlier demo's
         train(Config(method=method, out_dir=str(folder), **flags))
         reports[method] = read_run(folder)["report"]
     reports["original"] = reports["longred"]  # each measures the original too
-    rows, measured = {}, []
+    rows, errors, measured = {}, {}, []
     for name, title in (("original",) * 2, ("long_cpt", "Long CPT"), ("longred", "LongReD")):
         row = reports[name]["rows"][name]
-        rows[title] = {
-            "prose loss at 256": row["short loss at 256"],
-            "code loss at 1,024": row["long loss at 1024"],
-            "drift of the last hidden state": row["drift (1 - cos)"],
+        columns = {
+            "prose loss at 256": "short loss at 256",
+            "code loss at 1,024": "long loss at 1024",
+            "drift of the last hidden state": "drift (1 - cos)",
         }
+        rows[title] = {shown: row[column] for shown, column in columns.items()}
+        of_row = reports[name]["errors"][name]
+        errors[title] = {shown: of_row[column] for shown, column in columns.items()}
         losses = {"kept": {"loss": row["short loss at 256"]}}
         losses["position"] = {"whole": {"nll": reports[name]["long loss in 32 parts"][name]}}
         measured.append((title, out_dir / name / "hf", losses))
-    print(f"\nWhat the longer window gained, and what it cost:\n\n{evaluate.table(rows)}\n")
+    print(f"\nWhat the longer window gained, and what it cost:\n\n{evaluate.table(rows, errors)}\n")
     print(
         f"More: python -m measure.evaluate --base {original} --ckpt {out_dir}/long_cpt "
         f"{out_dir}/longred --out_dir {out_dir}/more"
@@ -82,7 +115,7 @@ def write_demo_text(prose: Path, code: Path) -> None:
                 f.write(json.dumps({"text": path.read_text("utf-8", "replace")}) + "\n")
 
 
-def train_demo_model(config: Config, out_dir: Path, prose: Path, steps: int = 600) -> None:
+def train_demo_model(seed: int, out_dir: Path, prose: Path, steps: int = 600) -> None:
     """Train the demo's original model, byte-level and 0.8M parameters, from scratch to a HF folder.
 
     Plain next-token training: 600 steps of 12 x 256 tokens, a linear warm-up and a cosine to 0.
@@ -90,10 +123,10 @@ def train_demo_model(config: Config, out_dir: Path, prose: Path, steps: int = 60
     tokenizer_dir = write_byte_tokenizer(out_dir.with_name("tokenizer"))
     tokenizer = data.load_tokenizer(tokenizer_dir)
     corpus = data.tokenize([str(prose)], tokenizer, out_dir.with_name("tokens"), "prose")
-    text = data.Stream(corpus, "original", config.seed, 12, 256)
+    text = data.Stream(corpus, "original", seed, 12, 256)
     shape = dict(d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=352)
     shape |= dict(vocab_size=256, rope_theta=1e4, max_position_embeddings=256)
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(seed)
     model = Llama(ModelConfig(**shape)).init_weights(generator=generator)
     peak_lr, warm_up = 4e-3, 40
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)

@@ -32,6 +32,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -52,9 +53,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from machine.checkpoints import resolve_checkpoint
+from machine.checkpoints import hf_name, open_tensors, resolve_checkpoint
+from machine.keeper import lock
+from machine.log import finite, outlive_readers
 from machine.memory import pad_heads
+from machine.plan import available_memory, parameter_count
 from machine.samples import sample_texts
+from machine.settings import check_device
+from machine.states import read_run, writing
 from machine.tokenizer import Tokenizer
 from model import (
     PCD,
@@ -67,7 +73,7 @@ from model import (
     merge_weights,
 )
 
-FORMAT = 2  # of a remembered result; raised when what is measured changes
+FORMAT = 3  # of a remembered result; raised when what is measured changes
 CHUNK = 8192  # tokens of a sequence read at a time, so that 128K fits one GPU
 BATCH_TOKENS = 65536  # tokens whose keys and values are held at a time
 
@@ -83,20 +89,24 @@ def short_text_drift(
     input_ids: (B, T + 1) int64, read a sequence at a time, logits `rows` tokens at a time: two 8B
         models at 8,192 need 30 GiB for the weights and 5 GiB for hidden states in bf16.
     attention_sequences: how many of them, from the first on, to compare attention maps on.
-    Returns means over tokens: loss (nats), kl (nats, KL(original || model) of the next token),
-    same_top1 (share of tokens with the same first choice), cosine (n_layers + 1 numbers, by hidden
-        state, eq. 5) and, if asked for, attention_kl (n_layers lists of n_heads numbers, eq. 6).
+    Returns by_sequence: {name: one mean a sequence}, where drift is 1 - cosine of the last hidden
+    state and drift_mean that over all blocks, and means over tokens: loss (nats), kl (nats,
+    KL(original || model) of the next token), same_top1 (share of tokens with the same first
+    choice), cosine (n_layers + 1 numbers, by hidden state, eq. 5) and, if asked for, attention_kl
+    (n_layers lists of n_heads numbers, eq. 6).
     """
     n_layers, n_tokens = base.config.n_layers, input_ids[:, 1:].numel()
     taps = tuple(range(n_layers + 1))
-    sums = torch.zeros(3, dtype=torch.float64)
-    cosine = torch.zeros(len(taps), dtype=torch.float64)
+    sums = torch.zeros(len(input_ids), 3, dtype=torch.float64)
+    cosine = torch.zeros(len(input_ids), len(taps), dtype=torch.float64)
     heads = torch.zeros(n_layers, base.config.n_heads)
     compared = min(attention_sequences, len(input_ids))
     for i, ids in enumerate(tqdm(input_ids, desc="kept", unit="seq", leave=False, disable=None)):
         a, b = (m(ids[None, :-1], taps=taps)[1] for m in (base, model))
         for tap in taps:
-            cosine[tap] += F.cosine_similarity(a[tap].float(), b[tap].float(), dim=-1).sum().cpu()
+            cosine[i, tap] += (
+                F.cosine_similarity(a[tap].float(), b[tap].float(), dim=-1).sum().cpu()
+            )
         for start in range(0, len(ids) - 1, rows):
             log_a, log_b = (
                 m.logits(h[n_layers][0, start : start + rows]).float().log_softmax(-1)
@@ -106,11 +116,16 @@ def short_text_drift(
             nll = F.nll_loss(log_b, labels, reduction="sum")
             kl = F.kl_div(log_b, log_a, reduction="sum", log_target=True)
             same = (log_a.argmax(-1) == log_b.argmax(-1)).sum()
-            sums += torch.stack([nll, kl, same.float()]).double().cpu()
+            sums[i] += torch.stack([nll, kl, same.float()]).double().cpu()
         if i < compared:
             heads += attention_kl(base, model, ids[None, :-1]).cpu() / compared
-    loss, kl, same = (sums / n_tokens).tolist()
-    result = {"loss": loss, "kl": kl, "same_top1": same, "cosine": (cosine / n_tokens).tolist()}
+    each, drift = sums.T / (n_tokens / len(input_ids)), 1 - cosine / (n_tokens / len(input_ids))
+    names = "loss", "kl", "same_top1"
+    result = dict(zip(names, (sums.sum(0) / n_tokens).tolist(), strict=True))
+    result["cosine"] = (cosine.sum(0) / n_tokens).tolist()
+    result["by_sequence"] = dict(zip(names, each.tolist(), strict=True))
+    result["by_sequence"] |= {"drift": drift[:, -1].tolist()}
+    result["by_sequence"] |= {"drift_mean": drift[:, 1:].mean(1).tolist()}
     return result | ({"attention_kl": heads.tolist()} if compared else {})
 
 
@@ -129,12 +144,20 @@ def position_losses(
         not, so context is never under 3/4 of the window (the first window's own tokens excepted).
     Returns (T,) float64 on the CPU, nats.
     """
+    return losses_by_sequence(model, input_ids, window, rows).mean(0)
+
+
+@torch.no_grad()
+def losses_by_sequence(
+    model: Llama, input_ids: Tensor, window: int | None = None, rows: int = 512
+) -> Tensor:
+    """position_losses before the mean: (B, T) float64."""
     length = input_ids.shape[1] - 1
-    total = torch.zeros(length, dtype=torch.float64)
+    found = torch.zeros(len(input_ids), length, dtype=torch.float64)
     window = min(window or length, length)
     windows = [*range(window, length, max(1, window // 4)), length]  # where each ends
     name = "loss by position" + (f", window {window}" if window < length else "")
-    for ids in tqdm(input_ids, desc=name, unit="seq", leave=False, disable=None):
+    for i, ids in enumerate(tqdm(input_ids, desc=name, unit="seq", leave=False, disable=None)):
         done = 0  # positions scored
         for end in windows:
             begin = end - window
@@ -142,9 +165,9 @@ def position_losses(
                 skip = max(0, done - begin - start)  # read for context alone
                 first = begin + start + skip
                 nll = token_losses(model, hidden[0, skip:], ids[first + 1 :], rows)
-                total[first : first + len(nll)] += nll
+                found[i, first : first + len(nll)] = nll
             done = end
-    return total / len(input_ids)
+    return found
 
 
 def read(model: Llama, input_ids: Tensor):
@@ -167,16 +190,18 @@ def token_losses(model: Llama, hidden: Tensor, labels: Tensor, rows: int = 512) 
 
 @torch.no_grad()
 def repeat_scores(
-    model: Llama, sequences: Tensor, passage: int, cue: int = 8, pcd: dict | None = None
+    model: Llama, sequences: Tensor, passage: int, cue: int | None = None, pcd: dict | None = None
 ) -> Tensor:
     """How well the last `passage` tokens of each sequence are known, the first `cue` not counted.
 
+    cue: 8 unless told, of a passage under 16 tokens half: something has to be left to count.
     sequences: (B, T) int64. pcd: predict by contrast, model.PCD's settings; a token outside its
     gamma likeliest ones has probability 0 then, so that only first choices can be compared.
     Returns (B, 2) float64, means over the counted tokens: loss in nats; 1 where the first choice
     was the token that came, else 0.
     """
     models, out = [model], []
+    cue = min(8, passage // 2) if cue is None else cue
     if pcd:
         models.append(local_view(model, pcd))
     batch, counted = max(1, BATCH_TOKENS // sequences.shape[1]), passage - cue
@@ -229,9 +254,14 @@ def repeat(a: Namespace, model: Llama, long: Tensor, length: int, pcd: dict | No
     tokens = long.flatten().numpy()
     ids, passage = repeat_sequences(tokens, length, a.depths, a.samples, a.seed)
     scores = repeat_scores(model, ids.to(a.device), passage, pcd=pcd)
-    scores = scores.view(a.samples, -1, 2).mean(0)  # (depths + 1, 2), the last a new passage
+    scores = scores.view(a.samples, -1, 2)
+    errors = {}  # over samples: the depths of one share their text
+    for i, right in ((0, ""), (1, "_right")):
+        errors |= {f"seen{right}": standard_error(scores[:, :-1, i].mean(1).tolist())}
+        errors |= {f"new{right}": standard_error(scores[:, -1, i].tolist())}
+    scores = scores.mean(0)  # (depths + 1, 2), the last a new passage
     seen, (new, new_right) = scores[:-1], scores[-1].tolist()
-    found = {"seen_right": seen[:, 1].mean().item(), "new_right": new_right}
+    found = {"seen_right": seen[:, 1].mean().item(), "new_right": new_right, "errors": errors}
     if pcd is None:
         found |= {"seen": seen[:, 0].mean().item(), "new": new, "depths": a.depths}
         found["by_depth"] = (new - seen[:, 0]).tolist()
@@ -491,6 +521,7 @@ def ruler(
     exact = np.array([score == 1 for score in scores], dtype=float).reshape(len(a.depths), -1)
     by_depth = None if samples[0].depth is None else exact.mean(1).tolist()
     found = {"exact": exact.mean().item(), "part": statistics.mean(scores)}
+    found["error"] = standard_error(exact.flatten().tolist())
     return found | {"depths": a.depths, "by_depth": by_depth}
 
 
@@ -506,9 +537,9 @@ def find_run(spec: str) -> tuple[str, Path | None, str]:
     name, path = spec.split("=", 1) if "=" in spec and not Path(spec).exists() else ("", spec)
     run = Path(path) / "longred.json"
     if run.is_file() and not (run.parent / "hf" / "config.json").is_file():
-        config, log = json.loads(run.read_text())["config"], run.with_name("log.jsonl")
-        steps = config["steps"] + config.get("replay_steps", 0)
-        done = len(log.read_text().splitlines()) if log.is_file() else 0
+        config, log = read_run(run.parent)["config"], run.with_name("log.jsonl")
+        steps = int(config.get("steps") or 0) + int(config.get("replay_steps") or 0)
+        done = len(log.read_bytes().splitlines()) if log.is_file() else 0
         return name or run.parent.name, None, f"unfinished, {done} of {steps} steps"
     folder = resolve_checkpoint(path)
     own = folder.parent if folder.name == "hf" else folder
@@ -528,11 +559,16 @@ def fingerprint(folder: Path) -> str:
 @contextlib.contextmanager
 def whole_file(path: str | Path):
     """A text file to write, which gets its name when it is complete."""
-    partial = Path(f"{path}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "w", encoding="utf-8") as f:
-        yield f
-    partial.replace(path)
+    partial = Path(f"{path}.{os.getpid()}.partial")
+    with writing(Path(path)):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "w", encoding="utf-8") as f:
+            try:
+                yield f
+            except BaseException:
+                partial.unlink()
+                raise
+        partial.replace(path)
 
 
 def remember(folder: Path, key: dict, compute: Callable[[], dict]) -> dict:
@@ -540,12 +576,18 @@ def remember(folder: Path, key: dict, compute: Callable[[], dict]) -> dict:
     text = json.dumps({"format": FORMAT, **key}, sort_keys=True)
     path = folder / f"{key['task']}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["value"]
-    except (FileNotFoundError, ValueError):  # ValueError: cut short by a crash
-        print("  measuring", key["task"], key.get("length", ""), flush=True)
-        value = compute()
-    with whole_file(path) as f:
-        json.dump({"key": key, "value": value}, f)
+        content = json.loads(path.read_bytes())
+        value, checksum = content["value"], content["checksum"]
+        if zlib.crc32(json.dumps(value, sort_keys=True).encode()) == checksum:
+            return value
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass  # not there, cut short by a crash, or damaged
+    print("  measuring", key["task"], key.get("length", ""), flush=True)
+    value = compute()
+    if finite(value) == value:  # what is not finite has no place in JSON
+        checksum = zlib.crc32(json.dumps(value, sort_keys=True).encode())
+        with whole_file(path) as f:
+            json.dump({"key": key, "value": value, "checksum": checksum}, f)
     return value
 
 
@@ -589,8 +631,7 @@ def measure(
         return remember(cache, key, compute)
 
     def positions(window: int | None) -> dict:
-        losses = position_losses(load(folder), texts.long.to(a.device), window)
-        return {"nll": [round(nll, 4) for nll in losses.tolist()]}
+        return by_position(load(folder), texts.long.to(a.device), window, edges)
 
     def far() -> dict:
         from measure.far_context import far_losses  # which reads models as we do
@@ -606,6 +647,7 @@ def measure(
             return repeat(a, load(folder), texts.long, length, pcd)
         return ruler(a, load(folder), texts.source, task, length, pcd)
 
+    edges = _edges(texts.original_len, texts.lengths)
     text = {"text": _digest(texts.long), "original_len": texts.original_len}
     tasks = a.tasks if pcd is None else [t for t in a.tasks if t in ("repeat", *RULER)]
     if "kept" in tasks:
@@ -613,7 +655,9 @@ def measure(
         out["kept"] = once("kept", drift, **both)
     if "position" in tasks:
         out["position"] = {
-            name: once("position", functools.partial(positions, window), window=window, **text)
+            name: once(
+                "position", functools.partial(positions, window), window=window, edges=edges, **text
+            )
             for name, window in (("whole", None), ("cut", texts.original_len))
         }
     if "far" in tasks and isinstance(texts.far, dict):
@@ -631,111 +675,182 @@ def measure(
     load.cache_clear()  # it refers to itself: 8B would wait for the next collection of garbage
 
 
+def by_position(model: Llama, long: Tensor, window: int | None, edges: list[int]) -> dict:
+    """{"nll": loss at each position, "spans": of each sequence, between the edges}, nats."""
+    losses = losses_by_sequence(model, long, window)
+    spans = [losses[:, lo:hi].mean(1).tolist() for lo, hi in zip(edges, edges[1:], strict=False)]
+    nll = [round(nll, 4) for nll in losses.mean(0).tolist()]
+    return {"nll": nll, "spans": [[round(nll, 6) for nll in span] for span in spans]}
+
+
+def _edges(original_len: int, lengths: list[int]) -> list[int]:
+    """Between these positions a loss is reported: 0, the old window, and each length."""
+    return sorted(n for n in {0, original_len, *lengths} if n <= lengths[-1])
+
+
+def standard_error(values: list[float]) -> float | None:
+    """Of their mean, were they drawn anew; None: one value tells nothing about that."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return None
+    return statistics.stdev(values) / len(values) ** 0.5
+
+
 def _digest(ids: Tensor) -> str:
     return hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
 
 
-def summarize(result: dict, original_len: int, lengths: list[int]) -> dict[str, dict[str, float]]:
-    """One checkpoint's numbers for the report: {table's title: {column: number}}."""
+def summarize(result: dict, original_len: int, lengths: list[int], asked: dict) -> dict:
+    """One checkpoint's numbers for the report: {table's title: {column: (number, its error)}}.
+
+    asked: {length: RULER's tasks of its mean}. Errors are standard errors of a mean over
+    sequences, passages or questions; None where there was one.
+    """
     tables = {}
     if "kept" in result:
         k = result["kept"]
+        error = {name: standard_error(each) for name, each in k["by_sequence"].items()}
         tables[f"Kept: short text at {original_len:,}"] = {
-            "loss": k["loss"],
-            "KL(original, it)": k["kl"],
-            "same first choice, %": 100 * k["same_top1"],
-            "drift (1 - cos), last": 1 - k["cosine"][-1],
-            "drift, mean of layers": 1 - statistics.mean(k["cosine"][1:]),
-            "attention KL": float(np.mean(k["attention_kl"])),
+            "loss": (k["loss"], error["loss"]),
+            "KL(original, it)": (k["kl"], error["kl"]),
+            "same first choice, %": (100 * k["same_top1"], _times(100, error["same_top1"])),
+            "drift (1 - cos), last": (1 - k["cosine"][-1], error["drift"]),
+            "drift, mean of layers": (1 - statistics.mean(k["cosine"][1:]), error["drift_mean"]),
+            "attention KL": (float(np.mean(k["attention_kl"])), None),
         }
     if "position" in result:
-        whole, cut = (np.array(result["position"][name]["nll"]) for name in ("whole", "cut"))
-        edges = sorted({0, original_len, *lengths} & set(range(len(whole) + 1)))
-        spans = {
-            f"{lo + 1:,}-{hi:,}": slice(lo, hi) for lo, hi in zip(edges, edges[1:], strict=False)
-        }
-        tables["Gained: loss by position, the whole text before it read"] = {
-            span: whole[part].mean() for span, part in spans.items()
-        }
-        tables[f"Loss with the window cut to {original_len:,} tokens, less that above, nats"] = {
-            span: (cut[part] - whole[part]).mean()
-            for span, part in spans.items()
-            if part.start >= original_len
-        }
+        tables |= _by_position(result["position"], original_len, lengths)
     if "far" in result:
         from measure.far_context import columns
 
-        tables[f"Gained: what text beyond {original_len:,} tokens brings, nats"] = columns(
-            result["far"]
-        )
+        tables[f"Gained: what text beyond {original_len:,} tokens brings, nats"] = {
+            column: (value, None) for column, value in columns(result["far"]).items()
+        }
     if "repeat" in result:
-        tables["Gained: loss on a passage read before, and on a new one"] = {
-            f"{name} at {int(n):,}": r[name]
-            for n, r in result["repeat"].items()
-            for name in ("seen", "new")
-            if name in r
-        }
-        tables[
-            "Gained: first choices that were right, in a passage read before and a new one, %"
-        ] = {
-            f"{name} at {int(n):,}": 100 * r[f"{name}_right"]
-            for n, r in result["repeat"].items()
-            for name in ("seen", "new")
-        }
+        read = "in a passage read before and a new one, %"
+        loss = tables["Gained: loss on a passage read before, and on a new one"] = {}
+        right = tables[f"Gained: first choices that were right, {read}"] = {}
+        for n, r in result["repeat"].items():
+            for name in ("seen", "new"):
+                column = f"{name} at {int(n):,}"
+                if name in r:
+                    loss[column] = r[name], r["errors"][name]
+                error = _times(100, r["errors"][f"{name}_right"])
+                right[column] = 100 * r[f"{name}_right"], error
     for length in lengths:
         scores = {t: r[str(length)] for t, r in result.items() if t in RULER and str(length) in r}
-        if scores:
-            exact = {t: 100 * r["exact"] for t, r in scores.items() if "exact" in r}
-            row = exact | {"mean": statistics.mean(exact.values())} if exact else {}
-            tables[f"Gained: RULER's tasks at {length:,}, % answered in full"] = row
-    return {t: {c: float(v) for c, v in row.items()} for t, row in tables.items() if row}
+        scores = {t: r for t, r in scores.items() if "exact" in r}
+        row = {t: (100 * r["exact"], _times(100, r["error"])) for t, r in scores.items()}
+        if asked[length] and set(asked[length]) <= set(row):
+            values, errors = zip(*(row[t] for t in asked[length]), strict=True)
+            error = None if None in errors else math.hypot(*errors) / len(errors)
+            row["mean"] = statistics.mean(values), error
+        tables[f"Gained: RULER's tasks at {length:,}, % answered in full"] = row
+    return {t: row for t, row in tables.items() if row}
+
+
+def _times(factor: float, error: float | None) -> float | None:
+    return None if error is None else factor * error
+
+
+def _by_position(found: dict, original_len: int, lengths: list[int]) -> dict:
+    """The two tables of loss by position; a cut window is compared with the whole text by text."""
+    edges = _edges(original_len, lengths)
+    whole, cut = (found[name]["spans"] for name in ("whole", "cut"))
+    losses, brings = {}, {}
+    for i, (lo, hi) in enumerate(zip(edges, edges[1:], strict=False)):
+        span = f"{lo + 1:,}-{hi:,}"
+        losses[span] = statistics.mean(whole[i]), standard_error(whole[i])
+        gain = [b - a for a, b in zip(whole[i], cut[i], strict=True)]
+        if lo >= original_len:
+            brings[span] = statistics.mean(gain), standard_error(gain)
+    return {
+        "Gained: loss by position, the whole text before it read": losses,
+        f"Loss with the window cut to {original_len:,} tokens, less that above, nats": brings,
+    }
+
+
+def fitting_tasks(results: list, lengths: list[int]) -> tuple[dict[int, list[str]], list[str]]:
+    """{length: RULER's tasks that all did at it}; and why the others were not, a line each."""
+    tasks = list(dict.fromkeys(t for _, _, result in results for t in result if t in RULER))
+    done, why = {length: list(tasks) for length in lengths}, {}
+    for _, _, result in results:
+        for task in [t for t in tasks if set(result) & set(RULER)]:
+            for length in lengths:
+                found = result.get(task, {}).get(str(length), {})
+                if "exact" not in found and task in done[length]:
+                    done[length].remove(task)
+                    why[found.get("skipped", f"{task} at {length}: not finished")] = None
+    return done, list(why)
 
 
 def write_report(a: Namespace, texts: Texts, results: list, unfinished: list) -> str:
     """report.md and results.json in a.out_dir; returns the report."""
-    named = {}
+    asked, left_out = fitting_tasks(results, texts.lengths)
+    named, errors = {}, {}
     for name, _, result in results:
-        for title, row in summarize(result, texts.original_len, texts.lengths).items():
-            for column, value in row.items():
+        for title, row in summarize(result, texts.original_len, texts.lengths, asked).items():
+            for column, (value, error) in row.items():
                 cells = named.setdefault(title, {}).setdefault(name, {})
                 cells.setdefault(column, []).append(value)
+                errors.setdefault(title, {}).setdefault(name, {})[column] = error
     lines = [f"# {a.base}, window {texts.original_len:,}, and its extensions\n"]
     lines += [
         f"Held-out text: {len(texts.long)} sequences of {texts.long.shape[1] - 1:,} tokens"
         f", {len(texts.short)} short ones. Losses in nats a token. {a.samples} passages or "
-        f"questions at each of {len(a.depths)} depths. {a.dtype} on {a.device}. After +-: standard "
-        "deviation over the runs of one name.\n"
+        f"questions at each of {len(a.depths)} depths. {a.dtype} on {a.device}. After +-: where "
+        "runs share a name the standard deviation over them, else the standard error of a mean "
+        "over sequences or questions; digits go as far as it does.\n"
     ]
     for title, rows in named.items():
-        lines += [f"## {title}\n", table(rows) + "\n"]
+        lines += [f"## {title}\n", table(rows, errors[title]) + "\n"]
+    if any(task in RULER for task in a.tasks):
+        for length, tasks in asked.items():
+            lines += [f"RULER's mean at {length:,} is over: {', '.join(tasks) or 'no task'}.\n"]
+        lines += [f"Left out of it: {why}.\n" for why in left_out]
     lines += [f"{name}: {why}" for name, why in unfinished]
     report = "\n".join(lines)
     out_dir = Path(a.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "report.md").write_text(report + "\n", encoding="utf-8")
     runs = [{"name": n, "checkpoint": str(f), **r} for n, f, r in results]
-    content = {"settings": vars(a), "tables": named, "runs": runs, "unfinished": unfinished}
-    text = json.dumps(content, indent=1, default=str)  # str: of dtypes
-    (out_dir / "results.json").write_text(text, encoding="utf-8")
+    content = {"settings": vars(a), "tables": named, "errors": errors, "runs": runs}
+    text = json.dumps(finite(content | {"unfinished": unfinished}), indent=1, default=str)
+    with whole_file(out_dir / "results.json") as f:  # str: of dtypes
+        f.write(text)
+    with whole_file(out_dir / "report.md") as f:
+        f.write(report + "\n")
     return report
 
 
-def table(rows: dict[str, dict[str, float | list[float]]]) -> str:
-    """{row: {column: a number, or one from each run}} as a Markdown table."""
+def table(rows: dict[str, dict[str, float | list[float]]], errors: dict | None = None) -> str:
+    """{row: {column: a number, or one from each run}} as a Markdown table.
+
+    errors: {row: {column: standard error or None}} of the numbers that stand alone.
+    """
     columns = list(dict.fromkeys(c for row in rows.values() for c in row))
     lines = ["| model | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for name, row in rows.items():
-        cells = [_cell(row[c]) if c in row else "-" for c in columns]
+        of_row = (errors or {}).get(name, {})
+        cells = [_cell(row[c], of_row.get(c)) if c in row else "-" for c in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(value: float | list[float]) -> str:
+def _cell(value: float | list[float], error: float | None = None) -> str:
+    """A mean and its error, to the error's first digit (its second where the first is a 1)."""
     values = value if isinstance(value, list) else [value]
+    if not all(map(math.isfinite, values)):
+        return "not finite"
     mean = statistics.mean(values)
-    form = ".3f" if mean == 0 or abs(mean) >= 0.01 else ".1e"
-    spread = f" +- {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{mean:{form}}{spread}"
+    error = statistics.stdev(values) if len(values) > 1 else error
+    if not error or not math.isfinite(error):
+        form = ".3f" if mean == 0 or abs(mean) >= 0.01 else ".1e"
+        return f"{mean:{form}}" + (f" +- {error:{form}}" if len(values) > 1 else "")
+    digits = -math.floor(math.log10(error))
+    digits += int(error * 10**digits) == 1
+    if digits > 5:
+        return f"{mean:.1e} +- {error:.0e}"
+    shown = max(0, digits)
+    return f"{round(mean, digits) + 0.0:.{shown}f} +- {round(error, digits):.{shown}f}"
 
 
 # ----------------------------------------------------------------------------------- pictures
@@ -972,6 +1087,13 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return a
 
 
+def open_weights(folder: Path, config) -> None:
+    """Look at a checkpoint's headers, names and sizes; ValueError for what cannot be read."""
+    with torch.device("meta"):
+        shapes = {hf_name(name): p.shape for name, p in Llama(config).named_parameters()}
+    open_tensors(folder, shapes, config)
+
+
 def open_texts(a: Namespace, base: Path, folders: list[Path]) -> Texts:
     """Check the settings, tokenise and take the held-out parts."""
     configs = [load_config(folder) for folder in (base, *folders)]
@@ -992,6 +1114,14 @@ def open_texts(a: Namespace, base: Path, folders: list[Path]) -> Texts:
     if len(set(shapes)) > 1:
         raise ValueError(
             f"need checkpoints of one shape, got {shapes}: vocabulary, layers, heads, D"
+        )
+    for folder, config in zip((base, *folders), configs, strict=True):
+        open_weights(folder, config)
+    need, free = 2 * parameter_count(configs[0]) * a.dtype.itemsize, available_memory()
+    if a.device == "cpu" and free is not None and need > free:
+        raise ValueError(
+            f"memory: two models take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; try "
+            "--dtype bfloat16, or a machine with more"
         )
     tokenizer = data.load_tokenizer(base, a.add_eos)
     tokenizer.check_fits(configs[0].vocab_size)
@@ -1027,8 +1157,13 @@ def far_parts(a: Namespace, corpus, long: Tensor, short: Tensor, window: int):
 
 def main(argv: list[str] | None = None) -> None:
     """The command line. A user's error ends as SystemExit with one line."""
+    outlive_readers()
     a = parse_args(argv)
     try:
+        check_device(a, 0)
+        for path in filter(None, (a.write_samples, a.select_corpus)):
+            if Path(path).exists():
+                raise ValueError(f"{path} exists: remove it, or name another file")
         if a.write_samples:
             write_samples(a)
         elif a.select_corpus:
@@ -1039,12 +1174,35 @@ def main(argv: list[str] | None = None) -> None:
             select_corpus(a)
         else:
             compare(a)
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"evaluate: {e}") from None
+    except (ValueError, OSError, MemoryError) as e:
+        raise SystemExit(f"evaluate: {' '.join(str(e).split()) or 'out of memory'}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+PICTURES = "overview", "drift", "training", "needles", "repeat"
+
+
+def refuse_foreign(out_dir: Path) -> None:
+    """ValueError where a report or picture lies in out_dir that no evaluation wrote."""
+    names = ["report.md", "results.json", *(f"{name}.png" for name in PICTURES)]
+    there = [out_dir / name for name in names if (out_dir / name).exists()]
+    if not there:
+        return
+    try:
+        content = json.loads((out_dir / "results.json").read_bytes())
+        ours = {"settings", "tables", "runs"} <= content.keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        ours = False
+    if not ours:
+        raise ValueError(
+            f"{there[0]} is in the way, and no evaluation wrote it: pass another --out_dir"
+        )
 
 
 def compare(a: Namespace) -> None:
     """Measure the original and every checkpoint, then leave report, JSON and pictures."""
+    refuse_foreign(Path(a.out_dir))
     base = resolve_checkpoint(a.base)
     found = [find_run(spec) for spec in a.ckpt]
     seen = Counter(["original", *(name for name, _, _ in found)])
@@ -1054,14 +1212,20 @@ def compare(a: Namespace) -> None:
     for _, folder, _ in found:  # the text that a run of longred.py was given
         run = folder and folder.parent / "longred.json"
         if run and run.is_file() and not a.data:
-            record = json.loads(run.read_text())
+            record = read_run(run.parent)
             config, own = record["config"], record.get("own_samples", {})
-            files = [own.get(s, {"file": s})["file"] for s in config["short_data"]]
-            a.data, a.short_data = config["long_data"], a.short_data or files
-            a.add_eos = config["add_eos"] if a.add_eos is None else a.add_eos
+            files = [own.get(s, {"file": s})["file"] for s in config.get("short_data") or ()]
+            a.data, a.short_data = config.get("long_data"), a.short_data or files or None
+            a.add_eos = config.get("add_eos") if a.add_eos is None else a.add_eos
     runs = [("original", base)] + [(name, folder) for name, folder, _ in found if folder]
     unfinished = [(name, why) for name, folder, why in found if not folder]
     texts = open_texts(a, base, [folder for _, folder in runs[1:]])
+    with lock(Path(a.out_dir), "--out_dir"):  # two at work there would mix their results
+        measure_all(a, texts, runs, base, unfinished)
+
+
+def measure_all(a: Namespace, texts: Texts, runs: list, base: Path, unfinished: list) -> None:
+    """The comparison itself, in a folder that is locked."""
     results, stopped = [], False
     try:
         for name, folder in runs:
@@ -1077,14 +1241,22 @@ def compare(a: Namespace) -> None:
     except KeyboardInterrupt:
         stopped = True
     print("\n" + write_report(a, texts, results, unfinished), flush=True)
+    bad = [name for name, _, result in results if finite(result) != result]
     try:
-        print("pictures:", *draw(results, Path(a.out_dir), texts.original_len, texts.lengths[-1]))
+        sound = [found for found in results if found[0] not in bad]
+        sound = [] if "original" in bad else sound
+        print("pictures:", *draw(sound, Path(a.out_dir), texts.original_len, texts.lengths[-1]))
     except ImportError:
         print("for pictures: pip install matplotlib, then the same command (nothing is redone)")
     print(f"report and numbers: {a.out_dir}/report.md, {a.out_dir}/results.json")
     if stopped:
         print("stopped; what was measured is kept, the same command goes on from there")
         sys.exit(130)
+    if bad:
+        raise ValueError(
+            f"{', '.join(dict.fromkeys(bad))}: numbers that are not finite, null in results.json; "
+            "its weights or its training are broken"
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """The report that closes a run: original against extended model, on held-out text."""
 
+import statistics
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import data
-from measure.evaluate import position_losses, short_text_drift, table
+from machine.corpus import DEFAULT_SHORT
+from machine.log import finite
+from machine.states import writing
+from measure.evaluate import losses_by_sequence, short_text_drift, standard_error, table
 from model import Llama
 
 
@@ -18,26 +23,34 @@ def report(
     "files"} of each time the run went on with other code than it began with. own: {source: cost} of
     short text sampled from the checkpoint.
     """
-    texts = held_out_texts(c)
-    rows, curves = {}, {}
+    texts = held_out_texts(c, streams)
+    rows, errors, curves = {}, {}, {}
+    bar = tqdm(desc="report", total=2 * len(texts), unit="part", disable=None)
     for name, model in (("original", teacher), (c.method, student)):
-        row = rows[name] = {}
+        each = {}  # column -> one mean a sequence
         if "short" in texts:
             drift = short_text_drift(teacher, model, texts["short"], attention_sequences=0)
-            row |= {f"short loss at {c.original_len}": drift["loss"], "KL": drift["kl"]}
-            row["drift (1 - cos)"] = 1 - drift["cosine"][-1]
+            by_sequence = drift["by_sequence"]
+            each |= {f"short loss at {c.original_len}": by_sequence["loss"]}
+            each |= {"KL": by_sequence["kl"], "drift (1 - cos)": by_sequence["drift"]}
+            bar.update()
         if "long" in texts:
-            by_position = position_losses(model, texts["long"])
-            row[f"long loss at {c.target_len}"] = by_position.mean().item()
-            for i, quarter in enumerate(by_position.chunk(4)):
-                row[f"quarter {i + 1}"] = quarter.mean().item()
-            if "beyond" in texts:  # users fall off this cliff
-                try:
-                    beyond = position_losses(model, texts["beyond"]).mean().item()
-                    row[f"long loss at {2 * c.target_len}, beyond the window"] = beyond
-                except torch.OutOfMemoryError:
-                    print(f"not measured: {2 * c.target_len:,} tokens do not fit this memory")
-            curves[name] = [part.mean().item() for part in by_position.chunk(32)]
+            losses = losses_by_sequence(model, texts["long"])
+            each[f"long loss at {c.target_len}"] = losses.mean(1).tolist()
+            for i, quarter in enumerate(losses.chunk(4, dim=1)):
+                each[f"quarter {i + 1}"] = quarter.mean(1).tolist()
+            curves[name] = [part.mean().item() for part in losses.mean(0).chunk(32)]
+            bar.update()
+        if "beyond" in texts:  # users fall off this cliff
+            try:
+                beyond = losses_by_sequence(model, texts["beyond"]).mean(1).tolist()
+                each[f"long loss at {2 * c.target_len}, beyond the window"] = beyond
+            except torch.OutOfMemoryError:
+                print(f"not measured: {2 * c.target_len:,} tokens do not fit this memory")
+            bar.update()
+        rows[name] = {column: statistics.mean(values) for column, values in each.items()}
+        errors[name] = {column: standard_error(values) for column, values in each.items()}
+    bar.close()
     tokens = {name: s.tokens * len(s.steps) for name, s in streams.items()}
     trained = ", ".join(f"{n:,} {name} tokens" for name, n in tokens.items())
     texts.pop("beyond", None)  # more of the same text
@@ -56,22 +69,32 @@ def report(
         f"# {c.method}: {c.original_len:,} -> {c.target_len:,}\n\n"
         f"{c.ckpt}, {c.steps} steps: {trained}. Losses in nats a token on held-out text; on the "
         "short, KL(original, it) and drift of the last hidden state: "
-        f"{held_out}.\n\n{changes}{table(rows)}"
+        f"{held_out}. After +-: standard error over sequences.\n\n{changes}{table(rows, errors)}"
     )
-    (Path(c.out_dir) / "report.md").write_text(text + "\n", encoding="utf-8")
+    path = Path(c.out_dir) / "report.md"
+    with writing(path):
+        path.write_text(text + "\n", encoding="utf-8")
     print(text, flush=True)
-    return {"rows": rows, "long loss in 32 parts": curves, "tokens": tokens}
+    if finite(rows) != rows:
+        print("warning: the report holds numbers that are not finite: weights or training broke")
+    return {"rows": rows, "errors": errors, "long loss in 32 parts": curves, "tokens": tokens}
 
 
-def held_out_texts(c) -> dict:
+def held_out_texts(c, streams: dict) -> dict:
     """{"short": (n, original_len + 1) ids, "long": (n, target_len + 1), "beyond": twice the target
-    window}, what there is of them."""
+    window}, what there is of them.
+
+    The default short text, 2.9 GB to fetch, is measured only where the run reads it anyway.
+    """
     tokenizer, texts = data.load_tokenizer(c.ckpt, c.add_eos), {}
     for name, specs, seq_len in (
         ("short", c.short_data, c.original_len),
         ("long", c.long_data, c.target_len),
         ("beyond", c.long_data, 2 * c.target_len),
     ):
+        if name not in streams and specs == DEFAULT_SHORT:
+            print("not measured: short text, which this run does not read; name it to measure it")
+            continue
         quiet = dict(skip_bad_lines=c.skip_bad_lines, log=lambda line: None)
         try:
             kind = "short" if name == "short" else "long"

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import data
 import model as model_module
 from longred import train
+from machine.keeper import lock
 from measure import evaluate, select_corpus
 from model import Llama, attention_kl, load_checkpoint, save_checkpoint
 from tests.conftest import (
@@ -251,8 +252,17 @@ def test_one_command_leaves_report_numbers_and_pictures(comparison, capsys, monk
     assert "\n| ext | 0.000 +- 0.000 | 0.000 +- 0.000 |\n" in report
     losses = [run["kept"]["loss"] for run in content["runs"]]
     mean, spread = np.mean(losses[1:]), np.std(losses[1:], ddof=1)
-    assert f"| original | {losses[0]:.3f} | 0.000 | 100.000 |" in report
-    assert f"| ext | {mean:.3f} +- {spread:.3f} |" in report
+    by_sequence = content["runs"][0]["kept"]["by_sequence"]["loss"]
+    error = np.std(by_sequence, ddof=1) / len(by_sequence) ** 0.5
+    assert losses[0] == pytest.approx(np.mean(by_sequence))
+    said, *_ = re.findall(
+        r"^\| original \| ([\d.]+) \+- ([\d.]+) \| 0.000 \| 100.000 \|", report, re.M
+    )
+    runs, *_ = re.findall(r"^\| ext \| ([\d.]+) \+- ([\d.]+) \| [^-]*\+-", report, re.M)
+    for shown, value, wrong in ((said, losses[0], error), (runs, mean, spread)):
+        unit = 10.0 ** -len(shown[1].partition(".")[2])  # of the last digit shown
+        assert 0.9 * unit <= wrong < 20 * unit and abs(float(shown[1]) - wrong) <= unit / 2
+        assert abs(float(shown[0]) - value) <= 0.51 * unit
     whole, cut = (content["runs"][1]["position"][n]["nll"] for n in ("whole", "cut"))
     assert len(whole) == len(cut) == 600 and whole[:64] == cut[:64] and whole[99] != cut[99]
     assert "skipped" in content["runs"][0]["niah_single_2"]["128"]
@@ -271,7 +281,9 @@ def test_pcd_is_one_more_row_asked_by_contrast(comparison, monkeypatch):
     names = [name + end for name in ("original", "ext", "ext") for end in ("", ", PCD")]
     assert [row["name"] for row in rows] == names
     assert all(set(row) == {"name", "checkpoint", "repeat", "niah_single_2"} for row in rows[1::2])
-    assert all(set(row["repeat"]["600"]) == {"seen_right", "new_right"} for row in rows[1::2])
+    assert all(
+        set(row["repeat"]["600"]) == {"seen_right", "new_right", "errors"} for row in rows[1::2]
+    )
     n = len(asked) // 6
     assert asked == ([None] * n + [model_module.PCD] * n) * 3 and n > 0
 
@@ -295,7 +307,7 @@ def test_a_merge_is_one_more_row_of_averaged_weights(comparison, ckpt, tmp_path)
 
 def count_calls(monkeypatch, done, stop_after=99):
     """Append the name of every measurement begun; Ctrl-C instead of the one after stop_after."""
-    for name in ("short_text_drift", "position_losses", "repeat_scores", "ask"):
+    for name in ("short_text_drift", "losses_by_sequence", "repeat_scores", "ask"):
         true = getattr(evaluate, name)
 
         def counted(*args, name=name, true=true, **more):
@@ -317,7 +329,7 @@ def test_a_stopped_comparison_goes_on_and_measures_nothing_twice(comparison, mon
     assert "| ext |" in (out / "report.md").read_text() and len(done) == 8
     count_calls(monkeypatch, done)
     evaluate.main(argv)
-    each = ["short_text_drift", *2 * ["position_losses", "repeat_scores"], "ask"]
+    each = ["short_text_drift", *2 * ["losses_by_sequence", "repeat_scores"], "ask"]
     assert sorted(done) == sorted(3 * each)
     evaluate.main(argv)
     assert len(done) == 3 * len(each)
@@ -443,3 +455,88 @@ def test_select_corpus_writes_sentences_of_the_training_part(ckpt, tmp_path, cap
         place = whole.index(sentence, place) + len(sentence)
     assert place < 0.96 * len(whole) and 0.3 * 0.95 < len(text) / (0.95 * len(whole)) < 0.31
     assert f"kept {len(text):,} of" in capsys.readouterr().out
+
+
+# noqa: E501
+# ------------------------------------------------------------------------- numbers and neighbours
+
+
+def test_a_passage_of_the_shortest_length_leaves_tokens_to_count(ckpt):
+    text = np.arange(5000) % 256
+    for length in (64, 71, 72):
+        ids, passage = evaluate.repeat_sequences(text, length, [0.0], 1, 0)
+        scores = evaluate.repeat_scores(load_checkpoint(ckpt[0]), ids, passage)
+        assert scores.isfinite().all() and passage == length // 8
+
+
+@pytest.mark.parametrize(
+    "value, error, shown",
+    [
+        (1.23456, 0.0234, "1.23 +- 0.02"),
+        (1.23456, 0.0134, "1.235 +- 0.013"),
+        (37.5, 6.9, "38 +- 7"),
+        (37.5, 14.0, "38 +- 14"),
+        (0.5, None, "0.500"),
+        (float("nan"), 0.1, "not finite"),
+        ([1.0, 1.2], None, "1.10 +- 0.14"),
+    ],
+)
+def test_digits_go_as_far_as_the_error(value, error, shown):
+    assert evaluate._cell(value, error) == shown
+
+
+def test_results_that_are_not_finite_are_null_and_end_the_command_by_1(
+    comparison, capsys, monkeypatch
+):
+    argv, out = comparison
+    drift = evaluate.short_text_drift
+
+    def broken(*args, **more):
+        return drift(*args, **more) | {"kl": math.nan}
+
+    monkeypatch.setattr(evaluate, "short_text_drift", broken)
+    with pytest.raises(SystemExit, match="original, ext: numbers that are not finite"):
+        evaluate.main([*argv, "--tasks", "kept"])
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    content = json.loads((out / "results.json").read_text(), parse_constant=refuse)
+    assert (
+        content["runs"][0]["kept"]["kl"] is None and "not finite" in (out / "report.md").read_text()
+    )
+
+
+def test_evaluations_wait_for_no_other_and_overwrite_nobodys_report(comparison):
+    argv, out = comparison
+    out.mkdir()
+    with lock(out, "--out_dir"):
+        with pytest.raises(SystemExit, match="another process is at work in"):
+            evaluate.main([*argv, "--tasks", "kept"])
+    (out / "report.md").write_text("mine")
+    with pytest.raises(SystemExit, match="report.md is in the way, and no evaluation wrote it"):
+        evaluate.main([*argv, "--tasks", "kept"])
+    assert (out / "report.md").read_text() == "mine"
+    with pytest.raises(SystemExit, match="exists: remove it, or name another file"):
+        evaluate.main([*argv, "--write_samples", str(out / "report.md")])
+    with pytest.raises(SystemExit, match="--device cuda:99: torch sees"):
+        evaluate.main([*argv, "--device", "cuda:99"])
+
+
+def test_the_mean_of_rulers_tasks_is_over_tasks_that_are_named():
+    found = {"exact": 0.5, "part": 0.5, "error": 0.1}
+    results = [
+        (
+            "a",
+            None,
+            {
+                "vt": {"64": found, "128": found},
+                "cwe": {"64": {"skipped": "cwe no"}, "128": found | {"exact": 1.0}},
+            },
+        )
+    ]
+    asked, why = evaluate.fitting_tasks(results, [64, 128])
+    assert asked == {64: ["vt"], 128: ["vt", "cwe"]} and why == ["cwe no"]
+    tables = evaluate.summarize(results[0][2], 64, [64, 128], asked)
+    means = [row["mean"] for row in tables.values()]
+    assert means[0] == (50.0, 10.0) and means[1] == (75.0, pytest.approx(math.hypot(10, 10) / 2))

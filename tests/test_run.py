@@ -1,20 +1,28 @@
 """machine/run.py, keeper.py, states.py: a run that was stopped or killed goes on bit for bit."""
 
+import ast
+import dataclasses
 import json
 import math
 import os
+import pickle
+import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import data
 import longred
-from longred import long_text_loss, main, short_to_long_distillation, train
-from machine import log, states
+from longred import Config, long_text_loss, main, short_to_long_distillation, train
+from machine import log, plan, states
 from machine.keeper import Keeper
 from machine.log import Watch
 from machine.many import Processes
@@ -264,3 +272,213 @@ def test_the_report_has_a_column_at_twice_the_window(ckpt, tmp_path):
     rows = json.loads((tmp_path / "run" / "longred.json").read_text())["report"]["rows"]
     assert rows["longred"]["long loss at 512, beyond the window"] == pytest.approx(want, rel=1e-5)
     assert "| long loss at 512, beyond the window |" in (tmp_path / "run" / "report.md").read_text()
+
+
+# ----------------------------------------------------------------- nobody listens, nothing is taken
+
+
+def run_in_shell(ckpt, out, shell, **more):
+    """longred.py with its flags in place of $RUN in a line of shell; (exit status, stderr)."""
+    default, given = dataclasses.asdict(Config()), dataclasses.asdict(tiny_run(ckpt, out, **more))
+    given = {k: v for k, v in given.items() if v != default[k]}
+    flags = [
+        f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in given.items()
+    ]
+    run = f"{sys.executable} {HERE}/longred.py {' '.join(flags)}"
+    command = ["bash", "-c", shell.replace("$RUN", run)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    "shell, noted",
+    [
+        ("$RUN 2>&1 | true; exit ${PIPESTATUS[0]}", "stdout"),
+        ("$RUN >/dev/full 2>/dev/full", "stdout"),
+        ("$RUN >&- 2>&-", None),
+        ("($RUN; echo $? >$0.code) 2>&1 | (head -n 1 >/dev/null)", "stdout"),
+    ],
+)
+def test_a_run_outlives_whoever_reads_what_it_prints(ckpt, whole, tmp_path, shell, noted):
+    code, said = run_in_shell(
+        ckpt, tmp_path / "run", shell.replace("$0", str(tmp_path / "x")), save_every=2
+    )
+    assert code == 0 and said == "", said
+    if "code" in shell:
+        assert (tmp_path / "x.code").read_text() == "0\n"
+    assert same_run(whole, tmp_path / "run")
+    notes = [line.get("note", "") for line in read_log(tmp_path / "run")]
+    assert any(notes) == bool(noted) and (not noted or noted in "".join(notes))
+
+
+def test_a_reader_that_is_stuck_costs_lines_and_no_time(monkeypatch):
+    reader, writer = os.pipe()
+    monkeypatch.setattr(log.Voice, "PATIENCE", 0.05)
+    with open(writer, "w") as stream:
+        voice, began = log.Voice(stream), time.monotonic()
+        for _ in range(1000):
+            print("x" * 999, file=voice)
+        assert time.monotonic() - began < 5 and "not read" in voice.lost
+        while len(os.read(reader, 1 << 20)) == 1 << 20:
+            pass
+        print("now", file=voice)
+        assert os.read(reader, 1 << 20).endswith(b"now\n")
+    os.close(reader)
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["terminal", "nohup"])
+def test_a_hang_up_saves_and_ends_unless_it_was_ignored(ckpt, tmp_path, monkeypatch, ignored):
+    out, print_step = tmp_path / "run", log.print_step
+
+    def hang_up(line, last, eta):
+        print_step(line, last, eta)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    monkeypatch.setattr(log, "print_step", hang_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        if ignored:
+            train(tiny_run(ckpt, out, steps=2, eval_tokens=0))
+        else:
+            with pytest.raises(SystemExit) as end:
+                train(tiny_run(ckpt, out, save_every=100))
+            assert end.value.code == 129 and states.newest_state(out).name == "step-000001"
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (out / "hf").exists() == ignored
+
+
+def test_a_step_is_on_record_before_anything_is_printed(ckpt, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+
+    def look(line, last, eta):
+        assert read_log(out)[-1]["step"] == line["step"]
+
+    monkeypatch.setattr(log, "print_step", look)
+    train(tiny_run(ckpt, out, steps=2, eval_tokens=0))
+
+
+def test_strangers_files_stay_in_every_folder_of_a_run(at_two, whole):
+    mine = [folder / "mine" for folder in (at_two, *at_two.rglob("*")) if folder.is_dir()]
+    names = ("step-000002-best", "step-notes", "step-000004", "step-000004.partial", "mine")
+    mine += [at_two / "checkpoints" / name / "notes" for name in names]
+    mine += [at_two / name / "notes" for name in ("hf", "hf.partial", "hf.previous")]
+    (at_two / "hf").mkdir()
+    (at_two / "hf" / "config.json").write_text("{}")  # of an earlier export
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    main(["--resume", str(at_two), "--keep", "1"])
+    assert all(path.read_text() == "mine" for path in mine), [p for p in mine if not p.exists()]
+    assert same_run(whole, at_two)
+    shards = at_two.glob("checkpoints/*/shard-*")
+    assert [p.parent.name for p in shards] == ["step-000004"]
+
+
+FORGED = {
+    "a pickle": lambda path: path.write_bytes(pickle.dumps(Code())),
+    "other shapes": lambda path: save_file(
+        {k: v.flatten()[:1] for k, v in load_file(path).items()}, path
+    ),
+    "other dtypes": lambda path: save_file(
+        {k: v.double() for k, v in load_file(path).items()}, path
+    ),
+    "no tensors": lambda path: save_file({}, path),
+}
+
+
+class Code:
+    def __reduce__(self):
+        return os.putenv, ("EXECUTED", "1")
+
+
+@pytest.mark.parametrize("forgery", FORGED)
+def test_a_forged_state_is_refused_in_one_line_and_nothing_in_it_runs(at_two, forgery, monkeypatch):
+    folder = at_two / "checkpoints" / "step-000002"
+    FORGED[forgery](folder / SHARD)
+    content = json.loads((folder / "manifest.json").read_text())
+    content["files"][SHARD] = [
+        (folder / SHARD).stat().st_size,
+        states.file_checksum(folder / SHARD),
+    ]
+    (folder / "manifest.json").write_text(json.dumps(states.signed(content)))
+    monkeypatch.setattr(pickle, "Unpickler", None)
+    with pytest.raises(SystemExit, match="step-000002 does not hold a state of this run") as end:
+        main(["--resume", str(at_two)])
+    assert "\n" not in end.value.code
+
+
+def test_nothing_of_ours_unpickles_or_evaluates():
+    for path in (HERE / "machine").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            safe = any(k.arg == "weights_only" and k.value.value for k in node.keywords)
+            assert name != "torch.load" or safe, path
+            assert not name.startswith(("pickle.", "marshal.", "eval", "exec", "shelve")), path
+            assert not any(k.arg == "allow_pickle" for k in node.keywords), path
+
+
+def test_a_torn_log_line_costs_itself_alone(tmp_path, capsys):
+    good = [{"step": n, "loss": 1.0, "grad_norm": 2.0, "flag": None} for n in range(1, 7)]
+    lines = [json.dumps(line).encode() for line in good]
+    lines[1], lines[3] = lines[1][:20], b"\xff[" * 9
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines) + b"\n[[[")
+    kept_ = log.trim_log(tmp_path / "log.jsonl", 5)
+    assert [line["step"] for line in kept_] == [1, 3, 5] == [x["step"] for x in read_log(tmp_path)]
+    assert "line 2, 4, 7 damaged" in capsys.readouterr().out
+
+
+def test_a_run_resumes_from_anywhere_and_after_a_move(ckpt, whole, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copytree(ckpt[0], home / "tiny")
+    for name, path in zip(("long.txt", "short.txt"), ckpt[1:], strict=True):
+        shutil.copyfile(path, home / name)
+    monkeypatch.chdir(home)
+    names = Path("tiny"), Path("long.txt"), Path("short.txt")
+    train(tiny_run(names, Path("run"), save_every=2, cache_dir="cache"))
+    shutil.rmtree("run/hf"), shutil.rmtree("run/checkpoints/step-000004")
+    monkeypatch.chdir("/")
+    shutil.copytree(home, tmp_path / "copied")
+    main(["--resume", str(home / "run")])
+    assert same_run(whole, home / "run")
+    shutil.rmtree(home)
+    main(["--resume", str(tmp_path / "copied" / "run")])
+    assert same_run(whole, tmp_path / "copied" / "run")
+
+
+def test_fewer_steps_than_were_done_are_refused(whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "run")
+    before = (out / "report.md").read_text()
+    with pytest.raises(SystemExit, match="--steps 3: 4 steps are done"):
+        main(["--resume", str(out), "--steps", "3"])
+    assert (out / "report.md").read_text() == before
+
+
+def test_seconds_of_a_save_are_those_until_it_is_on_disk(ckpt, tmp_path, monkeypatch, capsys):
+    slow = lambda *args: time.sleep(0.6) or long_text_loss(*args)  # noqa: E731
+    monkeypatch.setattr(longred, "long_text_loss", slow)
+    train(tiny_run(ckpt, tmp_path / "run", steps=2, save_every=1, eval_tokens=0))
+    seconds = re.findall(r"step 1 in ([\d.]+) s", capsys.readouterr().out)
+    assert float(seconds[0]) < 0.5
+
+
+def test_times_are_shown_as_clocks_show_them():
+    shown = [log.clock(x) for x in (0, 59.6, 119.6, 3599.7, 3600, 36061)]
+    assert shown == ["0:00", "1:00", "2:00", "1:00:00", "1:00:00", "10:01:01"]
+
+
+def test_the_peak_is_that_of_the_phase():
+    held = torch.zeros(200 << 20, dtype=torch.uint8) + 1
+    before = plan.peak_gib("cpu")
+    del held
+    plan.forget_peak("cpu")
+    assert plan.peak_gib("cpu") < before - 0.15
+
+
+def test_gradients_are_not_clipped_at_0(ckpt, tmp_path):
+    for name, clip in (("off", 0), ("wide", 1e9)):
+        train(tiny_run(ckpt, tmp_path / name, steps=2, grad_clip=clip, eval_tokens=0))
+    assert same_run(tmp_path / "off", tmp_path / "wide")

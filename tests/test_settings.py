@@ -64,6 +64,16 @@ BAD_INPUTS = {
     "uphill": ({"--grad_clip": -1}, "--grad_clip -1.0: need at least 0"),
     "not a number": ({"--steps": "many"}, "--steps: invalid int value: 'many'"),
     "resume and more": ({"--resume": "@void"}, "--resume takes its run's own"),
+    "no such user": (
+        {"--cache_dir": "~nobody_at_all/x"},
+        "--cache_dir ~nobody_at_all/x: no such user",
+    ),
+    "no long text": ({"--length_upsample": 0}, "--length_upsample 0.0: need at least 0.001"),
+    "theta of no model": ({"--rope_theta": 1e300}, "--rope_theta 1e.300: need .* at most 1e.15"),
+    "batch of all memory": ({"--long_batch": 10**12}, "--long_batch 1000000000000: .* are free"),
+    "absurd number": ({"--steps": 10**30}, "--steps 10{30}: need .* at most"),
+    "no such GPU": ({"--device": "cuda"}, "--device cuda: torch sees no GPU"),
+    "the checkpoint's folder": ({"--out_dir": "@cut"}, "is a checkpoint's own folder"),
     "no checkpoint": ({"--ckpt": None}, "--[a-z_0-9]+ needs --ckpt"),
     "disk too small": ({}, "needs 0.0 GB .*its disk has 0.0 GB free"),
     "memory too small": ({}, "memory: about 0.0 GB needed .*--recompute"),
@@ -74,7 +84,7 @@ BAD_INPUTS = {
 def test_bad_input_ends_in_one_line_with_nothing_half_written(ckpt, tmp_path, case, monkeypatch):
     folder, long, short = ckpt
     change, said = BAD_INPUTS[case]
-    if case == "truncated weights":
+    if case in ("truncated weights", "the checkpoint's folder"):
         cut = shutil.copytree(folder, tmp_path / "cut") / "model.safetensors"
         cut.write_bytes(cut.read_bytes()[:-100])
     if case == "tokenizer misfit":
@@ -98,6 +108,8 @@ def test_bad_input_ends_in_one_line_with_nothing_half_written(ckpt, tmp_path, ca
     assert re.search(said, message) and "\n" not in message and len(message) < 500, message
     assert not (out / "hf").exists() and not list(tmp_path.rglob("*.partial"))
     assert case == "loss not finite" or not out.exists()
+    early = case not in ("text too short", "loss not finite")
+    assert not early or not (tmp_path / "tokens").exists()  # before any text is read
 
 
 def test_resume_where_no_run_is_says_so(tmp_path):
