@@ -346,11 +346,15 @@ def _read_state(folder: Path, student: nn.Module, optimizer) -> None:
                 shards.setdefault(name, []).append(f.get_tensor(name))
     one_gpu = isinstance(optimizer, memory.AdamW)
     if not all(shards.values()) or shards.keys() != tensors.keys():
-        if not one_gpu or "optimizer.000000" not in shards or not shards["optimizer.000000"]:
+        kinds = ["optimizer.000000", "optimizer.exp_avg."][:: 1 if one_gpu else -1]
+        ours, theirs = (any(shards[n] for n in shards if n.startswith(kind)) for kind in kinds)
+        if theirs:
             raise ValueError(
                 f"{folder}: one GPU's state (bf16 weights, remainders) and that of CPUs or many "
                 "GPUs (fp32) do not convert; resume as the run began, on one GPU or not"
             )
+        if not (one_gpu and ours):
+            raise ValueError("its tensors are not this model's, or some are missing")
     if one_gpu:
         pieces = [shards.pop(name)[0] for name in sorted(shards) if name.startswith("optimizer.")]
         optimizer.load_state_dict(read_manifest(folder)["optimizer"] | {"state": pieces})

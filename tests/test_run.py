@@ -360,7 +360,7 @@ def test_a_step_is_on_record_before_anything_is_printed(ckpt, tmp_path, monkeypa
 
 def test_strangers_files_stay_in_every_folder_of_a_run(at_two, whole):
     mine = [folder / "mine" for folder in (at_two, *at_two.rglob("*")) if folder.is_dir()]
-    names = ("step-000002-best", "step-notes", "step-000004", "step-000004.partial", "mine")
+    names = ("step-000002-best", "step-notes", "step-000004", "step-000004.partial", "others")
     mine += [at_two / "checkpoints" / name / "notes" for name in names]
     mine += [at_two / name / "notes" for name in ("hf", "hf.partial", "hf.previous")]
     (at_two / "hf").mkdir()
