@@ -24,6 +24,7 @@ import data
 from machine import log, memory, plan, states
 from machine.checkpoints import resolve_checkpoint
 from machine.command_line import parse_args  # noqa: F401, for longred.py
+from machine.corpus import beginnings
 from machine.keeper import Keeper, refuse_taken
 from machine.many import Processes, after_restart, whole_number
 from machine.memory import in_chunks  # noqa: F401, for longred.py
@@ -36,6 +37,7 @@ from machine.settings import (  # noqa: F401, for longred.py
     resumed_config,
     rope_scaling,
 )
+from machine.tokenizer import check_export
 from model import Llama, load_checkpoint, load_config, save_checkpoint
 
 
@@ -124,17 +126,21 @@ class Run:
         c = self.c
         tokenizer = data.load_tokenizer(self.source, c.add_eos)
         tokenizer.check_fits(self.original.vocab_size)
+        check_export(self.source, tokenizer)
 
-        def open_stream(s) -> data.Stream:
-            specs = getattr(c, f"{s.name}_data")
-            corpus = data.tokenize(specs, tokenizer, c.cache_dir, s.name, c.skip_bad_lines)
-            only_long = (c.min_doc_len, c.length_upsample) if s.name == "long" else ()
-            return data.Stream(corpus, s.name, c.seed, s.batch, s.seq_len, *only_long)
+        def tokenize() -> list[data.Corpus]:
+            specs = ((getattr(c, f"{name}_data"), name) for name in streams)
+            options = tokenizer, c.cache_dir
+            return [data.tokenize(x, *options, name, c.skip_bad_lines) for x, name in specs]
 
         if self.processes.size > 1:
-            self.once(lambda: [open_stream(s) for s in streams.values()] and None)
-        for s in streams.values():
-            s.text = open_stream(s)
+            self.once(lambda: tokenize() and None)
+        corpora = tokenize()
+        data.share_held_out(corpora)
+        self.once(lambda: self.check_text(tokenizer))
+        for s, corpus in zip(streams.values(), corpora, strict=True):
+            only_long = (c.min_doc_len, c.length_upsample) if s.name == "long" else ()
+            s.text = data.Stream(corpus, s.name, c.seed, s.batch, s.seq_len, *only_long)
             print(s.text.describe(s.micro * len(s.steps)))
         self.record = {
             "data": {name: s.text.corpus.fingerprint for name, s in streams.items()},
@@ -145,6 +151,15 @@ class Run:
         self.record["code"] = states.code_fingerprints()
         self.record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
         return tokenizer
+
+    def check_text(self, tokenizer) -> None:
+        """Refuse, before any step, an export that would tokenise this run's text otherwise."""
+        c, n = self.c, 0
+        for name in self.streams:
+            specs = getattr(c, f"{name}_data")
+            texts = beginnings(specs, c.cache_dir, c.skip_bad_lines)
+            n += check_export(self.source, tokenizer, texts)
+        print(f"the export's tokenizer makes the same {n:,} tokens of this text's beginnings")
 
     def load(self, theta=None, scaling=None, whole: bool = False) -> Llama:
         """The checkpoint's model, its rotary rescaled; over many processes in shards, or whole."""

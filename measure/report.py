@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 import data
 from measure.evaluate import position_losses, short_text_drift, table
 from model import Llama
@@ -13,7 +15,7 @@ def report(c, streams: dict, teacher: Llama, student: Llama, code_changes: list[
     c: the run's Config. streams: as longred.plan_streams has them. code_changes: {"after_step",
     "files"} of each time the run went on with other code than it began with.
     """
-    texts = held_out_texts(c)
+    texts = held_out_texts(c, streams)
     rows, curves = {}, {}
     for name, model in (("original", teacher), (c.method, student)):
         row = rows[name] = {}
@@ -46,8 +48,12 @@ def report(c, streams: dict, teacher: Llama, student: Llama, code_changes: list[
     return {"rows": rows, "long loss in 32 parts": curves, "tokens": tokens}
 
 
-def held_out_texts(c) -> dict:
-    """{"short": (n, original_len + 1) ids, "long": (n, target_len + 1)}, what there is of them."""
+def held_out_texts(c, streams: dict) -> dict:
+    """{"short": (n, original_len + 1) ids, "long": (n, target_len + 1)}, what there is of them.
+
+    Of a text that was no stream of the run too, nothing that one of its streams trained on, as far
+    as those gave a document's end.
+    """
     tokenizer, texts = data.load_tokenizer(c.ckpt, c.add_eos), {}
     for name, specs, seq_len in (
         ("short", c.short_data, c.original_len),
@@ -55,7 +61,12 @@ def held_out_texts(c) -> dict:
     ):
         quiet = dict(skip_bad_lines=c.skip_bad_lines, log=lambda line: None)
         try:
-            corpus = data.tokenize(specs, tokenizer, c.cache_dir, name, **quiet)
+            if name in streams:
+                corpus = streams[name].text.corpus
+            else:
+                corpus = data.tokenize(specs, tokenizer, c.cache_dir, name, **quiet)
+                tails = [s.text.corpus.ends_held_out() for s in streams.values()]
+                corpus.elsewhere = np.unique(np.concatenate(tails))
             ids = data.held_out(corpus, max(1, c.eval_tokens // seq_len), seq_len)
             texts[name] = ids.to(c.device)
         except ValueError as e:
