@@ -6,10 +6,14 @@
     uniform_positions(), cream_positions() ... -> (B, T) position ids: T tokens spread over a window
                                                   of target_len positions
 
-The held-out part is never trained on:
-    with 100 documents or more, a document is held out when the checksum of its text is a multiple
-        of 20: about 1 in 20, the same document in every stream, copies of it included;
-    with fewer, the last twentieth of the tokens of every document.
+The held-out part is never trained on, in any stream, and never more than a tenth of a text:
+    a document is held out whole when the checksum of its text is a multiple of 20, about 1 in 20,
+        the same in every stream, copies of it included;
+    a document (its copies counted in) of more than a tenth of a text gives only its end, and so
+        does one that would make the held-out part larger than that, and, where nothing else is
+        held out, every document: the last twentieth of its tokens, a place that its content fixes;
+    of a document of LONG tokens or more that is not held out whole no stream reads its end, since
+        another may hold it out. Streams of one run tell each other the rest: `share_held_out`.
 """
 
 import zlib
@@ -25,7 +29,7 @@ if TYPE_CHECKING:
     from machine.tokenizer import Tokenizer
     from model import Documents
 
-SPLIT_BY_DOCUMENT = 100  # documents: with fewer, each gives its end to the held-out part
+LONG = 4096  # tokens of a document whose end is never trained on
 
 # ---------------------------------------------------------------------------- from text to tokens
 
@@ -68,14 +72,37 @@ class Corpus:
     name: str
     tokens: np.ndarray  # (n_tokens,) uint16 or uint32
     doc_starts: np.ndarray  # (n_docs + 1,) int64, the last one is n_tokens
-    doc_checksums: np.ndarray  # (n_docs,) int64, crc32 of the text
+    doc_checksums: np.ndarray  # (n_docs,) int64, crc32 of the whole text
     doc_sources: np.ndarray  # (n_docs,) int64, which of the specs
     fingerprint: str
     folder: Path
+    elsewhere: np.ndarray | None = None  # checksums of which another stream holds the end out
 
     @property
     def n_docs(self) -> int:
         return len(self.doc_checksums)
+
+    def _sides(self) -> tuple[np.ndarray, np.ndarray]:
+        """(held out whole, gives its end): (n_docs,) bool each, by the rule above."""
+        lengths, tenth = np.diff(self.doc_starts), len(self.tokens) / 10
+        kinds, kind = np.unique(self.doc_checksums, return_inverse=True)
+        size = np.bincount(kind, weights=lengths, minlength=len(kinds))  # copies counted in
+        end = size > tenth
+        if self.elsewhere is not None:
+            end |= np.isin(kinds, self.elsewhere)
+        whole = (kinds % 20 == 0) & ~end
+        # Of those that would be too much together the largest checksums give their ends.
+        room = tenth - np.sum(size[end | whole]) / 20
+        order = np.flatnonzero(whole)
+        over = order[np.cumsum(size[order]) > room]
+        whole[over], end[over] = False, True
+        if not size[whole].any() and not (size[end] >= 20).any():
+            end[:] = True
+        return whole[kind], end[kind]
+
+    def ends_held_out(self) -> np.ndarray:
+        """Checksums of the documents that give their ends: what other streams must know."""
+        return np.unique(self.doc_checksums[self._sides()[1]])
 
     def segments(self, held_out=False, min_doc_len=0) -> tuple[np.ndarray, np.ndarray]:
         """Where the training part lies, or the held-out part: (starts, lengths), one per document.
@@ -84,16 +111,40 @@ class Corpus:
         under min_doc_len tokens count as nothing.
         """
         starts, lengths = self.doc_starts[:-1], np.diff(self.doc_starts)
-        if self.n_docs >= SPLIT_BY_DOCUMENT:
-            out = self.doc_checksums % 20 == 0
-            if not out.any():  # 1 chance in 170 at 100 documents
-                out = self.doc_checksums == self.doc_checksums.min()
-            size = np.where(out == held_out, lengths, 0)
+        whole, end = self._sides()
+        tail = np.where(end, lengths // 20, 0)
+        if held_out:
+            size = np.where(whole, lengths, tail)
+            starts = starts + lengths - size
         else:
-            tail = lengths // 20
-            starts = starts + lengths - tail if held_out else starts
-            size = tail if held_out else lengths - tail
+            unread = np.where(end | (lengths >= LONG), lengths // 20, 0)
+            size = np.where(whole, 0, lengths - unread)
         return starts, np.where(lengths >= min_doc_len, size, 0)
+
+    def describe_held_out(self) -> str:
+        """What is held out, for the log and for a refusal."""
+        whole, end = self._sides()
+        _, held = self.segments(held_out=True)
+        parts = [f"{whole.sum():,} whole documents"] if whole.any() else []
+        parts += [f"the ends of {end.sum():,}"] if held[end].any() else []
+        return f"{held.sum():,} held out: {' and '.join(parts) or 'nothing'}"
+
+
+def share_held_out(corpora: list[Corpus]) -> None:
+    """Tell the streams of one run which documents' ends each of them holds out.
+
+    What is held out of one is then trained on in none: where a document gives its end in one
+    stream, it does so in all, and is held out whole in none. Settled in as many rounds as it takes,
+    since a document that stays in one stream leaves room for another.
+    """
+    known = np.empty(0, np.int64)
+    while True:
+        found = np.unique(np.concatenate([known, *(c.ends_held_out() for c in corpora)]))
+        for corpus in corpora:
+            corpus.elsewhere = found
+        if len(found) == len(known):
+            return
+        known = found
 
 
 # ---------------------------------------------------------------------------- streams
@@ -160,8 +211,9 @@ class Stream:
         if self.n_sequences < 1:
             only = f" in documents of at least {self.min_doc_len:,}" if self.min_doc_len else ""
             raise ValueError(
-                f"{self.name}: text too short: {n_tokens:,} tokens to train on{only}, one sequence "
-                f"needs {self.seq_len + 1:,}; add text or train on shorter sequences"
+                f"{self.name}: text too short: {n_tokens:,} tokens to train on{only} "
+                f"({self.corpus.describe_held_out()}), one sequence needs {self.seq_len + 1:,}; "
+                "add text or train on shorter sequences"
             )
         self._order = (-1, np.empty(0, np.int64))  # the order of one epoch, a pure function of it
 
@@ -198,17 +250,15 @@ class Stream:
     def describe(self, n_batches: int) -> str:
         """What a run of n_batches reads: documents, tokens, their lengths, epochs; for the log."""
         lengths = np.diff(self.packed_ends, prepend=0)
-        _, held = self.corpus.segments(held_out=True)
         edges = {"<1K": 1 << 10, "<4K": 1 << 12, "<16K": 1 << 14, "<32K": 1 << 15, "<128K": 1 << 17}
         edges["longer"] = 1 << 62
         share = np.histogram(lengths, [0, *edges.values()], weights=lengths)[0] / lengths.sum()
         spread = ", ".join(f"{n} {s:.0%}" for n, s in zip(edges, share, strict=True) if s)
-        how = "by document" if self.corpus.n_docs >= SPLIT_BY_DOCUMENT else "at documents' ends"
         n, epochs = n_batches * self.batch_size, n_batches * self.batch_size / self.n_sequences
         many = f"\nWARNING {self.name}: the same text {epochs:.1f} times over; add more text"
         return (
             f"{self.name}: {len(lengths):,} documents, {lengths.sum():,} tokens to train on, "
-            f"{held.sum():,} held out {how}; tokens by length of document: {spread}; "
+            f"{self.corpus.describe_held_out()}; tokens by length of document: {spread}; "
             f"{n:,} sequences of {self.seq_len:,} are {epochs:.2f} epochs"
         ) + (many if epochs > 4 else "")
 
@@ -293,8 +343,9 @@ def held_out(corpus: Corpus, n_sequences: int, seq_len: int) -> torch.Tensor:
     n = min(n_sequences, n_tokens // (seq_len + 1))
     if n < 1:
         raise ValueError(
-            f"{corpus.name}: {n_tokens:,} held-out tokens, one sequence needs {seq_len + 1:,}; "
-            "add text (a twentieth is held out) or evaluate at a shorter length"
+            f"{corpus.name}: {n_tokens:,} held-out tokens, one sequence needs {seq_len + 1:,} "
+            f"({corpus.describe_held_out()}); add text (about a twentieth is held out) or evaluate "
+            "at a shorter length"
         )
     offsets = np.linspace(0, n_tokens - seq_len - 1, n).astype(np.int64)
     read = (_read(corpus.tokens, starts, packed_ends, int(i), seq_len + 1) for i in offsets)

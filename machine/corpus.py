@@ -16,6 +16,8 @@ A document is stored as [BOS] + tokens + [EOS]:
 
 import codecs
 import contextlib
+import csv
+import errno
 import fnmatch
 import glob
 import gzip
@@ -32,16 +34,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
 from data import Corpus
+from machine.checkpoints import LFS, LFS_REMEDY
 from machine.tokenizer import Tokenizer, optional
 
-FORMAT = 2  # part of the cache key: raise it when the files' layout or the cutting rule changes
+FORMAT = 3  # part of the cache key: raise it when the files' layout or the cutting rule changes
 PIECE = 1 << 14  # characters: longer documents go to the tokenizer in pieces, for speed and memory
 LONGEST_PIECE = 1 << 16  # without a safe cut an unsafe one is made: a million blanks kill tiktoken
 BATCH = 1 << 20  # characters handed to the tokenizer at once; it has two batches in hand
@@ -71,7 +76,7 @@ class File:
     path: str  # on disk, or inside its hub dataset; kind "rows": the dataset's name
     source: int  # index of the spec that named it
     column: str  # field of a record that holds the text
-    kind: str  # text | jsonl | parquet | rows (of a hub dataset, streamed)
+    kind: str  # text | jsonl | json | csv | tsv | parquet | rows (of a hub dataset, streamed)
     fingerprint: str = ""
     stat: tuple = ()  # size, mtime, ctime, device and inode before it was read; hub: size
     hub: tuple = ()  # (dataset, commit): fetched when it is read; rows: also config and split
@@ -82,20 +87,23 @@ class Piece:
     text: str
     first: bool  # of its document
     last: bool
-    checksum: int  # of its document's first piece
+    checksum: int  # of its document up to its end
     source: int
     position: int  # bytes of all files read before its end, for the progress bar
 
 
 def _kind(path: str) -> str:
-    found = re.search(r"\.(jsonl|ndjson|parquet|json(?=\.))(\.gz|\.zst)?$", path.lower())
-    return "text" if not found else "parquet" if found[1] == "parquet" else "jsonl"
+    found = re.search(r"\.(jsonl|ndjson|parquet|json|csv|tsv)(\.gz|\.zst)?$", path.lower())
+    return "text" if not found else {"ndjson": "jsonl"}.get(found[1], found[1])
 
 
-def find_files(specs: list[str], remembered: dict) -> list[File]:
+def find_files(
+    specs: list[str], remembered: dict, log: Callable[[str], None] = print
+) -> list[File]:
     """Specs -> the files they name, sorted, each file once.
 
-    specs: a file, a folder (all files below it, hidden ones left out), a glob, or
+    specs: a file, a folder (all files below it, hidden ones left out; of a downloaded dataset its
+        train split alone, which is listed), a glob, or
         hf:owner/name[/config][:split]: a dataset of the Hugging Face hub, where config is a folder,
         file or glob in it and split a word of the file names ("train" unless told, where there is
         such); each may end in #column, the field of records to read ("text" unless told).
@@ -113,8 +121,17 @@ def find_files(specs: list[str], remembered: dict) -> list[File]:
                 found.setdefault(key, File(name, source, column, kind, key, (size,), tuple(hub)))
             continue
         path = os.path.expanduser(path)
-        path = f"{glob.escape(path)}/**" if os.path.isdir(path) else path
-        paths = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+        if os.path.isdir(path):
+            paths = _train_split(path, sorted(glob.glob(f"{glob.escape(path)}/**", recursive=True)))
+            if paths.left_out:
+                log(paths.say())
+            paths = paths.read
+        else:
+            paths = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise ValueError(
+                f"{spec} is a pipe or a device; text is read twice: write it to a file"
+            )
         stats = {p: _stat(p) for p in paths if os.path.isfile(p)}
         # An empty file among others is no fault.
         full = {p: stat for p, stat in stats.items() if stat[0]}
@@ -154,13 +171,58 @@ def _choose(names: list[str], config: str, split: str) -> list[str]:
     if exact := fnmatch.filter(names, config):
         return sorted(exact)
     names = [n for n in names if _kind(n) != "text" and (not config or f"/{config}/" in f"/{n}")]
+    names = [n for n in names if os.path.basename(n) not in CARDS]
     in_split = re.compile(rf"(^|[/_.-]){split or 'train'}([/_.-]|$)")
     return sorted(filter(in_split.search, names)) or ([] if split else sorted(names))
 
 
+# What describes a dataset, beside its files.
+CARDS = "README.md dataset_infos.json dataset_info.json dataset_dict.json state.json".split()
+OTHER_SPLIT = re.compile(r"(^|[/_.-])(test|valid|validation|dev|eval|val)([/_.-]|$)")
+
+
+class FilesOf(NamedTuple):
+    """Of a folder: the files that are read, and those left out."""
+
+    folder: str
+    read: list[str]
+    left_out: list[str]
+
+    def say(self) -> str:
+        read, left_out = (
+            f"{', '.join(os.path.relpath(p, self.folder) for p in some[:8])}"
+            f"{f' and {len(some) - 8} more' if len(some) > 8 else ''}"
+            for some in (self.read, self.left_out)
+        )
+        return (
+            f"{self.folder} is a dataset's folder: reading its train split, {read}; left out: "
+            f"{left_out} (name files or a glob to read them)"
+        )
+
+
+def _train_split(folder: str, paths: list[str]) -> FilesOf:
+    """A folder's files; of a downloaded dataset repository, told by its card or its splits, those
+    of the train split, or all of its data where no name speaks of one."""
+    files = [p for p in paths if os.path.isfile(p)]
+    names = [os.path.relpath(p, folder) for p in files]
+    data = [n for n in names if _kind(n) != "text" and os.path.basename(n) not in CARDS]
+    train = _choose(names, "", "train")
+    cards = any(os.path.basename(n) in CARDS for n in names)
+    if not data or not (cards or (train and any(map(OTHER_SPLIT.search, data)))):
+        return FilesOf(folder, files, [])
+    chosen = set(train or data)
+    by_name = zip(names, files, strict=True)
+    read = [p for n, p in by_name if n in chosen]
+    return FilesOf(folder, read, [p for p in files if p not in set(read)])
+
+
 def _decoded(stream, path: str, digest=None) -> Iterator[str]:
-    """UTF-8 text of a stream, whose bytes also go into digest; ValueError at what is not text."""
+    """UTF-8 text of a stream, its lines ended by a newline alone, as Python's open reads it.
+
+    The bytes also go into digest. Raises ValueError at what is not text.
+    """
     decoder, offset, block = codecs.getincrementaldecoder("utf-8-sig")(), 0, b" "
+    decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
     while block:
         block = stream.read(1 << 20)
         if digest:
@@ -175,6 +237,44 @@ def _decoded(stream, path: str, digest=None) -> Iterator[str]:
                 "latin1 -t utf-8), name files by a glob without it, or pass --skip_bad_lines"
             ) from error
         offset += len(block)
+
+
+# How files begin that are no text, and what helps.
+MAGIC = {
+    LFS: f"is {LFS_REMEDY}",
+    b"\xff\xfe": "is UTF-16 text; convert it: iconv -f utf-16 -t utf-8",
+    b"\xfe\xff": "is UTF-16 text; convert it: iconv -f utf-16 -t utf-8",
+    b"\xfd7zXZ\0": "is packed by xz; unpack it: xz -d",
+    b"BZh": "is packed by bzip2; unpack it: bunzip2",
+    b"PK\x03\x04": "is a zip archive; unpack it: unzip",
+    b"7z\xbc\xaf\x27\x1c": "is a 7z archive; unpack it: 7z x",
+    b"%PDF": "is a PDF; extract its text first: pdftotext",
+    b"ARROW1": "is an Arrow file; convert it: datasets.load_from_disk(FOLDER).to_parquet(...)",
+    b"\xff\xff\xff\xff": "is an Arrow stream; convert it: "
+    "datasets.Dataset.from_file(FILE).to_parquet(...)",
+}
+# Read where the name says so.
+BY_NAME = {
+    b"\x1f\x8b": ("packed by gzip", (".gz",)),
+    b"\x28\xb5\x2f\xfd": ("packed by zstd", (".zst",)),
+    b"PAR1": ("a parquet file", (".parquet", ".parquet.gz", ".parquet.zst")),
+}
+
+
+def _refuse_other(path: str) -> None:
+    """ValueError with the remedy that helps for a file of a kind that is not read."""
+    with open(path, "rb") as stream:
+        head, name = stream.read(64), path.lower()
+    for magic, said in MAGIC.items():
+        if head.startswith(magic):
+            raise ValueError(f"{path} {said}")
+    for magic, (kind, ends_in) in BY_NAME.items():
+        if head.startswith(magic) and not name.endswith(ends_in):
+            raise ValueError(f"{path} is {kind}; let its name end in {ends_in[0]}, or unpack it")
+    if head[1::2].count(0) > len(head) // 4 or head[0::2].count(0) > len(head) // 4:
+        order = "le" if head[1::2].count(0) > head[0::2].count(0) else "be"
+        if all(b for b in (head[0::2] if order == "le" else head[1::2])):
+            raise ValueError(f"{path} is UTF-16 text; convert it: iconv -f utf-16{order} -t utf-8")
 
 
 def _split(blocks: Iterable[str], cut: re.Pattern | None) -> Iterator[tuple[str, bool]]:
@@ -195,6 +295,35 @@ def _split(blocks: Iterable[str], cut: re.Pattern | None) -> Iterator[tuple[str,
         yield rest, True
 
 
+class Zstd(io.RawIOBase):
+    """The bytes in a .zst file, frame after frame; EOFError where it ends inside one.
+
+    Frames of `zstd --long=31` are read too: they ask for 2 GiB of memory at most.
+    """
+
+    def __init__(self, raw, path: str):
+        self.raw, self.frame, self.packed, self.ready = raw, None, b"", b""
+        self.unpacker = optional("zstandard", path).ZstdDecompressor(max_window_size=1 << 31)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self.ready:
+            self.packed = self.packed or self.raw.read(1 << 17)
+            if not self.packed:
+                if self.frame:
+                    raise EOFError("it ends inside a zstd frame")
+                return 0
+            self.frame = self.frame or self.unpacker.decompressobj()
+            self.ready, self.packed = self.frame.decompress(self.packed), b""
+            if self.frame.eof:
+                self.frame, self.packed = None, self.frame.unused_data
+        n = min(len(buffer), len(self.ready))
+        buffer[:n], self.ready = self.ready[:n], self.ready[n:]
+        return n
+
+
 @contextlib.contextmanager
 def _open(file: File):
     """(stream of decompressed bytes, raw stream whose position tells the progress)"""
@@ -212,16 +341,27 @@ def _open(file: File):
         if name.endswith(".gz"):
             yield gzip.GzipFile(fileobj=raw), raw
         elif name.endswith(".zst"):
-            unpacker = optional("zstandard", path).ZstdDecompressor()
-            yield io.BufferedReader(unpacker.stream_reader(raw, read_across_frames=True)), raw
+            yield io.BufferedReader(Zstd(raw, path), 1 << 20), raw
         else:
             yield raw, raw
 
 
 def _records(file: File, stream) -> Iterator[bytes | dict]:
-    """Records of a file: lines of JSON, still to be parsed, or dicts."""
+    """Records of a file: lines of JSON, still to be parsed, or what was parsed."""
     if file.kind == "jsonl":
         yield from stream
+    elif file.kind == "json":
+        yield from _json_records(stream)
+    elif file.kind in ("csv", "tsv"):
+        csv.field_size_limit(1 << 30)
+        lines = io.TextIOWrapper(stream, "utf-8-sig", newline="")
+        rows = csv.DictReader(lines, delimiter="," if file.kind == "csv" else "\t", strict=True)
+        if file.column not in (rows.fieldnames or []):
+            raise ValueError(
+                f"{file.path}: no column {file.column!r} among {str(rows.fieldnames)[:100]}; "
+                "try PATH#COLUMN"
+            )
+        yield from rows
     elif file.kind == "parquet":
         table = optional("pyarrow.parquet", file.path).ParquetFile(stream)
         columns = [file.column] if file.column in table.schema_arrow.names else None
@@ -234,6 +374,40 @@ def _records(file: File, stream) -> Iterator[bytes | dict]:
         )
 
 
+def _json_records(stream) -> Iterator[bytes | object]:
+    """Records of a .json file: its lines, where the first is one, else the values in it.
+
+    Values may stand in one array, one after another, or be a single one over many lines.
+    """
+    first = stream.readline()
+    while first and not first.strip():
+        first = stream.readline()
+    with contextlib.suppress(ValueError):
+        if isinstance(json.loads(first.removeprefix(codecs.BOM_UTF8)), dict):
+            yield first.removeprefix(codecs.BOM_UTF8)
+            yield from stream
+            return
+    decoder, text = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
+    blocks = itertools.chain([first], iter(lambda: stream.read(1 << 20), b""), [None])
+    rest, gap, wanted = "", re.compile(r"[\s,\[\]]*"), 0
+    for block in blocks:
+        rest += text.decode(block or b"", final=block is None)
+        if len(rest) < wanted and block is not None:
+            continue
+        start = gap.match(rest).end()
+        while start < len(rest):
+            try:
+                value, start = decoder.raw_decode(rest, start)
+            except ValueError:
+                if block is None:
+                    raise
+                break
+            yield value
+            start = gap.match(rest, start).end()
+        rest = rest[start:]
+        wanted = 2 * len(rest)  # a value of many blocks is not tried at each of them
+
+
 def _documents(file: File, stream, skip_bad: bool) -> Iterator[Iterable[str] | None]:
     """Texts of a file, in blocks; None for a record left out because it is none."""
     if file.kind == "text":
@@ -242,13 +416,15 @@ def _documents(file: File, stream, skip_bad: bool) -> Iterator[Iterable[str] | N
     for number, record in enumerate(_records(file, stream), 1):
         try:
             if isinstance(record, bytes):
+                if number == 1 and record.startswith(codecs.BOM_UTF8):
+                    record = record.removeprefix(codecs.BOM_UTF8)
                 record = json.loads(record) if record.strip() else {file.column: ""}
             text = record.get(file.column) if isinstance(record, dict) else None
             if text is None:
                 raise ValueError(f"no {file.column!r} in {str(record)[:60]}...; try PATH#FIELD")
             text.encode()  # half a surrogate pair is legal JSON and not text
             yield [text]
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             if not skip_bad:
                 raise ValueError(
                     f"{file.path}:{number}: not a record with text ({error}); mend it, or leave "
@@ -258,7 +434,8 @@ def _documents(file: File, stream, skip_bad: bool) -> Iterator[Iterable[str] | N
 
 
 def _pieces(files: list[File], cut, skip_bad: bool, count: dict) -> Iterator[Piece]:
-    """Documents in order, as pieces. count["bad"] goes up with every record left out."""
+    """Documents in order, as pieces. count["bad"] goes up with every record left out, count["cr"]
+    with every document that holds carriage returns: records keep theirs."""
     before = 0  # bytes in files read
     for file in files:
         try:
@@ -267,17 +444,35 @@ def _pieces(files: list[File], cut, skip_bad: bool, count: dict) -> Iterator[Pie
                     if document is None:
                         count["bad"] += 1
                         continue
-                    checksum = None
+                    checksum, first, returns = 0, True, False
                     for text, last in _split(document, cut):
-                        first = checksum is None
-                        checksum = zlib.crc32(text.encode()) if first else checksum
+                        checksum = zlib.crc32(text.encode(), checksum)
+                        returns |= "\r" in text
                         position = before + (raw.tell() if raw else 0)
                         yield Piece(text, first, last, checksum, file.source, position)
+                        first = False
+                    count["cr"] += returns
         except Exception as error:  # every reader has its own
             if type(error) is ValueError:  # ours, with file and remedy
                 raise
             raise ValueError(f"cannot read {file.path}: {error}; fetch or leave it out") from error
         before += file.stat[0]
+
+
+def beginnings(
+    specs: list[str], cache_dir: str | Path, skip_bad: bool = False, most: int = 200
+) -> list[str]:
+    """The first 2,000 characters of up to `most` documents, taken evenly from the specs' files."""
+    memo = _read_memo(Path(cache_dir) / "seen_files.json")
+    files = find_files(specs, memo, lambda line: None)
+    chosen = files[:: max(1, len(files) // 20)]
+    each, texts = -(-most // len(chosen)), []
+    for file in chosen:
+        with contextlib.suppress(ValueError):  # what cannot be read is told when all is read
+            pieces = _pieces([file], None, skip_bad, {"bad": 0, "cr": 0})
+            firsts = (piece.text[:2000] for piece in pieces if piece.first)
+            texts += itertools.islice(firsts, each)
+    return texts[:most]
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -321,6 +516,7 @@ def _fingerprint(files: list[File], seen: dict, skip_bad: bool, log: Callable) -
         if not file.hub:
             path = os.path.abspath(file.path)
             try:
+                _refuse_other(path)
                 if seen.get(path, [])[:-1] != list(file.stat):
                     seen[path] = [*file.stat, _hash(file)]
             except ValueError as error:
@@ -373,9 +569,9 @@ def tokenize(
     cache_dir, seen_path = Path(cache_dir), Path(cache_dir) / "seen_files.json"
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        seen = _read_json(seen_path)
+        seen = _read_memo(seen_path)
         known = str(seen)
-        files = _fingerprint(find_files(specs, seen), seen, skip_bad_lines, log)
+        files = _fingerprint(find_files(specs, seen, log), seen, skip_bad_lines, log)
         if str(seen) != known:
             _write_atomic(seen_path, seen)
         key = [FORMAT, PIECE, skip_bad_lines, tokenizer.fingerprint]
@@ -391,19 +587,41 @@ def tokenize(
                 meta = meta or _build(folder, files, tokenizer, name, skip_bad_lines, log)
         tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
         records = np.fromfile(folder / "documents.bin", dtype=np.int64).reshape(-1, 3)
+    except Damaged as error:
+        raise ValueError(f"{name}: {error}") from None
     except OSError as error:
-        raise ValueError(
-            f"{name}: {error}; if the disk is full, free about half the text's size in {cache_dir} "
-            "and run again: it goes on where it stopped"
-        ) from error
-    left_out = f"; {meta['bad']} bad records left out" if meta["bad"] else ""
+        advice = "; mend that and run again: it goes on where it stopped"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            advice = (
+                f"; the disk is full, free about half the text's size in {cache_dir} and run again:"
+                " it goes on where it stopped"
+            )
+        raise ValueError(f"{name}: {error}{advice}") from error
+    left_out = f"; {meta['bad']:,} bad records left out" if meta["bad"] else ""
+    left_out += f"; {meta['cr']:,} documents keep their carriage returns" if meta["cr"] else ""
     log(f"{name}: {len(records):,} documents, {len(tokens):,} tokens in {folder}{left_out}")
     starts = np.append(0, records[:, 0])
     return Corpus(name, tokens, starts, records[:, 1], records[:, 2], fingerprint, folder)
 
 
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _read_memo(path: Path) -> dict:
+    """seen_files.json, without the entries that are damaged: a memo may be lost, never fatal."""
+    try:
+        memo = json.loads(path.read_text(encoding="utf-8"))
+        return {key: value for key, value in memo.items() if _is_memo(key, value)}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
+
+
+def _is_memo(key: str, value: object) -> bool:
+    """Of a local file: size, times, device, inode, fingerprint; of a hub spec: its files."""
+    if not isinstance(value, list):
+        return False
+    if key.startswith("hf:"):
+        rows = [isinstance(v, list) and len(v) in (4, 6) and type(v[1]) is int for v in value]
+        return bool(rows) and all(rows) and all(isinstance(x, str) for v in value for x in v[2:])
+    *numbers, fingerprint = value or [None]
+    return isinstance(fingerprint, str) and all(type(v) is int for v in numbers)
 
 
 def _write_atomic(path: Path, content: dict) -> None:
@@ -417,16 +635,51 @@ def _write_atomic(path: Path, content: dict) -> None:
 
 
 def _complete(folder: Path, log: Callable = lambda _: None) -> dict | None:
-    """The cache's description if it is whole, None if it is to be built."""
+    """The cache's description if it is whole, None if it is to be built: cut short, or unknown.
+
+    All of it is read once in a process and compared with the checksums in meta.json, about 1 s a GB
+    from memory. Raises ValueError for other bytes in a file of the right size.
+    """
     try:
         meta = json.loads((folder / "meta.json").read_text())
         if all(os.path.getsize(folder / name) == meta[name] for name in FILES):
-            return meta
-    except (OSError, ValueError, KeyError):
+            stats = tuple(_stat(folder / name) for name in FILES)
+            if meta["dtype"] in DTYPES and len(meta["checksums"]) == len(FILES):
+                return _same_bytes(folder, stats, meta)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     if folder.is_dir():
         log(f"{folder} is damaged: building it anew")
     return None
+
+
+DTYPES = "uint16", "uint32"
+
+
+class Damaged(Exception):
+    """A cache's bytes are not those that were written."""
+
+
+def _same_bytes(folder: Path, stats: tuple, meta: dict) -> dict:
+    if _checksums(folder, stats) != meta["checksums"]:
+        raise Damaged(
+            f"{folder} is damaged: its bytes are not those that were written, by its checksums; "
+            f"look after that disk, then remove the folder, and the text is tokenised anew"
+        )
+    return meta
+
+
+@lru_cache(64)
+def _checksums(folder: Path, stats: tuple) -> list[int]:
+    """crc32 of each file of a cache, as it was at `stats`."""
+    found = []
+    for name in FILES:
+        checksum = 0
+        with open(folder / name, "rb") as stream:
+            while block := stream.read(1 << 22):
+                checksum = zlib.crc32(block, checksum)
+        found.append(checksum)
+    return found
 
 
 def _build(folder, files, tokenizer, name, skip_bad, log) -> dict:
@@ -434,15 +687,14 @@ def _build(folder, files, tokenizer, name, skip_bad, log) -> dict:
     part, began = Path(f"{folder}.part"), time.perf_counter()
     part.mkdir(exist_ok=True)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    fresh = {file: 0 for file in FILES} | {"dtype": dtype, "pieces": 0, "bad": 0}  # bytes, counts
+    fresh = dict.fromkeys(FILES, 0) | {"checksums": [0, 0], "dtype": dtype}  # bytes
+    fresh |= {"pieces": 0, "bad": 0, "cr": 0}
     total, item = sum(file.stat[0] for file in files), np.dtype(dtype).itemsize
     with contextlib.ExitStack() as stack:
         bar = tqdm(None, f"tokenising {name}", total, unit="B", unit_scale=True, disable=None)
         stack.enter_context(bar)
         streams = {file: stack.enter_context(open(part / file, "ab")) for file in FILES}
-        state = _read_json(part / "meta.json") or fresh
-        if any(stream.tell() < state[file] for file, stream in streams.items()):
-            state = fresh
+        state = _unfinished(part, fresh)
         for file, stream in streams.items():
             stream.truncate(state[file])  # what a killed run wrote after its last shard
         if state[FILES[0]]:
@@ -456,7 +708,7 @@ def _build(folder, files, tokenizer, name, skip_bad, log) -> dict:
 
         # What was tokenised is read again and dropped, plain text 100 times as fast as one core
         # tokenises it.
-        state["bad"] = 0
+        state["bad"] = state["cr"] = 0
         pieces = _pieces(files, tokenizer.cut, skip_bad, state)
         pieces = itertools.islice(pieces, state["pieces"], None)
         size = 0  # characters
@@ -481,6 +733,27 @@ def _build(folder, files, tokenizer, name, skip_bad, log) -> dict:
     return state
 
 
+def _unfinished(part: Path, fresh: dict) -> dict:
+    """How far an interrupted build has come, by its meta.json; `fresh` if that cannot be true.
+
+    Of what it wrote the checksum is compared too.
+    """
+    try:
+        state = json.loads((part / "meta.json").read_text())
+        if {k: type(v) for k, v in state.items()} != {k: type(v) for k, v in fresh.items()}:
+            return fresh
+        for file, checksum in zip(FILES, state["checksums"], strict=True):
+            left, found = state[file], 0
+            with open(part / file, "rb") as stream:
+                while left and (block := stream.read(min(left, 1 << 22))):
+                    left, found = left - len(block), zlib.crc32(block, found)
+            if left or found != checksum:
+                return fresh
+        return state if state["dtype"] == fresh["dtype"] else fresh
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return fresh
+
+
 def _append(batch, ids, tokenizer, state, tokens, records) -> None:
     """Write one tokenised batch: documents' tokens and, where one ends, its record."""
     parts, ended, n_tokens = [], [], state[FILES[0]] // np.dtype(state["dtype"]).itemsize
@@ -492,6 +765,9 @@ def _append(batch, ids, tokenizer, state, tokens, records) -> None:
         if piece.last:
             ended.append((n_tokens, piece.checksum, piece.source))
     flat = np.concatenate(parts, dtype=state["dtype"], casting="unsafe")
-    state[FILES[0]] += tokens.write(flat.data)
-    state[FILES[1]] += records.write(np.array(ended, dtype=np.int64).data)
+    written = flat, np.array(ended, dtype=np.int64).reshape(-1, 3)
+    for i, (stream, array) in enumerate(zip((tokens, records), written, strict=True)):
+        raw = array.tobytes()
+        state[FILES[i]] += stream.write(raw)
+        state["checksums"][i] = zlib.crc32(raw, state["checksums"][i])
     state["pieces"] += len(batch)

@@ -25,6 +25,7 @@ import data
 from machine import corpus, log, memory, plan, samples, states
 from machine.checkpoints import hf_name, open_tensors, resolve_checkpoint
 from machine.command_line import parse_args  # noqa: F401, for longred.py
+from machine.corpus import beginnings
 from machine.keeper import Keeper, refuse_taken
 from machine.log import outlive_readers  # noqa: F401, for longred.py
 from machine.many import Processes, after_restart, whole_number
@@ -41,6 +42,7 @@ from machine.settings import (  # noqa: F401, for longred.py
     rope_scaling,
     source_shares,
 )
+from machine.tokenizer import check_export
 from model import Documents, Llama, load_checkpoint, load_config, save_checkpoint
 
 
@@ -171,22 +173,32 @@ class Run:
         c = self.c
         tokenizer = data.load_tokenizer(self.source, c.add_eos)
         tokenizer.check_fits(self.original.vocab_size)
+        check_export(self.source, tokenizer)
 
-        def open_stream(s) -> data.Stream:
-            specs = getattr(c, f"{s.name}_data")
-            text = self.own_text(specs, tokenizer)
-            corpus = data.tokenize(text, tokenizer, c.cache_dir, s.name, c.skip_bad_lines)
+        def tokenize() -> list[data.Corpus]:
+            texts = [self.own_text(getattr(c, f"{name}_data"), tokenizer) for name in streams]
+            options = tokenizer, c.cache_dir
+            return [
+                data.tokenize(text, *options, name, c.skip_bad_lines)
+                for text, name in zip(texts, streams, strict=True)
+            ]
+
+        def open_stream(s, tokens: data.Corpus) -> data.Stream | data.Mixture:
             only_long = (c.min_doc_len, c.length_upsample) if s.name == "long" else (0, 1.0)
-            settings = corpus, s.name, c.seed, s.batch, s.seq_len, *only_long
+            settings = tokens, s.name, c.seed, s.batch, s.seq_len, *only_long
+            specs = getattr(c, f"{s.name}_data")
             shares = source_shares(c, specs)
             if not shares:
                 return data.Stream(*settings)
             return data.Mixture([data.Stream(*settings, i) for i in range(len(specs))], shares)
 
         if self.processes.size > 1:
-            self.once(lambda: [open_stream(s) for s in streams.values()] and None)
-        for s in streams.values():
-            s.text = open_stream(s)
+            self.once(lambda: tokenize() and None)
+        corpora = tokenize()
+        data.share_held_out(corpora)
+        self.once(lambda: self.check_text(tokenizer))
+        for s, tokens in zip(streams.values(), corpora, strict=True):
+            s.text = open_stream(s, tokens)
             print(s.text.describe(s.micro * len(s.steps)))
         self.record = {
             "data": {name: s.text.corpus.fingerprint for name, s in streams.items()},
@@ -214,6 +226,15 @@ class Run:
                 path, cost = samples.own_samples(self.c, n, *more)
                 self.own[spec] = {"file": path} | cost
         return [self.own[spec]["file"] if spec in self.own else spec for spec in specs]
+
+    def check_text(self, tokenizer) -> None:
+        """Refuse, before any step, an export that would tokenise this run's text otherwise."""
+        c, n = self.c, 0
+        for name in self.streams:
+            specs = self.own_text(getattr(c, f"{name}_data"), tokenizer)
+            texts = beginnings(specs, c.cache_dir, c.skip_bad_lines)
+            n += check_export(self.source, tokenizer, texts)
+        print(f"the export's tokenizer makes the same {n:,} tokens of this text's beginnings")
 
     def load(self, theta=None, scaling=None, whole: bool = False) -> Llama:
         """The checkpoint's model, its rotary rescaled; over many processes in shards, or whole."""

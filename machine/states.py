@@ -107,7 +107,11 @@ def weight_fingerprints(folder: Path) -> dict[str, str]:
     """{file: size and checksum of its first and last MiB} of a checkpoint's weights and config."""
     found = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".pth") or path.name in ("config.json", "params.json"):
+        named = path.suffix in (".safetensors", ".pth") or path.name in (
+            "config.json",
+            "params.json",
+        )
+        if named and path.is_file():
             size = path.stat().st_size
             with open(path, "rb") as f:
                 checksum = zlib.crc32(f.read(2**20))

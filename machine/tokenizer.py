@@ -8,17 +8,23 @@ import base64
 import functools
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import re
 import shutil
+import struct
+import subprocess
+import sys
+import tempfile
 from array import array
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from machine.checkpoints import read_json, write_json
+from machine.checkpoints import LFS_REMEDY, is_lfs_pointer, read_json, write_json
+from machine.hf_config import say_once
 
 # What may stand beside the weights, and goes along with them.
 TOKENIZER_FILES = (
@@ -37,6 +43,7 @@ class Tokenizer:
     add_bos: bool  # documents begin with bos_id
     add_eos: bool  # documents end with eos_id
     fingerprint: str  # of the tokenizer's file
+    largest: int  # of the ids that a text can become; special ones are made by nobody
     cut: re.Pattern | None = None  # where a text may be cut without changing its tokens
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -44,10 +51,11 @@ class Tokenizer:
         return [[int(i) for i in ids] for ids in self.encode(texts)]
 
     def check_fits(self, vocab_size: int) -> None:
-        """ValueError if the tokenizer can produce ids that a model's vocabulary does not hold."""
-        if self.vocab_size > vocab_size:
+        """ValueError if a document can hold ids that a model's vocabulary does not."""
+        final = self.bos_id if self.add_bos else 0, self.eos_id if self.add_eos else 0
+        if (largest := max(self.largest, *final)) >= vocab_size:
             raise ValueError(
-                f"tokenizer does not fit the model: its ids go up to {self.vocab_size - 1}, the "
+                f"tokenizer does not fit the model: its ids go up to {largest}, the "
                 f"model has {vocab_size} embeddings; use the tokenizer that came with the weights"
             )
 
@@ -55,19 +63,25 @@ class Tokenizer:
 def load_tokenizer(folder: str | Path, add_eos: bool | None = None) -> Tokenizer:
     """Read tokenizer.json or Meta's tokenizer.model from a checkpoint folder.
 
-    add_eos: whether documents end with EOS; None: where the tokenizer names one.
-    Raises: ValueError if there is neither, or it cannot be read.
+    add_eos: whether documents end with EOS; None: where the tokenizer names an end of text.
+    Raises: ValueError if there is neither, or it cannot be read, or names no EOS and one is asked.
     """
     for name, load in (("tokenizer.json", _load_json), ("tokenizer.model", _load_model)):
         path = Path(folder) / name
         if path.is_file():
+            _try_in_a_child(path)
             try:
-                tokenizer = load(path, _read_json(path.with_name("tokenizer_config.json")))
+                tokenizer = load(path, _settings(path))
             except Exception as error:  # the tokenizers library raises bare Exception
                 if type(error) is ValueError:  # ours
                     raise
                 raise ValueError(f"cannot use {path}: {error}; fetch it again") from error
             tokenizer.cut = _find_cut(tokenizer)
+            if add_eos and tokenizer.eos_id is None:
+                raise ValueError(
+                    f"--add_eos: {path} and what stands beside it name no end of text among its "
+                    "special tokens; name one as eos_token in tokenizer_config.json, or drop it"
+                )
             tokenizer.add_eos = tokenizer.add_eos if add_eos is None else add_eos
             return tokenizer
     raise ValueError(
@@ -76,8 +90,141 @@ def load_tokenizer(folder: str | Path, add_eos: bool | None = None) -> Tokenizer
     )
 
 
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+# Tried on everything that a rule of a tokenizer may speak of, a few lines of it.
+PROBE = (
+    "It's 12,345.67\n\n  \tdef f(x):  # caf\u00e9 \u4e16\u754c \U0001f600 don't  a_b-c [x] {y} <s> "
+    "\u00a0\u2581\u0627\u0644 fi\ufb01 \r\n"
+    + "".join(map(chr, range(32, 127)))
+    + "one line of many words, no end to it " * 60
+)
+CHILD = """
+import json, sys
+path, probe, sys.path[:], cpu, memory = json.loads(sys.stdin.read())
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+except (ImportError, ValueError, OSError):
+    pass
+try:
+    if path.endswith(".json"):
+        import tokenizers
+        tokenizer = tokenizers.Tokenizer.from_file(path)
+        encode = lambda text: tokenizer.encode(text).ids
+        vocabulary = tokenizer.get_vocab_size()
+    else:
+        import sentencepiece
+        coder = sentencepiece.SentencePieceProcessor(model_file=path)
+        encode, vocabulary = coder.encode, coder.vocab_size()
+    ids = encode(probe)
+    if len(ids) > 200 * len(probe):
+        sys.exit(f"it makes {len(ids):,} tokens of {len(probe)} characters")
+    if vocabulary < 1:
+        sys.exit("it has no tokens")
+except BaseException as error:
+    sys.exit(" ".join(str(error).split())[:200] or type(error).__name__)
+"""
+
+
+@functools.lru_cache(64)
+def _tried(path: Path, stat: tuple) -> str | None:
+    """What goes wrong when a process of its own, with limits, tries a tokenizer; None: nothing."""
+    cpu, memory = 15 + stat[0] // 2**21, 2**32 + 64 * stat[0]  # seconds, bytes
+    given = json.dumps([str(path), PROBE, sys.path, cpu, memory])
+    # One thread: a pool's threads cost address space, and their stacks count against the limit.
+    env = os.environ | {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-c", CHILD]
+    done = dict(input=given, capture_output=True, text=True, env=env, timeout=4 * cpu)
+    try:
+        child = subprocess.run(command, **done)
+    except subprocess.TimeoutExpired:
+        return f"it took more than {4 * cpu} s for {len(PROBE)} characters"
+    if child.returncode < 0 or child.returncode > 1:
+        return f"it ended a process ({child.returncode}) that had {memory >> 30} GiB and {cpu} s"
+    said = child.stderr.strip().splitlines() or ["it cannot be read"]
+    return said[-1][:200] if child.returncode else None
+
+
+def _try_in_a_child(path: Path) -> None:
+    """ValueError for a tokenizer that panics, hangs or expands without end: no later moment and no
+    `except` would help. Costs 0.1 s, once for a file. tiktoken's ranks are plain text."""
+    if is_lfs_pointer(path):
+        raise ValueError(f"{path} is {LFS_REMEDY}")
+    if path.suffix == ".model" and (read_ranks(path) or not _has("sentencepiece")):
+        return
+    stat = path.stat()
+    if wrong := _tried(path.resolve(), (stat.st_size, stat.st_mtime_ns, stat.st_ino)):
+        raise ValueError(f"cannot use {path}: {wrong}; fetch it again")
+
+
+def _has(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # None in its place among the modules
+        return False
+
+
+def _settings(path: Path) -> dict:
+    """What the files beside a tokenizer say: tokenizer_config.json, over special_tokens_map.json.
+
+    Under "ids" those of config.json and generation_config.json: {"bos" or "eos": [id, ...]}.
+    Raises ValueError naming the file that is damaged.
+    """
+    settings = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        beside = path.with_name(name)
+        for key, value in (read_json(beside) if beside.is_file() else {}).items():
+            if value is not None:
+                settings[key] = value
+    for kind in ("bos", "eos"):
+        token = settings.get(f"{kind}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(token, str | None):
+            raise ValueError(
+                f"{path.with_name('tokenizer_config.json')}: {kind}_token is {token!r:.60}, need a "
+                "string; fetch it again"
+            )
+        settings[f"{kind}_token"] = token
+    ids = {"bos": [], "eos": []}
+    for name in ("config.json", "generation_config.json"):
+        beside = path.with_name(name)
+        found = read_json(beside) if beside.is_file() else {}
+        for kind in ids:
+            value = found.get(f"{kind}_token_id")
+            value = value if isinstance(value, list) else [value]
+            ids[kind] += [(i, name) for i in value if type(i) is int]
+    return settings | {"ids": ids}
+
+
+# Ends of a turn, which a chat model's tokenizer calls its EOS; a text goes on beyond them.
+END_OF_TURN = "<|eot_id|> <|im_end|> <|eom_id|> <end_of_turn> <|end_of_turn|> <|endofturn|> "
+END_OF_TURN = f"{END_OF_TURN} <|end|> <|turn_end|> <|assistant_end|> <|return|>".split()
+END_OF_TEXT = "<|end_of_text|> <|endoftext|> </s> <eos> <|eos|> <|endofdoc|> [EOS]".split()
+
+
+def _end_of_text(named: int | None, listed: list[int], spell: Callable, find: Callable):
+    """(id or None, whether documents end with it) of a tokenizer's EOS, which may end a turn only.
+
+    named: its EOS, if it is special; listed: the special ones among config.json's; spell(id) and
+    find(token) go between an id and the special token, or None.
+    """
+    first = [named] if named is not None else []
+    for i in [*first, *listed]:
+        if spell(i) not in END_OF_TURN:
+            return i, True
+    turns = [*first, *listed]
+    if not turns:
+        return None, False
+    for token in END_OF_TEXT:
+        if (i := find(token)) is not None:
+            return i, True
+    final = spell(turns[0])
+    if final != "<|end|>":  # Phi's end of a turn is others' end of text
+        say_once(
+            f"documents end with nothing: {final} ends a turn, not a text (--add_eos: with it)"
+        )
+    return turns[0], final == "<|end|>"
 
 
 def _sha256(data: bytes) -> str:
@@ -97,26 +244,55 @@ def _load_json(path: Path, config: dict) -> Tokenizer:
     bare, full = tk.encode("a", add_special_tokens=False).ids, tk.encode("a").ids
     first = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
     added = {"bos": full[:first], "eos": full[first + len(bare) :]}
+    made = {t: i for i, t in tk.get_added_tokens_decoder().items() if t.special}
+    specials = {i: t.content for t, i in made.items()}
+    for token in (config["bos_token"], config["eos_token"]):
+        # Named, in the vocabulary, and no text's token: special, though not marked as such.
+        i = tk.token_to_id(token) if token else None
+        if i is not None and i not in tk.encode(token, add_special_tokens=False).ids:
+            specials[i] = token
 
-    def special(kind: str) -> int | None:
-        token = config.get(f"{kind}_token")
-        token = tk.token_to_id(token["content"] if isinstance(token, dict) else token or "")
-        for name in ("config.json", "generation_config.json"):
-            found = _read_json(path.with_name(name)).get(f"{kind}_token_id")
-            token = found if token is None else token
-        token = token[0] if isinstance(token, list) else token  # Llama 3.1: the first ends a text
-        return added[kind][0] if token is None and added[kind] else token
+    def special(kind: str) -> tuple[int | None, list[int]]:
+        """(the one named, those of config.json): special tokens only."""
+        token = config[f"{kind}_token"]
+        named = tk.token_to_id(token) if token else None
+        if token and named not in specials:
+            what = "not in its vocabulary" if named is None else "an ordinary token"
+            say_once(f"{path}: {kind}_token {token!r:.40} is {what}: not taken for {kind.upper()}")
+        listed = [i for i, _ in config["ids"][kind] if i in specials]
+        for i, name in config["ids"][kind]:
+            if named not in specials and not listed:
+                token = tk.id_to_token(i) if 0 <= i < 2**32 else None
+                what = "beyond the vocabulary" if token is None else f"{token!r:.40}, ordinary text"
+                say_once(f"{name}'s {kind}_token_id {i} is {what}: not taken for {kind.upper()}")
+        if named not in specials:
+            named = next((i for i in added[kind] if i in specials and not listed), None)
+        return named, listed
 
-    bos_id, eos_id = special("bos"), special("eos")
+    bos_id, listed = special("bos")
+    bos_id = bos_id if bos_id is not None or not listed else listed[0]
+    by_token = {t: i for i, t in specials.items()}
+    eos_id, final = _end_of_text(*special("eos"), specials.get, by_token.get)
     adds = config.get("add_bos_token")
     add_bos = bos_id is not None and (bos_id in added["bos"] if adds is None else adds)
-    encode = tk.encode_batch_fast  # fast: no character offsets
-    return Tokenizer(
+
+    def encode(texts: list[str]) -> list[array]:
+        try:
+            found = tk.encode_batch_fast(texts, add_special_tokens=False)  # no character offsets
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # its Rust code gave up: no Exception
+                raise
+            raise ValueError(f"{path} cannot read this text: {error!s:.200}") from None
         # Each list is packed as soon as it is made: all of them at once no cache would hold.
-        lambda texts: [array("I", e.ids) for e in encode(texts, add_special_tokens=False)],
+        return [array("I", e.ids) for e in found]
+
+    vocab = tk.get_vocab(with_added_tokens=True).values()
+    return Tokenizer(
+        encode,
         lambda ids: tk.decode([int(i) for i in ids], skip_special_tokens=False),
-        max(tk.get_vocab(with_added_tokens=True).values()) + 1,
-        *(bos_id, eos_id, bool(add_bos), eos_id is not None, _sha256(path.read_bytes())),
+        max(vocab) + 1,
+        *(bos_id, eos_id, bool(add_bos), final, _sha256(path.read_bytes())),
+        max((i for i in vocab if i not in specials), default=0),
     )
 
 
@@ -158,12 +334,15 @@ def _load_model(path: Path, config: dict) -> Tokenizer:
         one = functools.partial(coder.encode_to_numpy, disallowed_special=())
         encode = lambda texts: list(pool.map(one, texts))  # noqa: E731
         ids = len(ranks) + 256, special["<|begin_of_text|>"], special["<|end_of_text|>"]
+        largest = len(ranks) - 1
     else:
         coder = optional("sentencepiece", path).SentencePieceProcessor(model_file=str(path))
-        encode, ids = coder.encode, (coder.vocab_size(), coder.bos_id(), coder.eos_id())
-    add_bos, fingerprint = config.get("add_bos_token", True), _sha256(path.read_bytes())
+        final = (i if i >= 0 else None for i in (coder.bos_id(), coder.eos_id()))  # -1: it has none
+        encode, ids, largest = coder.encode, (coder.vocab_size(), *final), coder.vocab_size() - 1
+    add_bos = ids[1] is not None and bool(config.get("add_bos_token", True))
     decode = lambda ids: coder.decode([int(i) for i in ids])  # noqa: E731
-    return Tokenizer(encode, decode, *ids, add_bos, True, fingerprint)
+    fingerprint = _sha256(path.read_bytes())
+    return Tokenizer(encode, decode, *ids, add_bos, ids[2] is not None, fingerprint, largest)
 
 
 def optional(package: str, what: object):
@@ -202,6 +381,7 @@ def carry_tokenizer(source: Path, out_dir: Path, window: int | None) -> dict:
     """Copy a checkpoint's tokenizer files, or convert the tokenizer.model of one that has no other.
 
     window: max_position_embeddings of the export, in tokens; None leaves the old model_max_length.
+    Truncation and padding settings stay behind, and so does code that auto_map names.
     Returns the ids of begin and end of text where a conversion found them, as in config.json.
     """
     found = {name for name in TOKENIZER_FILES if (source / name).is_file()}
@@ -211,10 +391,52 @@ def carry_tokenizer(source: Path, out_dir: Path, window: int | None) -> dict:
         found.remove("tokenizer.model")
     for name in found:
         shutil.copyfile(source / name, out_dir / name)
-    settings = out_dir / "tokenizer_config.json"
-    if settings.is_file() and window:
-        write_json(settings, read_json(settings) | {"model_max_length": window})
+    if "tokenizer.json" in found:
+        content = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+        if content.get("truncation") or content.get("padding"):
+            content |= {"truncation": None, "padding": None}
+            write_json(out_dir / "tokenizer.json", content)
+    path = out_dir / "tokenizer_config.json"
+    if path.is_file():
+        gone = "max_length stride truncation_strategy padding pad_to_multiple_of auto_map".split()
+        settings = {k: v for k, v in read_json(path).items() if k not in gone}
+        write_json(path, settings | ({"model_max_length": window} if window else {}))
     return special
+
+
+def check_export(source: Path, tokenizer: Tokenizer, texts: list[str] | None = None) -> int:
+    """Compare what training reads with what the export's tokenizer.json makes of the same texts.
+
+    texts: the run's own; None: a few lines that try everything, before any text is read.
+    Returns the number of tokens compared. Raises ValueError where one differs.
+    """
+    exported = _export_encoder(source)
+    texts = [PROBE, " a", "", "a  b ", *PROBE.split()] if texts is None else texts
+    n = 0
+    for text, want in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        got = exported(text)
+        n += len(want)
+        if got != want:
+            i = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), 0)
+            raise ValueError(
+                f"the tokenizer of {source} cannot be exported: {tokenizer.decode(want[:i][-9:])!r}"
+                f" goes on as {tokenizer.decode(want[i : i + 4])!r} in training, as "
+                f"{tokenizer.decode(got[i : i + 4])!r} by the export's tokenizer.json; put the "
+                "tokenizer.json that belongs to it into the folder"
+            )
+    return n
+
+
+@functools.lru_cache(4)
+def _export_encoder(source: Path) -> Callable[[str], list[int]]:
+    """text -> ids, by the tokenizer.json that an export of this checkpoint has."""
+    from tokenizers import Tokenizer as Fast
+
+    with tempfile.TemporaryDirectory() as folder:
+        carry_tokenizer(source, Path(folder), None)
+        exported = Fast.from_file(f"{folder}/tokenizer.json")
+    exported.encode_special_tokens = True  # markup in a text is text, in training and here
+    return lambda text: exported.encode(text, add_special_tokens=False).ids
 
 
 def _convert(source: Path, out_dir: Path) -> dict:
@@ -222,56 +444,141 @@ def _convert(source: Path, out_dir: Path) -> dict:
 
     Returns config.json's ids of begin and end of text.
     """
-    from tokenizers import AddedToken, Regex, decoders, models, normalizers
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import pre_tokenizers as cutters
+    from tokenizers import AddedToken
     from tokenizers.processors import TemplateProcessing
 
     path = source / "tokenizer.model"
     original, ranks = load_tokenizer(source), read_ranks(path)
     if ranks:
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [b for b in range(256) if b not in printable]  # byte-level BPE's stand-ins
-        spell = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-        vocab = {"".join(spell[b] for b in token): rank for token, rank in ranks.items()}
-        special = llama3_special_tokens(len(ranks))
-        merges = _merges(vocab, sorted(vocab, key=vocab.get))
-        converted = Fast(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
-        cut = cutters.Split(Regex(LLAMA3_PATTERN), "isolated")
-        level = cutters.ByteLevel(add_prefix_space=False, use_regex=False)
-        converted.pre_tokenizer = cutters.Sequence([cut, level])
-        converted.decoder = decoders.ByteLevel()
+        converted, special = _convert_ranks(ranks)
     else:
-        from sentencepiece import SentencePieceProcessor
-
-        sp, blank = SentencePieceProcessor(model_file=str(path)), "\u2581"
-        vocab = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
-        special = [p for p, i in vocab.items() if sp.is_control(i) or sp.is_unknown(i)]
-        merged = [p for p, i in vocab.items() if p not in special and not sp.is_byte(i)]
-        merges = _merges(vocab, sorted(merged, key=lambda p: -sp.get_score(vocab[p])))
-        unknown = sp.id_to_piece(sp.unk_id())
-        bytes_too = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": True}
-        converted = Fast(models.BPE(vocab, merges, **bytes_too))
-        spaces = [normalizers.Prepend(blank), normalizers.Replace(" ", blank)]
-        converted.normalizer = normalizers.Sequence(spaces)
-        decoder = [decoders.Replace(blank, " "), decoders.ByteFallback(), decoders.Fuse()]
-        converted.decoder = decoders.Sequence([*decoder, decoders.Strip(" ", 1, 0)])
+        converted, special = _convert_sentencepiece(path)
         # Llama 3's file of that name is left behind: readers of Hugging Face folders take it for a
         # sentencepiece model, and break on it.
         shutil.copyfile(path, out_dir / path.name)
     converted.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    bos, eos = (converted.id_to_token(i) for i in (original.bos_id, original.eos_id))
-    begin = [(bos, original.bos_id)]
-    converted.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=begin)
-    probe = ["It's 12,345.67\n\n  \tdef f(x):  # \u00e9\u4e16\u754c \U0001f600 don't  ", " a", ""]
-    for text, want in zip(probe, original.encode_batch(probe), strict=True):
-        if converted.encode(text, add_special_tokens=False).ids != list(want):
-            raise ValueError(f"{path} is of a kind with no known tokenizer.json; put one beside it")
+    final = {"bos": original.bos_id, "eos": original.eos_id}
+    final = {kind: i for kind, i in final.items() if i is not None}
+    tokens = {kind: converted.id_to_token(i) for kind, i in final.items()}
+    if original.add_bos:
+        begin = [(tokens["bos"], original.bos_id)]
+        single = f"{tokens['bos']} $A"
+        converted.post_processor = TemplateProcessing(single=single, special_tokens=begin)
     converted.save(str(out_dir / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
-    settings |= {"clean_up_tokenization_spaces": False, "model_max_length": 10**30}
-    write_json(out_dir / "tokenizer_config.json", settings)
-    return {"bos_token_id": original.bos_id, "eos_token_id": original.eos_id}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 10**30}
+    settings |= {f"{kind}_token": token for kind, token in tokens.items()}
+    write_json(
+        out_dir / "tokenizer_config.json", settings | {"clean_up_tokenization_spaces": False}
+    )
+    own = [t.content for t in converted.get_added_tokens_decoder().values() if not t.special]
+    probe = [PROBE, " a", "", "a  b ", *PROBE.split(), *(f"{t}a {t} b" for t in own)]
+    converted.encode_special_tokens = True
+    for text, want in zip(probe, original.encode_batch(probe), strict=True):
+        if converted.encode(text, add_special_tokens=False).ids != want:
+            raise ValueError(f"{path} is of a kind with no known tokenizer.json; put one beside it")
+    return {f"{kind}_token_id": i for kind, i in final.items()}
+
+
+def _convert_ranks(ranks: dict[bytes, int]):
+    """tiktoken's ranks as a byte-level BPE: (tokenizer, its special tokens, which follow)."""
+    from tokenizers import Regex, decoders, models
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import pre_tokenizers as cutters
+
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]  # byte-level BPE's stand-ins
+    spell = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    vocab = {"".join(spell[b] for b in token): rank for token, rank in ranks.items()}
+    merges = _merges(vocab, sorted(vocab, key=vocab.get))
+    converted = Fast(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    cut = cutters.Split(Regex(LLAMA3_PATTERN), "isolated")
+    level = cutters.ByteLevel(add_prefix_space=False, use_regex=False)
+    converted.pre_tokenizer = cutters.Sequence([cut, level])
+    converted.decoder = decoders.ByteLevel()
+    return converted, llama3_special_tokens(len(ranks))
+
+
+BLANK = "\u2581"  # sentencepiece's space
+UNIGRAM, BPE, USER_DEFINED = 1, 2, 4  # sentencepiece_model.proto's numbers
+
+
+def _convert_sentencepiece(path: Path):
+    """A sentencepiece BPE or unigram model: (tokenizer, its special tokens). Refuses other kinds.
+
+    What it does to a text before cutting it, normalising, folding blanks, putting one in front, is
+    in the file only, which its library does not tell: `_proto` reads it.
+    """
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers
+    from tokenizers import Tokenizer as Fast
+
+    sp, proto = SentencePieceProcessor(model_file=str(path)), _proto(path.read_bytes())
+    trainer, normal = (_proto(proto.get(k, [b""])[-1]) for k in (2, 3))
+    kind = trainer.get(3, [UNIGRAM])[-1]
+    if kind not in (UNIGRAM, BPE) or trainer.get(24, [0])[-1]:  # blanks at the ends of words
+        raise ValueError(f"{path} is of a kind with no known tokenizer.json; put one beside it")
+    vocab = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
+    special = [p for p, i in vocab.items() if sp.is_control(i) or sp.is_unknown(i)]
+    types = [_proto(piece).get(3, [1])[-1] for piece in proto.get(1, [])]
+    own = [p for p, i in vocab.items() if types[i] == USER_DEFINED]
+    fallback = any(sp.is_byte(i) for i in vocab.values())
+    if kind == UNIGRAM:
+        scores = [(p, sp.get_score(i)) for p, i in vocab.items()]
+        converted = Fast(models.Unigram(scores, sp.unk_id(), byte_fallback=fallback))
+    else:
+        apart = {*special, *own}
+        merged = [p for p, i in vocab.items() if p not in apart and not sp.is_byte(i)]
+        order = sorted(merged, key=lambda p: -sp.get_score(vocab[p]))
+        pieces = {p: vocab[p] for p in merged}
+        merges = _merges(pieces, order)
+        unknown = {"unk_token": sp.id_to_piece(sp.unk_id()), "fuse_unk": True}
+        converted = Fast(models.BPE(vocab, merges, byte_fallback=fallback, **unknown))
+    charsmap, (front, fold, escape) = (
+        normal.get(2, [b""])[-1],
+        (normal.get(i, [1])[-1] for i in (3, 4, 5)),
+    )
+    steps = [normalizers.Precompiled(charsmap)] if charsmap else []
+    if fold:  # blanks at both ends go, several are one
+        folded = ((r"\A +| +\z", ""), (" {2,}", " "))
+        steps += [normalizers.Replace(Regex(pattern), new) for pattern, new in folded]
+    steps += [normalizers.Prepend(BLANK if escape else " ")] if front else []
+    steps += [normalizers.Replace(" ", BLANK)] if escape else []
+    if steps:
+        converted.normalizer = normalizers.Sequence(steps)
+    decoder = [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    decoder += [decoders.Strip(" ", 1, 0)] if front else []
+    converted.decoder = decoders.Sequence(decoder)
+    converted.add_tokens([AddedToken(p, special=False, normalized=False) for p in own])
+    return converted, special
+
+
+def _proto(raw: bytes) -> dict[int, list]:
+    """A protocol buffer's fields, by number: ints, floats, or bytes of text and of inner ones."""
+    found, i = {}, 0
+
+    def varint() -> int:
+        nonlocal i
+        value, shift = 0, 0
+        while True:
+            byte = raw[i]
+            i += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while i < len(raw):
+        key = varint()
+        if key & 7 == 0:
+            value = varint()
+        elif key & 7 == 2:
+            size = varint()
+            value, i = raw[i : i + size], i + size
+        else:
+            size = 4 if key & 7 == 5 else 8
+            value, i = struct.unpack("<f" if size == 4 else "<d", raw[i : i + size])[0], i + size
+        found.setdefault(key >> 3, []).append(value)
+    return found
 
 
 def _merges(vocab: dict[str, int], order: list[str]) -> list[tuple[str, str]]:

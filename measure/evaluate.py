@@ -1125,13 +1125,13 @@ def open_texts(a: Namespace, base: Path, folders: list[Path]) -> Texts:
         )
     tokenizer = data.load_tokenizer(base, a.add_eos)
     tokenizer.check_fits(configs[0].vocab_size)
-    ids, corpora = [], {}
-    for name, specs, length in (
-        ("long", a.data, lengths[-1]),
-        ("short", a.short_data or a.data, original_len),
-    ):
-        corpus = corpora[name] = data.tokenize(specs, tokenizer, a.cache_dir, name)
-        ids.append(data.held_out(corpus, max(1, a.eval_tokens // length), length))
+    texts = {"long": a.data, "short": a.short_data or a.data}
+    corpora = {name: data.tokenize(x, tokenizer, a.cache_dir, name) for name, x in texts.items()}
+    data.share_held_out([*corpora.values()])
+    ids = [
+        data.held_out(corpus, max(1, a.eval_tokens // length), length)
+        for corpus, length in zip(corpora.values(), (lengths[-1], original_len), strict=True)
+    ]
     asks = any(task in RULER for task in a.tasks)
     source = Source(tokenizer, ids[0].flatten().numpy()) if asks else None
     far = far_parts(a, corpora["long"], *ids, original_len) if "far" in a.tasks else "not asked"

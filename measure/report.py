@@ -3,6 +3,7 @@
 import statistics
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -84,7 +85,9 @@ def held_out_texts(c, streams: dict) -> dict:
     """{"short": (n, original_len + 1) ids, "long": (n, target_len + 1), "beyond": twice the target
     window}, what there is of them.
 
-    The default short text, 2.9 GB to fetch, is measured only where the run reads it anyway.
+    Of a text that was no stream of the run too, nothing that one of its streams trained on, as far
+    as those gave a document's end. The default short text, 2.9 GB to fetch, is measured only where
+    the run reads it anyway.
     """
     tokenizer, texts = data.load_tokenizer(c.ckpt, c.add_eos), {}
     for name, specs, seq_len in (
@@ -98,7 +101,12 @@ def held_out_texts(c, streams: dict) -> dict:
         quiet = dict(skip_bad_lines=c.skip_bad_lines, log=lambda line: None)
         try:
             kind = "short" if name == "short" else "long"
-            corpus = data.tokenize(specs, tokenizer, c.cache_dir, kind, **quiet)
+            if kind in streams:
+                corpus = streams[kind].text.corpus
+            else:
+                corpus = data.tokenize(specs, tokenizer, c.cache_dir, kind, **quiet)
+                tails = [s.text.corpus.ends_held_out() for s in streams.values()]
+                corpus.elsewhere = np.unique(np.concatenate(tails))
             ids = data.held_out(corpus, max(1, c.eval_tokens // seq_len), seq_len)
             texts[name] = ids.to(c.device)
         except ValueError as e:

@@ -43,8 +43,11 @@ def test_every_kind_of_file_gives_the_same_documents(tk, tmp_path):
         (tmp_path / f"d{i}.weird").write_bytes(text.encode())
     expected = [[*ids, 256] for ids in tk.encode_batch(DOCS)]
     assert [len(ids) - 1 for ids in expected] == [len(text.encode()) for text in DOCS]
-    for spec in ("a.jsonl#body", "b.jsonl.gz#body", "c.json.gz#body", "d?.weird"):
+    for spec in ("a.jsonl#body", "b.jsonl.gz#body", "c.json.gz#body"):
         assert documents(data.tokenize([tmp_path / spec], tk, tmp_path / "cache")) == expected
+    plain = data.tokenize([tmp_path / "d?.weird"], tk, tmp_path / "cache")  # as open() reads it
+    read = [(tmp_path / f"d{i}.weird").read_text(encoding="utf-8") for i in range(3)]
+    assert [tk.decode(d[:-1]) for d in documents(plain)] == read and "\r" not in read[1]
 
 
 def test_zstd_and_parquet_are_read_where_installed(tk, tmp_path):
@@ -356,7 +359,8 @@ def test_hub_datasets_are_fetched_once_and_stay_as_they_were(tk, tmp_path):
 def test_the_default_data_names_files_that_need_no_optional_package():
     specs = machine.corpus.DEFAULT_LONG + machine.corpus.DEFAULT_SHORT
     assert all(
-        machine.corpus._kind(spec) == "jsonl" and not spec.endswith(".zst") for spec in specs
+        machine.corpus._kind(spec) in ("json", "jsonl") and not spec.endswith(".zst")
+        for spec in specs
     )
 
 
@@ -394,3 +398,141 @@ def test_source_weights_are_trained_on_and_mistakes_refused(ckpt, tmp_path):
         bad = dataclasses.replace(c, source_weights=given, out_dir=str(tmp_path / "bad"))
         with pytest.raises(ValueError, match=words):
             train(bad)
+
+
+# -------------------------------------------------------------- records, other kinds, damaged files
+
+
+def records(n=40):
+    return [{"id": i, "text": f"r\u00e9cord {i} with [brackets], commas"} for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("lines.json", "\n".join(map(json.dumps, records()))),
+        ("array.json", json.dumps(records())),
+        ("long.json", json.dumps(records(), indent=2)),
+        ("one.after.another.json", " ".join(map(json.dumps, records()))),
+        ("bom.json", "\ufeff" + json.dumps(records(), ensure_ascii=False)),
+        ("UPPER.JSON", json.dumps(records())),
+        ("table.csv", "id,text\n" + "".join(f'{r["id"]},"{r["text"]}"\n' for r in records())),
+        ("table.tsv", "id\ttext\n" + "".join(f"{r['id']}\t{r['text']}\n" for r in records())),
+    ],
+)
+def test_records_are_records_whatever_the_file_is_called(tk, tmp_path, name, content):
+    for packed in ("", ".gz"):
+        path = tmp_path / (name + packed)
+        path.write_bytes(gzip.compress(content.encode()) if packed else content.encode())
+        corpus = data.tokenize([path], tk, tmp_path / "cache")
+        assert [tk.decode(d[:-1]) for d in documents(corpus)] == [r["text"] for r in records()]
+
+
+def test_a_value_over_many_blocks_is_one_record(tk, tmp_path):
+    text = "word " * 700_000  # 3.5 MB
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text}, {"text": "b"}], indent=1))
+    corpus = data.tokenize([tmp_path / "a.json"], tk, tmp_path / "cache")
+    assert [len(d) - 1 for d in documents(corpus)] == [len(text), 1]
+
+
+OTHERS = {
+    "pointer.txt": (machine.corpus.LFS + b"\noid sha256:0\nsize 9\n", "Git LFS pointer.*lfs pull"),
+    "a.jsonl.xz": (b"\xfd7zXZ\x00more", "xz -d"),
+    "a.bz2": (b"BZh91AY", "bunzip2"),
+    "a.arrow": (b"\xff\xff\xff\xff\x10\0\0\0", "to_parquet"),
+    "b.arrow": (b"ARROW1\0\0", "to_parquet"),
+    "utf16.txt": ("text".encode("utf-16"), "iconv -f utf-16"),
+    "utf16be.txt": ("text without a mark".encode("utf-16-be"), "iconv -f utf-16be"),
+    "a.txt": (gzip.compress(b"text"), "packed by gzip; let its name end in .gz"),
+    "no.json": (b"nothing", "no.json"),
+    "no.csv": (b"a,b\n1,2\n", "no column 'text' among .'a', 'b'"),
+    "object.json": (b'{"features": {}}', "object.json:1: .*no 'text'"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_no_text_gets_the_remedy_that_helps(tk, tmp_path, name):
+    content, message = OTHERS[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        data.tokenize([tmp_path / name], tk, tmp_path / "cache")
+    assert "\n" not in str(caught.value) and "latin1" not in str(caught.value)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tk, tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(ValueError, match="a.txt is a pipe"):
+        data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
+
+
+def test_zstd_is_read_whole_or_refused(tk, tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    raw = "".join(json.dumps({"text": f"{i} " * 99}) + "\n" for i in range(400)).encode()
+    long = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=1)
+    c = zstandard.ZstdCompressor(compression_params=long).compressobj()
+    packed = c.compress(raw) + c.flush()
+    (tmp_path / "long.jsonl.zst").write_bytes(packed + zstandard.compress(raw))
+    assert data.tokenize([tmp_path / "long.jsonl.zst"], tk, tmp_path / "cache").n_docs == 800
+    for n in (1, len(packed) // 2, len(packed) - 1, len(packed) + 9):
+        (tmp_path / "cut.txt.zst").write_bytes((packed + packed)[:n])
+        with pytest.raises(ValueError, match="cut.txt.zst.*inside a zstd frame|cut.txt.zst"):
+            data.tokenize([tmp_path / "cut.txt.zst"], tk, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("card", ["README.md", "dataset_infos.json", None])
+def test_of_a_dataset_folder_the_train_split_is_read_and_listed(tk, tmp_path, card):
+    folder, said = tmp_path / "set", []
+    (folder / "data").mkdir(parents=True)
+    for split in ("train", "test", "validation"):
+        (folder / "data" / f"{split}-0.jsonl").write_text(json.dumps({"text": split}))
+    if card:
+        (folder / card).write_text("{}")
+    corpus = data.tokenize([folder], tk, tmp_path / "cache", log=said.append)
+    assert [tk.decode(d[:-1]) for d in documents(corpus)] == ["train"]
+    assert any("reading its train split" in x and "test-0.jsonl" in x for x in said)
+
+
+def test_other_bytes_in_a_cache_are_refused(tk, tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    corpus = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
+    for name in machine.corpus.FILES:
+        path = corpus.folder / name
+        good = path.read_bytes()
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        with pytest.raises(ValueError, match="is damaged: its bytes are not those"):
+            data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
+        path.write_bytes(good)
+    assert documents(data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache"))
+
+
+MEMOS = ["", '{"a"', "null", "[]", '{"PATH": 5}', '{"PATH": [1, 2]}', '{"PATH": []}', "[" * 10**5]
+
+
+@pytest.mark.parametrize("memo", MEMOS)
+def test_a_damaged_memo_is_rebuilt(tk, tmp_path, memo):
+    (tmp_path / "a.txt").write_text("some text")
+    os.utime(tmp_path / "a.txt", (1, 1))
+    first = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
+    memo = memo.replace("PATH", str(tmp_path / "a.txt"))
+    (tmp_path / "cache" / "seen_files.json").write_text(memo)
+    assert data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache").fingerprint == (
+        first.fingerprint
+    )
+
+
+def test_a_look_at_ones_own_text(tk, tmp_path, capsys):
+    from measure import text
+
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo")
+    (tmp_path / "b.jsonl").write_text('{"text": "x\\r\\ny"}\nnonsense\n')
+    paths = [str(tmp_path / name) for name in ("a.txt", "b.jsonl")]
+    (tmp_path / "tk" / "config.json").write_text("{}")
+    where = ["--ckpt", str(tmp_path / "tk"), "--cache_dir", str(tmp_path / "cache")]
+    text.main([*paths, *where, "--skip_bad_lines"])
+    said = capsys.readouterr().out
+    assert "1 documents, 8 tokens, 61.5%" in said and "1 documents, 5 tokens, 38.5%" in said
+    assert "one\\ntwo[EOS 256]" in said and "x\\r\\ny[EOS 256]" in said
+    assert "1 bad records left out; 1 documents keep their carriage returns" in said
+    assert "same 11 tokens of 2 documents' beginnings; decoded, 2 of them" in said
+    with pytest.raises(SystemExit, match="text: .*b.jsonl:2: not a record"):
+        text.main([*paths, *where])

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from longred import main, train
 from machine import samples
@@ -23,6 +24,9 @@ def ckpt(ckpt, tmp_path):
     """The tiny checkpoint with an end of text, which a sampled text starts from and ends with."""
     folder = shutil.copytree(ckpt[0], tmp_path / "with_eos")
     (folder / "generation_config.json").write_text('{"eos_token_id": 10}')
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([tokenizer.id_to_token(10)])  # or it would not be taken for EOS
+    tokenizer.save(str(folder / "tokenizer.json"))
     return folder, *ckpt[1:]
 
 

@@ -89,7 +89,7 @@ def test_bad_input_ends_in_one_line_with_nothing_half_written(ckpt, tmp_path, ca
         cut.write_bytes(cut.read_bytes()[:-100])
     if case == "tokenizer misfit":
         path = shutil.copytree(folder, tmp_path / "misfit") / "tokenizer.json"
-        extra = {"id": 300, "content": "<x>", "special": True, "single_word": False}
+        extra = {"id": 300, "content": "<x>", "special": False, "single_word": False}
         extra |= {"lstrip": False, "rstrip": False, "normalized": False}
         path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens": [extra]}))
     if case == "disk too small":

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import data
 import machine.corpus
-from machine.tokenizer import llama3_special_tokens
+from machine.tokenizer import carry_tokenizer, check_export, llama3_special_tokens
 from model import load_checkpoint, save_checkpoint
 from tests.conftest import (
     HERE,
@@ -146,3 +146,160 @@ def test_metas_tokenizer_is_exported_as_one_that_encodes_alike(tmp_path, kind):
     config = json.loads((out / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (meta.bos_id, meta.eos_id)
     assert (out / "tokenizer.model").exists() == (kind == "sentencepiece")
+
+
+# ---------------------------------------------------------------- special tokens, and forged files
+
+
+def named(folder, *special, config=None, beside=None, settings=None):
+    """byte_tokenizer's folder with other special tokens, from 256 on, and files beside it."""
+    from tokenizers import AddedToken, Tokenizer
+
+    byte_tokenizer(folder)
+    tk = json.loads((folder / "tokenizer.json").read_text())
+    tk["added_tokens"] = []
+    tk = Tokenizer.from_str(json.dumps(tk))
+    tk.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    tk.save(str(folder / "tokenizer.json"))
+    files = {"tokenizer_config": settings, "config": config, "special_tokens_map": beside}
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content or {}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "special, files, end",
+    [
+        (["<s>", "</s>"], dict(beside={"eos_token": "</s>"}, config={"eos_token_id": 2}), 257),
+        (["<s>", "</s>"], dict(beside={"eos_token": {"content": "</s>"}}), 257),
+        ([], dict(config={"eos_token_id": 2}), None),  # an ordinary character
+        ([], dict(config={"eos_token_id": 128001}), None),
+        ([], dict(config={"eos_token_id": -1}), None),
+        ([], dict(settings={"eos_token": "b"}), None),
+        (["<e>"], dict(config={"eos_token_id": [2, 256]}), 256),
+        (["<|eot_id|>", "<|end_of_text|>"], dict(settings={"eos_token": "<|eot_id|>"}), 257),
+        (["<|im_end|>", "<|endoftext|>"], dict(settings={"eos_token": "<|im_end|>"}), 257),
+        (
+            ["<|im_end|>", "<|stop|>"],
+            dict(settings={"eos_token": "<|im_end|>"}, config={"eos_token_id": [256, 257]}),
+            257,
+        ),
+        (["<|im_end|>"], dict(settings={"eos_token": "<|im_end|>"}), None),  # unless asked
+    ],
+)
+def test_documents_end_with_an_end_of_text_or_nothing(tmp_path, special, files, end):
+    tk = data.load_tokenizer(named(tmp_path / "tk", *special, **files))
+    assert (tk.eos_id if tk.add_eos else None) == end
+    assert tk.eos_id is None or tk.eos_id < tk.vocab_size
+
+
+def test_an_end_that_is_asked_for_is_there_or_refused(tmp_path):
+    with pytest.raises(ValueError, match="--add_eos: .* name no end of text"):
+        data.load_tokenizer(named(tmp_path / "a"), add_eos=True)
+    asked = named(tmp_path / "b", "<|im_end|>", settings={"eos_token": "<|im_end|>"})
+    assert data.load_tokenizer(asked, add_eos=True).eos_id == 256
+
+
+def test_a_special_token_beyond_the_embedding_is_no_fault_unless_documents_hold_it(tmp_path):
+    tk = data.load_tokenizer(named(tmp_path, "</s>", "<pad>", settings={"eos_token": "</s>"}))
+    tk.check_fits(257)
+    with pytest.raises(ValueError, match="ids go up to 256, the model has 256"):
+        tk.check_fits(256)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config", "special_tokens_map", "generation_config"])
+@pytest.mark.parametrize("content", ['{"a": tr', "[]", '{"eos_token": 5, "bos_token": []}'])
+def test_the_damaged_file_is_the_one_that_is_named(tmp_path, name, content):
+    named(tmp_path, "</s>")
+    (tmp_path / f"{name}.json").write_text(content)
+    if "eos_token" in content and name != "tokenizer_config":
+        return
+    with pytest.raises(ValueError, match=f"{name}.json") as e:
+        data.load_tokenizer(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def forge(tk, kind):
+    if kind == "regex":
+        split = {"type": "Split", "pattern": {"Regex": "(.*)*x"}, "behavior": "Isolated"}
+        steps = [split | {"invert": False}, tk["pre_tokenizer"]]
+        tk["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    if kind == "charsmap":
+        tk["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    if kind == "unigram":
+        tk["model"] = {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]]}
+    if kind == "bomb":
+        grow = {"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 2000}
+        tk["normalizer"] = {"type": "Sequence", "normalizers": [grow] * 3}
+
+
+@pytest.mark.parametrize("kind", ["regex", "charsmap", "unigram", "bomb"])
+def test_a_forged_tokenizer_ends_in_one_line(tmp_path, kind, capfd):
+    byte_tokenizer(tmp_path)
+    tk = json.loads((tmp_path / "tokenizer.json").read_text())
+    forge(tk, kind)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tk))
+    with pytest.raises(ValueError, match="cannot use .*tokenizer.json") as e:
+        data.load_tokenizer(tmp_path)
+    assert "\n" not in str(e.value) and "panicked" not in capfd.readouterr().err
+
+
+SENTENCEPIECE = {
+    "plain": {},
+    "no dummy prefix": dict(add_dummy_prefix=False),
+    "no bos": dict(bos_id=-1),
+    "nfkc": dict(normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True),
+    "unigram": dict(model_type="unigram"),
+    "user defined": dict(user_defined_symbols=["<|im_start|>"]),
+}
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_a_sentencepiece_model_is_exported_alike_or_refused_before_training(tmp_path, kind):
+    spm = pytest.importorskip("sentencepiece")
+    text, written = (HERE / "longred.py").read_text(), io.BytesIO()
+    options = dict(vocab_size=400, model_type="bpe", byte_fallback=True, minloglevel=2)
+    options |= dict(normalization_rule_name="identity", remove_extra_whitespaces=False)
+    lines = iter(text.splitlines())
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=written, **options | SENTENCEPIECE[kind]
+    )
+    (tmp_path / "tokenizer.model").write_bytes(written.getvalue())
+    tk, out = data.load_tokenizer(tmp_path), tmp_path / "out"
+    assert tk.add_bos == (kind != "no bos")
+    out.mkdir()
+    try:
+        check_export(tmp_path, tk)
+        carry_tokenizer(tmp_path, out, None)
+    except ValueError as e:
+        assert "tokenizer.json" in str(e) and kind not in ("plain", "no bos", "no dummy prefix")
+        return
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    for line in text.splitlines():
+        got = theirs(line, add_special_tokens=False).input_ids
+        assert got == tk.encode_batch([line])[0], line
+
+
+def test_an_export_that_reads_the_runs_text_otherwise_is_refused(tmp_path):
+    tk = byte_tokenizer(tmp_path)
+    assert check_export(tmp_path, tk, ["some text"]) == 9
+    tk.encode = lambda texts: [[7] for _ in texts]
+    with pytest.raises(ValueError, match="cannot be exported: .*by the export's tokenizer.json"):
+        check_export(tmp_path, tk, ["some text"])
+
+
+def test_truncation_and_padding_stay_behind(tmp_path):
+    from tokenizers import Tokenizer
+
+    byte_tokenizer(tmp_path / "a")
+    tk = Tokenizer.from_file(str(tmp_path / "a" / "tokenizer.json"))
+    tk.enable_truncation(4)
+    tk.enable_padding(length=99)
+    tk.save(str(tmp_path / "a" / "tokenizer.json"))
+    (tmp_path / "b").mkdir()
+    settings = {"max_length": 4, "truncation_strategy": "longest_first", "eos_token": "<|end|>"}
+    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(settings))
+    carry_tokenizer(tmp_path / "a", tmp_path / "b", 128)
+    carried = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
+    assert carried == {"eos_token": "<|end|>", "model_max_length": 128}
+    assert len(Tokenizer.from_file(str(tmp_path / "b" / "tokenizer.json")).encode("a" * 9)) == 9
