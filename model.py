@@ -21,9 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from machine import (
-    checkpoints,  # files of any kind, and whether to trust them; no Llama
-)
+from machine import checkpoints  # files of any kind, and whether to trust them; no Llama
 from rope_kernels import apply_rope, ntk_theta, rope_frequencies
 
 # ---------------------------------------------------------------------------------------- config
