@@ -1167,9 +1167,7 @@ def main(argv: list[str] | None = None) -> None:
         if a.write_samples:
             write_samples(a)
         elif a.select_corpus:
-            from measure.select_corpus import (
-                select_corpus,  # which reads models as we do
-            )
+            from measure.select_corpus import select_corpus  # which reads models as we do
 
             select_corpus(a)
         else:
