@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rope_kernels import rope_frequencies
 
@@ -334,7 +333,9 @@ def open_tensors(folder: Path, shapes: dict[str, tuple], config) -> Callable[[st
 
 def copy_whole(mine: Tensor, whole: Tensor) -> None:
     """Copy a whole tensor, or this process's shard of it where `mine` is sharded."""
-    if isinstance(mine, DTensor):
+    if hasattr(mine, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
         whole = whole.to(mine.device, mine.dtype)
         whole = distribute_tensor(whole, mine.device_mesh, mine.placements, src_data_rank=None)
     mine.copy_(whole)

@@ -15,6 +15,7 @@ import os
 import platform
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -183,6 +184,10 @@ class Run:
             if c.recompute or self.processes.size > 1:
                 memory.apply_policy(student, plan.Policy())  # every block is recomputed
         log.print_header(c, student, teacher, self.streams)
+        if c.device == "cpu":
+            now = [s for s in self.streams.values() if 0 in s.steps]
+            seconds = plan.forecast(self.original, now, self.processes.size)
+            log.print_forecast(c, seconds, c.steps)
         return self.adamw
 
     # ------------------------------------------------------------------------------- the steps
@@ -203,7 +208,9 @@ class Run:
         with open(os.devnull if self.processes.rank else self.out_dir / "log.jsonl", "a") as lines:
             for step in range(first, last):
                 step_began, self.data_seconds = time.monotonic(), 0.0
-                yield step
+                self.read = 0  # sequences, in this step
+                with log.pulse(partial(self.print_within, step + 1, step_began)):
+                    yield step
                 seconds = time.monotonic() - step_began
                 line = {"step": step + 1, **self.line, "seconds": round(seconds, 3)}
                 line["data_share"] = round(self.data_seconds / seconds, 4)
@@ -217,6 +224,10 @@ class Run:
                 self.watch.stop_if_lost(line, last, keeper)
         self.adamw = None
         keeper.finish()
+
+    def print_within(self, step: int, began: float) -> None:
+        seconds = time.monotonic() - began
+        print(f"  step {step}: at its sequence {self.read}, {seconds:.0f} s so far", flush=True)
 
     def note_changed_code(self, first: int) -> None:
         """Say, and record for the report, which files a resumed run finds changed."""
@@ -263,6 +274,7 @@ class Run:
             positions = torch.stack(positions).to(device) if positions else indices
             share = len(real) / (n * pieces) * self.processes.size
             self.keeper.check_stop()
+            self.read += len(real)
             labels, documents = (
                 apart(ids[:, 1:], torch.stack(first)) if first else (ids[:, 1:], None)
             )

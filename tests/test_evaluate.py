@@ -443,3 +443,28 @@ def test_select_corpus_writes_sentences_of_the_training_part(ckpt, tmp_path, cap
         place = whole.index(sentence, place) + len(sentence)
     assert place < 0.96 * len(whole) and 0.3 * 0.95 < len(text) / (0.95 * len(whole)) < 0.31
     assert f"kept {len(text):,} of" in capsys.readouterr().out
+
+
+def test_jobs_are_subcommands_and_the_form_without_one_is_compare(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"measure.evaluate {job} " in text for job in ("compare", "samples", "corpus"))
+    assert "--merge" not in text  # the flags are each job's own
+    flags = ["--base", "x", "--ckpt", "y", "--lengths", "512,4K", "--tasks", "kept"]
+    plain, named = (evaluate.parse_args([*job, *flags]) for job in ([], ["compare"]))
+    assert plain == named and named.lengths == [512, 4096]
+    old = evaluate.parse_args(["--base", "x", "--write_samples", "f", "--n_samples", "9"])
+    assert old == evaluate.parse_args(["samples", "f", "--base", "x", "--n_samples", "9"])
+    old = evaluate.parse_args(["--base", "x", "--ckpt", "y", "--select_corpus", "f"])
+    assert old == evaluate.parse_args(["corpus", "f", "--base", "x", "--ckpt", "y"])
+    with pytest.raises(
+        SystemExit, match="unrecognized arguments: --merge 0.5; all flags: .*samples"
+    ):
+        evaluate.parse_args(["samples", "f", "--base", "x", "--merge", "0.5"])
+    for job in ("compare", "samples", "corpus"):
+        with pytest.raises(SystemExit):
+            evaluate.main([job, "--help"])
+        text = capsys.readouterr().out
+        said = re.split(r"^  (?=--)", text, flags=re.M)[1:]
+        assert said and all("default" in s for s in said if not s.startswith("--base")), said
