@@ -605,3 +605,26 @@ def carry_over(source: Path, out_dir: Path, hf: dict) -> dict:
         settings.pop("max_length", None)  # it would stop generation inside the new window
         write_json(out_dir / "generation_config.json", settings)
     return special | hf
+
+
+def client_notes(folder: Path) -> list[str]:
+    """What other programs get wrong about an export, a line each; [] where nothing is known."""
+    hf, notes = read_json(folder / "config.json"), []
+    kind = (hf.get("rope_scaling") or {}).get("rope_type")
+    if kind == "yarn":
+        notes.append("note: yarn is silently wrong in transformers below 4.51")
+    if kind == "linear":
+        window = hf["max_position_embeddings"]
+        notes.append(f"note: vLLM needs --max-model-len {window} with linear scaling")
+    tokenizer = folder / "tokenizer.json"
+    if tokenizer.is_file() and not (folder / "tokenizer.model").is_file():
+        try:  # of any size, unlike a config
+            model = json.loads(tokenizer.read_text(encoding="utf-8"))["model"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return notes
+        if isinstance(model, dict) and model.get("byte_fallback"):  # sentencepiece's mark
+            notes.append(
+                "note: llama.cpp tokenises otherwise without sentencepiece's tokenizer.model: copy "
+                f"the original's into {folder} before converting"
+            )
+    return notes

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import data
-from machine import log, memory, plan, states
+from machine import checkpoints, log, memory, plan, states
 from machine.checkpoints import resolve_checkpoint
 from machine.command_line import parse_args  # noqa: F401, for longred.py
 from machine.keeper import Keeper, refuse_taken
@@ -326,6 +326,8 @@ class Run:
         student.to(self.original.stored_dtype() or self.stored)
         save_checkpoint(student, exported, tokenizer_from=self.source)
         print(f"extended checkpoint: {exported}")
+        for line in checkpoints.client_notes(exported):
+            print(line)
         if c.eval_tokens:
             from measure.report import report
 
