@@ -76,14 +76,14 @@ class Config(machine.Config):
     # What to extend, and where to
     ckpt: str | None = opt(None, "folder, OUT_DIR, known name or hub id; none: the demo")
     target_len: int | None = opt(None, "the new window, in tokens")
-    original_len: int | None = opt(None, "the old window (the checkpoint's)", least=32)
+    original_len: int | None = opt(None, "the old window (default: the checkpoint's)", least=32)
     rope_type: Literal["linear", "yarn", "ntk", "default"] | None = opt(
         None,
-        "default: ABF, a larger theta, the checkpoint's own scaling kept; linear (PI), yarn, ntk: "
-        "by target / original; 'default' removes the checkpoint's scaling",
+        "linear (PI), yarn, ntk: scaled by target / original; the value 'default' removes the "
+        "checkpoint's scaling (default: ABF, a larger theta, the checkpoint's own scaling kept)",
     )
     rope_theta: float | None = opt(
-        None, "new theta (ABF: the paper's, else by a rule)", least=1, most=1e15
+        None, "new theta (default: the paper's, else by a rule)", least=1, most=1e15
     )
     # Method
     method: Literal["longred", "soft_replay", "long_cpt", "mix_cpt", "longrecipe"] = opt(
@@ -92,23 +92,34 @@ class Config(machine.Config):
         "outputs on short; long_cpt: cross-entropy on long text; mix_cpt: on all streams; "
         "longrecipe: on text of --train_len with gaps between sentences",
     )
-    alpha_short: float | None = opt(None, "weight of short-text distillation (5; 128K: 2)", least=0)
+    alpha_short: float | None = opt(
+        None, "weight of short-text distillation (default: 5; 2 from 128K on)", least=0
+    )
     alpha_s2l: float | None = opt(
-        None, "weight of short-to-long distillation (10; 128K: 15)", least=0
+        None, "weight of short-to-long distillation (default: 10; 15 from 128K on)", least=0
     )
     alpha_kl: float | None = opt(
-        None, "weight of KL(original || it) on short text (soft_replay: 1; longred: 0)", least=0
+        None, "weight of KL(original || it) on short text (default: 0; soft_replay: 1)", least=0
     )
-    distill_layers: list[int] | None = opt(None, "hidden states to distil; 1 = output of block 1")
-    n_distill_layers: int | None = opt(None, "how many to choose by drift (6; 128K: 3)", least=1)
+    distill_layers: list[int] | None = opt(
+        None, "hidden states to distil, 1 = output of block 1 (default: chosen by drift)"
+    )
+    n_distill_layers: int | None = opt(
+        None,
+        "how many to choose by drift (default: 6; 3 where a window of 128K or more is over 8 times "
+        "the old one)",
+        least=1,
+    )
     position_scheme: Literal["uniform", "cream", "cream_truncated"] | None = opt(
-        None, "skipped positions of short-to-long (default: cream, uniform from 128K on)"
+        None, "skipped positions of short-to-long (default: cream; uniform from 128K on)"
     )
     long_position_scheme: Literal["ordinary", "pose", "endprompt", "longrecipe"] | None = opt(
         None, "positions of long text (default: ordinary; method longrecipe: longrecipe)"
     )
     train_len: int | None = opt(
-        None, "tokens in a long text (target_len; if positions are skipped 0.3 of it)", least=1
+        None,
+        "tokens in a long text (default: target_len; 0.3 of it where positions are skipped)",
+        least=1,
     )
     # Text
     long_data: list[str] | None = opt(
@@ -136,24 +147,34 @@ class Config(machine.Config):
         least=1e-3,
         most=1e3,
     )
-    short_len: int | None = opt(None, "tokens in a short text (1024; <= original_len)", least=1)
+    short_len: int | None = opt(
+        None, "tokens in a short text (default: 1024, at most original_len)", least=1
+    )
     document_mask: bool = opt(
         False, "attention stays within a document where several share a sequence (paper: no)"
     )
-    add_eos: bool | None = opt(None, "end documents with EOS (where the tokenizer has one)")
+    add_eos: bool | None = opt(
+        None, "end documents with EOS (default: where the tokenizer has one)"
+    )
     # A step: the paper's 16 micro-batches, 131,072 tokens in each
     steps: int = opt(512, "optimizer steps", least=1)
-    long_micro: int | None = opt(None, "long micro-batches a step (8; long_cpt: 16)", least=1)
-    long_batch: int | None = opt(None, "sequences in each (131072 / target_len)", least=1)
+    long_micro: int | None = opt(
+        None, "long micro-batches a step (default: 8; 16 for long_cpt and longrecipe)", least=1
+    )
+    long_batch: int | None = opt(None, "sequences in each (default: 131072 / target_len)", least=1)
     short_micro: int = opt(6, "short-text micro-batches a step; 0 drops the loss", least=0)
-    short_batch: int | None = opt(None, "sequences in each (131072 / short_len)", least=1)
+    short_batch: int | None = opt(None, "sequences in each (default: 131072 / short_len)", least=1)
     s2l_micro: int = opt(2, "short-to-long micro-batches a step; 0 drops the loss", least=0)
-    s2l_batch: int | None = opt(None, "sequences in each (131072 / original_len)", least=1)
+    s2l_batch: int | None = opt(None, "sequences in each (default: 131072 / original_len)", least=1)
     # LongRecipe's second stage, after `steps`: cross-entropy, ordinary positions, the old window
-    replay_data: list[str] | None = opt(None, "text like what the original was trained on")
+    replay_data: list[str] | None = opt(
+        None, "text like what the original was trained on (default: none)"
+    )
     replay_steps: int = opt(0, "steps on it, the learning rate falling from lr / 10 to 0", least=0)
     replay_batch: int | None = opt(
-        None, "sequences in each of its long_micro micro-batches (131072 / original_len)", least=1
+        None,
+        "sequences in each of its long_micro micro-batches (default: 131072 / original_len)",
+        least=1,
     )
     merge: float = opt(0.0, "export merge x original + (1 - merge) x trained weights (paper: 0.5)")
     # Optimizer: AdamW, constant learning rate, no warm-up (App. B)

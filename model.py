@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from machine import checkpoints, hf_config  # files of any kind, and whether to trust them
 from rope_kernels import apply_rope, ntk_theta, rope_frequencies
@@ -160,8 +159,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor:
         pinned = sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION])
     elif q.is_cuda and k.shape[1] < q.shape[1]:  # in fp32 only the O(T^2) kernel takes fewer heads
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    # is_causal would align the triangle top-left, which is wrong when there are more keys.
-    bias = causal_lower_right(q.shape[2], k.shape[2]) if start and q.shape[2] > 1 else None
+    bias = None
+    if start and q.shape[2] > 1:  # is_causal would align the triangle top-left, which is wrong
+        from torch.nn.attention.bias import causal_lower_right  # brings seconds of imports
+
+        bias = causal_lower_right(q.shape[2], k.shape[2])
     with pinned:
         out = F.scaled_dot_product_attention(q, k, v, bias, is_causal=start == 0, enable_gqa=True)
     return out.transpose(1, 2)
@@ -177,6 +179,8 @@ def document_attention(attend, q: Tensor, k: Tensor, v: Tensor, documents: Docum
     if not q.is_cuda or q.dtype == torch.float32:
         pieces = zip(*(t.split(documents.lengths) for t in flat), strict=True)
         return torch.cat([attend(*(t[None] for t in p))[0] for p in pieces]).view_as(q)
+    from torch.nn.attention import varlen  # brings as many
+
     places = [documents.starts] * 2 + [max(documents.lengths)] * 2
     grouped = {"enable_gqa": True} if torch.__version__ >= "2.12" else {}
     if not grouped:

@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 # ------------------------------------------------------------------------------------ where it lies
 
@@ -197,7 +196,9 @@ def open_tensors(folder: Path, shapes: dict[str, tuple], config) -> Callable[[st
 
 def copy_whole(mine: Tensor, whole: Tensor) -> None:
     """Copy a whole tensor, or this process's shard of it where `mine` is sharded."""
-    if isinstance(mine, DTensor):
+    if hasattr(mine, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
         whole = whole.to(mine.device, mine.dtype)
         whole = distribute_tensor(whole, mine.device_mesh, mine.placements, src_data_rank=None)
     mine.copy_(whole)
@@ -578,3 +579,26 @@ def carry_over(source: Path, out_dir: Path, hf: dict) -> dict:
         settings.pop("max_length", None)  # it would stop generation inside the new window
         write_json(out_dir / "generation_config.json", settings)
     return special | hf
+
+
+def client_notes(folder: Path) -> list[str]:
+    """What other programs get wrong about an export, a line each; [] where nothing is known."""
+    hf, notes = read_json(folder / "config.json"), []
+    kind = (hf.get("rope_scaling") or {}).get("rope_type")
+    if kind == "yarn":
+        notes.append("note: yarn is silently wrong in transformers below 4.51")
+    if kind == "linear":
+        window = hf["max_position_embeddings"]
+        notes.append(f"note: vLLM needs --max-model-len {window} with linear scaling")
+    tokenizer = folder / "tokenizer.json"
+    if tokenizer.is_file() and not (folder / "tokenizer.model").is_file():
+        try:  # of any size, unlike a config
+            model = json.loads(tokenizer.read_text(encoding="utf-8"))["model"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return notes
+        if isinstance(model, dict) and model.get("byte_fallback"):  # sentencepiece's mark
+            notes.append(
+                "note: llama.cpp tokenises otherwise without sentencepiece's tokenizer.model: copy "
+                f"the original's into {folder} before converting"
+            )
+    return notes

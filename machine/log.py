@@ -6,6 +6,8 @@ import os
 import select
 import statistics
 import sys
+import threading
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 
@@ -200,6 +202,42 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def print_forecast(c, seconds: float, steps: int) -> None:
+    """What a CPU is in for, before step 1, and how to make it less."""
+    print(
+        f"forecast on this CPU: about {span(seconds)} a step, {span(steps * seconds)} for {steps} "
+        "steps (within a factor of two or three). Shorter: fewer --steps; a smaller --target_len; "
+        "fewer tokens a step by --long_micro, --long_batch, --short_micro, --short_batch, "
+        "--s2l_micro, --s2l_batch (all 1: the least)",
+        flush=True,
+    )
+
+
+def span(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.2g} seconds"
+
+
+@contextmanager
+def pulse(say, seconds: float = 30.0):
+    """Call say() every so many seconds while the context is open, however long a pass takes."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(seconds):
+            say()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def print_step(line: dict, last: int, eta: float) -> None:

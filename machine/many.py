@@ -21,11 +21,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.nn.functional import all_to_all_single
-from torch.distributed.tensor import DTensor
 
 from model import Llama
 
@@ -50,6 +45,8 @@ class Processes:
             raise ValueError(
                 f"--context {context} does not divide torchrun's {self.size} processes"
             )
+        from torch.distributed.device_mesh import init_device_mesh  # here: --help need not wait
+
         cuda = torch.cuda.is_available() and device != "cpu"
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -119,6 +116,8 @@ class Processes:
         Whole ones exist for a block at a time, in bf16 on a GPU; gradients are averaged in fp32.
         Inputs are not cast: rotary frequencies must stay float64.
         """
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         on_gpu = self.mesh.device_type == "cuda"
         bf16 = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if on_gpu else {}
         policy = MixedPrecisionPolicy(**bf16, cast_forward_inputs=False)
@@ -131,6 +130,8 @@ class Processes:
 
     def gather(self, student: Llama) -> Llama:
         """A sharded model whole, on the first process's CPU; elsewhere one without memory."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
         with torch.device("meta"):
             whole = Llama(student.config).eval()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -147,7 +148,7 @@ def padded(t: Tensor) -> bool:
 
 def whole_number(x: Tensor) -> float:
     """A scalar's value, sharded or not."""
-    return (x.full_tensor() if isinstance(x, DTensor) else x).item()
+    return (x.full_tensor() if hasattr(x, "full_tensor") else x).item()
 
 
 def attend_to_all_tokens(group, attend, q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor:
@@ -161,6 +162,8 @@ def exchange(group, x: Tensor, spread: int, gathered: int) -> Tensor:
 
     Differentiable: the gradient goes the same way back.
     """
+    from torch.distributed.nn.functional import all_to_all_single
+
     parts = torch.stack(x.chunk(group.size(), spread))
     received = all_to_all_single(torch.empty_like(parts), parts, group=group)
     return torch.cat(received.unbind(), gathered)

@@ -15,6 +15,7 @@ returns. Sizes in bytes unless said otherwise; GiB = 2^30.
 
 import math
 import mmap
+import sys
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial, wraps
 
@@ -261,7 +262,6 @@ ATTENTION_OPS = [
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.torch_attn._varlen_attn.default,
 ]
 
 
@@ -424,7 +424,10 @@ def _recomputing(inner):
 
 
 def _save_attention():
-    return create_selective_checkpoint_contexts(ATTENTION_OPS)
+    ops = list(ATTENTION_OPS)
+    if "torch.nn.attention.varlen" in sys.modules:  # imported by the first --document_mask
+        ops.append(torch.ops.torch_attn._varlen_attn.default)
+    return create_selective_checkpoint_contexts(ops)
 
 
 def _contexts(save_attention: bool):

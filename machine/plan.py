@@ -10,6 +10,7 @@ Sizes in bytes unless said otherwise; GiB = 2^30.
 
 import shutil
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
@@ -371,6 +372,22 @@ def activation_bytes(model, tokens: int, recompute: bool) -> int:
     if not recompute:
         return model.n_layers * block
     return 4 * tokens * model.d_model * model.n_layers + block
+
+
+def forecast(config: ModelConfig, streams, processes: int = 1) -> float:
+    """Seconds of an optimizer step on this CPU: its arithmetic at half the speed of one matmul.
+
+    That speed is measured here, in a fraction of a second, with the threads the run will have.
+    """
+    x, w = torch.randn(1024, config.d_model), torch.randn(config.d_model, config.d_ff)
+    torch.mm(x, w)
+    began, n = time.perf_counter(), 0
+    while n < 3 or time.perf_counter() - began < 0.2:
+        torch.mm(x, w)
+        n += 1
+    speed = n * 2 * x.numel() * config.d_ff / (time.perf_counter() - began)
+    units = (Unit(s.name, s.batch, s.seq_len, s.micro, s.taps) for s in streams)
+    return sum(u.count * model_flops(config, u) for u in units) / speed * 2 / processes
 
 
 def check_disk(out_dir: Path, export: int, states: int) -> None:

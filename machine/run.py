@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import data
-from machine import corpus, log, memory, plan, samples, states
+from machine import checkpoints, corpus, log, memory, plan, samples, states
 from machine.checkpoints import hf_name, open_tensors, resolve_checkpoint
 from machine.command_line import parse_args  # noqa: F401, for longred.py
 from machine.corpus import beginnings
@@ -261,6 +261,10 @@ class Run:
             if c.recompute or self.processes.size > 1:
                 memory.apply_policy(student, plan.Policy())  # every block is recomputed
         log.print_header(c, student, teacher, self.streams)
+        if c.device == "cpu":
+            now = [s for s in self.streams.values() if 0 in s.steps]
+            seconds = plan.forecast(self.original, now, self.processes.size)
+            log.print_forecast(c, seconds, c.steps)
         return self.adamw
 
     # ------------------------------------------------------------------------------- the steps
@@ -284,7 +288,9 @@ class Run:
             for step in range(first, last):
                 step_began, self.data_seconds = time.monotonic(), 0.0
                 plan.forget_peak(c.device)
-                yield step
+                self.read = 0  # sequences, in this step
+                with log.pulse(partial(self.print_within, step + 1, step_began)):
+                    yield step
                 seconds = time.monotonic() - step_began
                 line = {"step": step + 1, **self.line, "seconds": round(seconds, 3)}
                 line["data_share"] = round(self.data_seconds / seconds, 4)
@@ -304,6 +310,10 @@ class Run:
                 self.watch.stop_if_lost(line, last, keeper)
         self.adamw = None
         keeper.finish()
+
+    def print_within(self, step: int, began: float) -> None:
+        seconds = time.monotonic() - began
+        print(f"  step {step}: at its sequence {self.read}, {seconds:.0f} s so far", flush=True)
 
     def note_changed_code(self, first: int) -> None:
         """Say, and record for the report, which files a resumed run finds changed."""
@@ -350,6 +360,7 @@ class Run:
             positions = torch.stack(positions).to(device) if positions else indices
             share = len(real) / (n * pieces) * self.processes.size
             self.keeper.check_stop()
+            self.read += len(real)
             labels, documents = (
                 apart(ids[:, 1:], torch.stack(first)) if first else (ids[:, 1:], None)
             )
@@ -402,6 +413,8 @@ class Run:
         with states.writing(exported):
             save_checkpoint(student, exported, tokenizer_from=self.source)
         print(f"extended checkpoint: {exported}")
+        for line in checkpoints.client_notes(exported):
+            print(line)
         if c.eval_tokens:
             from measure.report import report
 

@@ -37,7 +37,7 @@ class Config:
     device: str | None = opt(None, "cuda or cpu (default: cuda where there is one)")
     unit_tokens: int = opt(32768, "most tokens in one forward pass, at least one sequence", least=1)
     recompute: bool = opt(False, "recompute blocks in backward on a CPU; a GPU's plan decides")
-    context: int | None = opt(None, "processes to a sequence, under torchrun (1)", least=1)
+    context: int | None = opt(None, "processes to a sequence, under torchrun (default: 1)", least=1)
     gpu_gib: float | None = opt(None, "GPU memory to plan for (default: all that is free)", least=0)
     moments: Literal["fp32", "bf16"] = opt("fp32", "AdamW's m and v on a GPU")
     compile: bool = opt(False, "torch.compile the blocks on a GPU")

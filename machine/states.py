@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from machine import memory
 from machine.checkpoints import read_json
@@ -179,7 +178,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> list[int]:
     The format is safetensors', whose own writer would want all tensors on the CPU at once. The
     checksum is taken on the way: 96 GB need not be read a second time.
     """
-    parts = {n: t.to_local() if isinstance(t, DTensor) else t for n, t in tensors.items()}
+    parts = {n: t.to_local() if hasattr(t, "to_local") else t for n, t in tensors.items()}
     header, end = {}, 0
     for name, part in parts.items():
         offsets = [end, end := end + part.nbytes]
@@ -373,7 +372,7 @@ def copy_rows(mine: Tensor, parts: list[Tensor]) -> None:
         mine.copy_(parts[0])
         return
     start, local = 0, mine
-    if isinstance(mine, DTensor):  # FSDP2 deals out rows: ceil(rows / processes) to each
+    if hasattr(mine, "device_mesh"):  # FSDP2 deals out rows: ceil(rows / processes) to each
         each = -(-len(mine) // mine.device_mesh.size())
         start, local = each * mine.device_mesh.get_local_rank(), mine.to_local()
     rows = []

@@ -49,6 +49,7 @@ import data
 from longred import cosine_distance, short_text_distillation
 from machine import corpus, memory
 from machine import plan as planner
+from machine.command_line import integer
 from machine.tokenizer import LLAMA3_PATTERN, read_ranks
 from model import LOSS_ROWS, Attention, Llama, ModelConfig, next_token_kl, next_token_loss
 from rope_kernels import apply_rope, rope_backend, rope_frequencies
@@ -828,7 +829,7 @@ def _train_bpe(folder: Path, specs: list[str]) -> Path:
 
 
 def integers(text):
-    return [int(word) for word in text.split(",")]
+    return [integer(word) for word in text.split(",")]
 
 
 def main(argv=None):

@@ -1,13 +1,13 @@
 """What an extension of the context window kept, and what it gained.
 
-    python -m measure.evaluate --base DIR --ckpt OUT [OUT ...] --data TEXT... --lengths 512,2048
-    python -m measure.evaluate --base DIR --write_samples stories.jsonl --n_samples 400
-    python -m measure.evaluate --base DIR --ckpt DIR --data TEXT... --select_corpus selected.jsonl
+    python -m measure.evaluate compare --base DIR --ckpt OUT [OUT ...] --data TEXT... --lengths 2K
+    python -m measure.evaluate samples stories.jsonl --base DIR --n_samples 400
+    python -m measure.evaluate corpus selected.jsonl --base DIR --ckpt DIR --data TEXT...
 
-The first compares the original with any number of extended checkpoints and leaves report.md,
-results.json and pictures in --out_dir; the second writes short text sampled from a model itself,
-the third LongRecipe's training text (measure/select_corpus.py). From any other folder the command
-is python PATH/measure/evaluate.py.
+The first, whose name may be left out, sets the original beside any number of extended checkpoints
+and leaves report.md, results.json and pictures in --out_dir; the second writes short text sampled
+from a model itself, the third LongRecipe's training text (measure/select_corpus.py). From any other
+folder the command is python PATH/measure/evaluate.py.
 
     task        question, and where it is answered
     ----------  ------------------------------------------------------------------------------------
@@ -54,6 +54,7 @@ from tqdm import tqdm
 
 import data
 from machine.checkpoints import hf_name, open_tensors, resolve_checkpoint
+from machine.command_line import integer
 from machine.keeper import lock
 from machine.log import finite, outlive_readers
 from machine.memory import pad_heads
@@ -62,6 +63,7 @@ from machine.samples import sample_texts
 from machine.settings import check_device
 from machine.states import read_run, writing
 from machine.tokenizer import Tokenizer
+from measure.pictures import draw
 from model import (
     PCD,
     Llama,
@@ -853,167 +855,6 @@ def _cell(value: float | list[float], error: float | None = None) -> str:
     return f"{round(mean, digits) + 0.0:.{shown}f} +- {round(error, digits):.{shown}f}"
 
 
-# ----------------------------------------------------------------------------------- pictures
-
-# Okabe and Ito's colours, told apart by colour-blind readers; the original is grey.
-COLORS = ["#777777", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
-
-
-def draw(results: list, out_dir: Path, original_len: int, target_len: int) -> list[Path]:
-    """The pictures that the results allow. Raises ImportError without matplotlib.
-
-    results: [(name, folder or None, what `measure` filled in)], the original first.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    names = list(dict.fromkeys(name for name, _, _ in results))
-    style = {
-        name: {"color": COLORS[i % 8], "ls": ["-", "--", "-.", ":"][i // 8 % 4], "label": name}
-        for i, name in enumerate(names)
-    }
-    look = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-    paths = []
-    with plt.rc_context({**look, "figure.constrained_layout.use": True, "savefig.dpi": 150}):
-        for name, figure in {
-            "overview": _draw_overview(plt, results, style, original_len, target_len),
-            "drift": _draw_drift(plt, results, style),
-            "training": _draw_training(plt, results, style),
-            "needles": _draw_maps(plt, results, NIAH, "share of needles found", most=1.0),
-            "repeat": _draw_maps(plt, results, ["repeat"], "nats gained by having read it before"),
-        }.items():
-            if figure is not None:
-                paths.append(out_dir / f"{name}.png")
-                figure.savefig(paths[-1])
-                plt.close(figure)
-    return paths
-
-
-def _draw_overview(plt, results: list, style: dict, original_len: int, target_len: int):
-    """What each has of both: short text against long; and the long text by position."""
-    results = [(n, f, r) for n, f, r in results if "kept" in r and "position" in r]
-    if not results:
-        return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), width_ratios=[1, 1.5], sharey=True)
-    for i, (name, _, result) in enumerate(results):
-        both = result["kept"]["loss"], statistics.mean(result["position"]["whole"]["nll"])
-        mark = "os^D"[list(style).index(name) // len(COLORS) % 4]
-        left.plot(*both, mark, ms=8, color=style[name]["color"], mec="white")
-        if i == 0:
-            left.axvline(both[0], color=style[name]["color"], lw=0.8, ls=":")
-    left.set_xlabel(f"kept: loss on short text at {original_len:,}")
-    left.set_ylabel(f"gained: loss on long text at {target_len:,}, nats a token")
-    left.set_title("both at once (lower left is better)")
-    tops = []  # losses that must be in the picture
-    for i, (name, _, result) in enumerate(results):
-        for which, width in (("whole", 2.0), ("cut", 0.8)):
-            if which in result["position"]:
-                nll = result["position"][which]["nll"]
-                curve = [part.mean() for part in np.array_split(nll, min(32, len(nll)))]
-                x = (np.arange(len(curve)) + 0.5) * target_len / len(curve)
-                right.plot(x, curve, **{**style[name], "lw": width})
-                if i or len(results) == 1:
-                    tops += curve
-    # The original's loss may dwarf every difference between the others: it is left out then.
-    low, span = min(tops), max(tops) - min(tops)
-    right.set_ylim(low - 0.1 * span, min(right.get_ylim()[1], low + 1.6 * span))
-    x, y = left.lines[0].get_xdata()[0], left.lines[0].get_ydata()[0]
-    if y > right.get_ylim()[1]:
-        left.annotate(f" original, at {y:.2f}", (x, right.get_ylim()[1]), va="top")
-    right.axvline(original_len, color="black", lw=0.8, ls=":")
-    right.annotate(" original window", (original_len, right.get_ylim()[1]), va="top")
-    cut = " (thin: window cut to the original)" if "cut" in results[0][2]["position"] else ""
-    right.set(title=f"long text by position{cut}", xlabel="position, tokens")
-    _legend(figure)
-    return figure
-
-
-def _legend(figure) -> None:
-    """Beside all panels; one entry a name, however many lines it has."""
-    first = {}
-    for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            first.setdefault(label, handle)
-    figure.legend(first.values(), first.keys(), loc="outside center right")
-
-
-def _draw_drift(plt, results: list, style: dict):
-    runs = [(name, r["kept"]) for name, _, r in results[1:] if "attention_kl" in r.get("kept", {})]
-    if not runs:
-        return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
-    for name, k in runs:
-        drift, heads = [1 - c for c in k["cosine"]], np.mean(k["attention_kl"], axis=1)
-        left.plot(range(len(drift)), drift, **style[name], marker="o", ms=4)
-        right.plot(range(1, len(heads) + 1), heads, **style[name], marker="o", ms=4)
-    left.set(title="hidden states", xlabel="index (0 = embeddings)", ylabel="1 - cosine")
-    right.set(title="attention", xlabel="block", ylabel="KL, mean of heads, nats")
-    for axes in (left, right):
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_ylim(bottom=0)
-    _legend(figure)
-    figure.suptitle("Drift from the original on short text (lower is better)")
-    return figure
-
-
-def _draw_training(plt, results: list, style: dict):
-    titles = {"loss_long": "long text", "loss_short": "short text", "loss_s2l": "short to long"}
-    curves = {}
-    for name, folder, _ in results:
-        log = folder.parent / "log.jsonl" if folder and folder.name == "hf" else Path("none")
-        lines = [json.loads(t) for t in log.read_text().splitlines()] if log.is_file() else []
-        for key in titles:
-            points = [(line["step"], line[key]) for line in lines if line[key] is not None]
-            if points:
-                curves.setdefault(key, []).append((name, points))
-    if not curves:
-        return None
-    figure, panels = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3.5), squeeze=False)
-    for axes, (key, runs) in zip(panels[0], curves.items(), strict=True):
-        for name, points in runs:
-            axes.plot(*zip(*points, strict=True), **style[name], lw=1.2)
-        axes.set(title=titles[key], xlabel="step")
-    panels[0][0].set_ylabel("training loss, unweighted")
-    _legend(figure)
-    return figure
-
-
-def _draw_maps(plt, results: list, tasks, title: str, most: float | None = None):
-    """Heat maps, length by depth: a row of them for each task, a column for each name."""
-    grids = {}
-    for name, _, result in results:
-        for task in tasks:
-            cells = {n: r for n, r in result.get(task, {}).items() if r.get("by_depth")}
-            if cells:
-                grid = np.array([r["by_depth"] for r in cells.values()]).T
-                grids.setdefault((task, name), []).append((grid, cells))
-    if not grids:
-        return None
-    rows, columns = (list(dict.fromkeys(key[i] for key in grids)) for i in (0, 1))
-    size = (1.6 + 2.4 * len(columns), 1.0 + 2.3 * len(rows))
-    figure, panels = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False)
-    means = {key: np.mean([grid for grid, _ in runs], axis=0) for key, runs in grids.items()}
-    low = min(0.0, *(m.min() for m in means.values()))
-    high = most or max(m.max() for m in means.values())
-    for (task, name), grid in means.items():
-        axes = panels[rows.index(task)][columns.index(name)]
-        image = axes.imshow(grid, cmap="cividis", vmin=low, vmax=high, aspect="auto")
-        for (y, x), value in np.ndenumerate(grid):
-            color = "w" if value < (low + high) / 2 else "k"
-            axes.text(x, y, f"{round(value, 2) + 0.0:.2f}", ha="center", va="center", color=color)
-        cells = grids[task, name][0][1]
-        axes.set_xticks(range(len(cells)), [f"{int(n):,}" for n in cells])
-        axes.set_yticks(range(len(grid)), [f"{d:g}" for d in next(iter(cells.values()))["depths"]])
-        axes.set_title(name if len(rows) == 1 else f"{name}: {task}", fontsize=10)
-        axes.spines[:].set_visible(False)
-    figure.supxlabel("length, tokens")
-    figure.supylabel("depth (0 = start)")
-    figure.colorbar(image, ax=panels, label=title)
-    return figure
-
-
 # ------------------------------------------------------------------------- a model's own text
 
 
@@ -1036,55 +877,113 @@ def write_samples(a: Namespace) -> None:
 # ---------------------------------------------------------------------------------- the command
 
 
+JOBS = {
+    "compare": "measure the original and its extensions; report, numbers and pictures",
+    "samples": "write short text sampled from a model itself, as a .jsonl",
+    "corpus": "write LongRecipe's training text, by what extending changed most, as a .jsonl",
+}
+
+
 def parse_args(argv: list[str] | None) -> Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
+    """The flags of a job named first, or, where none is, of all three together."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    job = argv[0] if argv and argv[0] in JOBS else None
+    defaults = vars(_parser(None).parse_args(["--base", ""]))
+    a = _parser(job).parse_args(argv[1:] if job else argv)
+    a = Namespace(**(defaults | vars(a)))
+    a.dtype = getattr(torch, a.dtype or ("bfloat16" if "cuda" in a.device else "float32"))
+    return a
+
+
+def _parser(job: str | None) -> argparse.ArgumentParser:
+    command = "python -m measure.evaluate"
+    uses = {
+        "compare": "--base DIR --ckpt OUT [OUT ...] [flags]",
+        "samples": "FILE.jsonl --base DIR [flags]",
+        "corpus": "FILE.jsonl --base DIR --ckpt DIR --data TEXT... [flags]",
+    }
+    lines = [f"{command} {name} {rest}" for name, rest in uses.items() if job in (None, name)]
+    text = JOBS.get(job) or "\n".join(f"  {name:<8} {what}" for name, what in JOBS.items())
+    more = "" if job else f"flags of a job: {command} JOB --help; without a job: compare"
     parser = argparse.ArgumentParser(
-        "python -m measure.evaluate",
-        description=__doc__,
-        formatter_class=formatter,
+        command,
+        "\n       ".join(lines),
+        text,
+        more or "Lengths may be written 4K, 32K, 128K (K = 1,024).",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
 
     def error(message: str):
-        raise SystemExit(f"evaluate: {message}; all flags: python -m measure.evaluate --help")
+        raise SystemExit(f"evaluate: {message}; all flags: {command} {job or 'compare'} --help")
 
-    def numbers(kind: type) -> Callable:
-        return lambda text: [kind(part) for part in text.split(",")]
+    def add(jobs: str, *names, help: str = "", **more) -> None:
+        if job is None:  # every flag is known, and a job's own help tells of them
+            help = argparse.SUPPRESS
+        if job is None or job in jobs.split():
+            parser.add_argument(*names, help=help, **more)
 
     parser.error = error
-    add = parser.add_argument
-    add("--base", required=True, help="the original: folder, OUT_DIR, known name or hub id")
-    add("--ckpt", nargs="+", default=[], metavar="[NAME=]DIR", help="extended; one NAME, one row")
-    add("--data", nargs="+", help="long text: files, .jsonl, folders, globs (the first run's)")
-    add(
-        "--short_data", nargs="+", help="short text, for what was kept (the first run's, or --data)"
-    )
-    add("--lengths", type=numbers(int), help="tokens (default: original window, doubled to target)")
-    add("--original_len", type=int, help="tokens (default: the original's window)")
-    tasks = f"of {' '.join(TASKS_ALL)}"
-    add("--tasks", nargs="+", default=TASKS, choices=TASKS_ALL, metavar="TASK", help=tasks)
-    add("--pcd", action="store_true", help="repeat and RULER's tasks again, by contrast (PCD)")
-    merge = "shares of the original to average each extension with, a row each (LongRecipe)"
-    add("--merge", type=numbers(float), default=[], metavar="W,W", help=merge)
-    add("--depths", type=numbers(float), default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 to 1")
-    add("--samples", type=int, default=10, help="questions or passages a depth (default: 10)")
-    add("--eval_tokens", type=int, default=65536, help="of long and of short text (default: 65536)")
-    add("--out_dir", default="out/evaluate", help="default: out/evaluate")
+    _add_flags(add)
+    if job == "samples":
+        parser.add_argument("write_samples", metavar="FILE.jsonl", help="what to write")
+    if job == "corpus":
+        parser.add_argument("select_corpus", metavar="FILE.jsonl", help="what to write")
+    return parser
+
+
+def _add_flags(add: Callable) -> None:
+    """Every flag, with the jobs that read it."""
+
+    def numbers(kind: Callable) -> Callable:
+        return lambda text: [kind(part) for part in text.split(",")]
+
+    both, every, integers = "compare corpus", " ".join(JOBS), {"type": integer, "metavar": "N"}
+    original = "the original: folder, OUT_DIR, known name or hub id"
+    add(every, "--base", required=True, metavar="DIR", help=original)
+    extended = "extended checkpoints; those given one NAME share a row (default: none)"
+    add(both, "--ckpt", nargs="+", default=[], metavar="[NAME=]DIR", help=extended)
+    long = "long text: files, .jsonl, folders, globs (default: the first run's)"
+    add(both, "--data", nargs="+", metavar="TEXT", help=long)
+    short = "short text, for what was kept (default: the first run's, else --data)"
+    add("compare", "--short_data", nargs="+", metavar="TEXT", help=short)
+    lengths = "tokens (default: original window, doubled to target)"
+    add("compare", "--lengths", type=numbers(integer), metavar="N,N", help=lengths)
+    add("compare", "--original_len", **integers, help="tokens (default: the original's window)")
+    tasks = f"of {' '.join(TASKS_ALL)} (default: all but some of niah)"
+    tasks = {"default": TASKS, "choices": TASKS_ALL, "metavar": "TASK", "help": tasks}
+    add("compare", "--tasks", nargs="+", **tasks)
+    pcd = "repeat and RULER's tasks again, by contrast, PCD (default: no)"
+    add("compare", "--pcd", action="store_true", help=pcd)
+    merge = "shares of the original to average each extension with, a row each (default: none)"
+    add("compare", "--merge", type=numbers(float), default=[], metavar="W,W", help=merge)
+    depths = {"default": [0.0, 0.25, 0.5, 0.75, 1.0], "metavar": "X,X"}
+    where = "of needles and passages, 0 to 1 (default: 0,0.25,0.5,0.75,1)"
+    add("compare", "--depths", type=numbers(float), help=where, **depths)
+    ask = "questions or passages a depth (default: 10)"
+    add("compare", "--samples", default=10, help=ask, **integers)
+    many = "of long and of short text (default: 65536)"
+    add(both, "--eval_tokens", default=65536, help=many, **integers)
+    add("compare", "--out_dir", default="out/evaluate", help="default: out/evaluate")
     eos = "documents end with EOS (default: where the tokenizer has one)"
-    add("--add_eos", action=argparse.BooleanOptionalAction, default=None, help=eos)
-    add("--cache_dir", default="out/tokens", help="tokenised text (default: out/tokens)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
-    add("--seed", type=int, default=2024)
-    add("--write_samples", metavar="FILE", help="write a .jsonl of the base's own text, and stop")
-    add("--select_corpus", metavar="FILE", help="write impactful text as a .jsonl, and stop")
-    add("--keep", type=float, default=0.3, help="of each document's tokens, there (default: 0.3)")
-    add("--n_samples", type=int, default=400, help="texts in it (default: 400)")
-    add("--length", type=int, help="most tokens in one (default: the window)")
-    add("--temperature", type=float, default=1.0, help="of sampling (default: 1.0)")
-    a = parser.parse_args(argv)
-    a.dtype = getattr(torch, a.dtype or ("bfloat16" if "cuda" in a.device else "float32"))
-    return a
+    add(both, "--add_eos", action=argparse.BooleanOptionalAction, default=None, help=eos)
+    add(both, "--cache_dir", default="out/tokens", help="tokenised text (default: out/tokens)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add(every, "--device", default=device, help="cuda or cpu (default: cuda where there is one)")
+    dtypes = ["float32", "bfloat16"]
+    add(every, "--dtype", choices=dtypes, help="default: bfloat16 on a GPU, else float32")
+    add(every, "--seed", default=2024, help="of every draw (default: 2024)", **integers)
+    add("", "--write_samples", metavar="FILE")  # a job's FILE, as it was written before
+    add("", "--select_corpus", metavar="FILE")
+    add("corpus", "--keep", type=float, default=0.3, help="of a document's tokens (default: 0.3)")
+    add("samples", "--n_samples", default=400, help="texts (default: 400)", **integers)
+    add(
+        "samples corpus",
+        "--length",
+        help="tokens in a text at most (default: the window)",
+        **integers,
+    )
+    add("samples", "--temperature", type=float, default=1.0, help="of sampling (default: 1.0)")
 
 
 def open_weights(folder: Path, config) -> None:

@@ -383,6 +383,25 @@ def test_an_export_carries_what_stood_beside_the_weights(tmp_path):
     assert tokenizer.decode(tokenizer("it's 7 o'clock").input_ids) == "it's 7 o'clock"
 
 
+def test_an_export_says_what_other_programs_get_wrong(tmp_path):
+    write_byte_tokenizer(tmp_path / "tokenizer")
+    source = save_checkpoint(tiny_llama(), tmp_path / "source", tmp_path / "tokenizer")
+    for kind, said in {"yarn": "transformers below 4.51", "linear": "--max-model-len 256"}.items():
+        scaling = {"rope_type": kind, "factor": 4.0}
+        model = load_checkpoint(source, rope_scaling=scaling)
+        model.config.max_position_embeddings = 256
+        (note,) = checkpoints.client_notes(save_checkpoint(model, tmp_path / kind))
+        assert said in note
+    assert checkpoints.client_notes(source) == []
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    tokenizer["model"]["byte_fallback"] = True
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (note,) = checkpoints.client_notes(source)
+    assert "llama.cpp tokenises otherwise" in note
+    (source / "tokenizer.model").write_bytes(b"")
+    assert checkpoints.client_notes(source) == []
+
+
 # ----------------------------------------------------------------------------------- Meta's folders
 
 

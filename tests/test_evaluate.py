@@ -457,7 +457,6 @@ def test_select_corpus_writes_sentences_of_the_training_part(ckpt, tmp_path, cap
     assert f"kept {len(text):,} of" in capsys.readouterr().out
 
 
-# noqa: E501
 # ------------------------------------------------------------------------- numbers and neighbours
 
 
@@ -540,3 +539,28 @@ def test_the_mean_of_rulers_tasks_is_over_tasks_that_are_named():
     tables = evaluate.summarize(results[0][2], 64, [64, 128], asked)
     means = [row["mean"] for row in tables.values()]
     assert means[0] == (50.0, 10.0) and means[1] == (75.0, pytest.approx(math.hypot(10, 10) / 2))
+
+
+def test_jobs_are_subcommands_and_the_form_without_one_is_compare(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"measure.evaluate {job} " in text for job in ("compare", "samples", "corpus"))
+    assert "--merge" not in text  # the flags are each job's own
+    flags = ["--base", "x", "--ckpt", "y", "--lengths", "512,4K", "--tasks", "kept"]
+    plain, named = (evaluate.parse_args([*job, *flags]) for job in ([], ["compare"]))
+    assert plain == named and named.lengths == [512, 4096]
+    old = evaluate.parse_args(["--base", "x", "--write_samples", "f", "--n_samples", "9"])
+    assert old == evaluate.parse_args(["samples", "f", "--base", "x", "--n_samples", "9"])
+    old = evaluate.parse_args(["--base", "x", "--ckpt", "y", "--select_corpus", "f"])
+    assert old == evaluate.parse_args(["corpus", "f", "--base", "x", "--ckpt", "y"])
+    with pytest.raises(
+        SystemExit, match="unrecognized arguments: --merge 0.5; all flags: .*samples"
+    ):
+        evaluate.parse_args(["samples", "f", "--base", "x", "--merge", "0.5"])
+    for job in ("compare", "samples", "corpus"):
+        with pytest.raises(SystemExit):
+            evaluate.main([job, "--help"])
+        text = capsys.readouterr().out
+        said = re.split(r"^  (?=--)", text, flags=re.M)[1:]
+        assert said and all("default" in s for s in said if not s.startswith("--base")), said

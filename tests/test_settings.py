@@ -1,6 +1,8 @@
 """machine/settings.py: what cannot work is refused in one line, before anything is written."""
 
+import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -11,8 +13,8 @@ import sys
 import pytest
 import torch
 
-from longred import Config, main, plan_streams
-from machine import plan
+from longred import Config, main, plan_streams, train
+from machine import command_line, log, plan
 from machine.settings import resolve
 from model import ModelConfig, load_checkpoint, load_config
 from tests.conftest import HERE, tiny_run
@@ -62,7 +64,10 @@ BAD_INPUTS = {
     "out of range": ({"--steps": 0}, "--steps 0: need at least 1"),
     "no such device": ({"--device": "gpu"}, "--device gpu: need cpu or cuda"),
     "uphill": ({"--grad_clip": -1}, "--grad_clip -1.0: need at least 0"),
-    "not a number": ({"--steps": "many"}, "--steps: invalid int value: 'many'"),
+    "not a number": (
+        {"--steps": "many"},
+        "--steps: 'many': need a whole number such as 4096 or 4K",
+    ),
     "resume and more": ({"--resume": "@void"}, "--resume takes its run's own"),
     "no such user": (
         {"--cache_dir": "~nobody_at_all/x"},
@@ -124,3 +129,54 @@ def test_missing_weights_end_with_the_ways_to_provide_them(tmp_path):
     assert done.returncode == 1 and done.stdout == ""
     assert "hf download meta-llama/Meta-Llama-3-8B" in done.stderr and "--ckpt /path" in done.stderr
     assert done.stderr.count("\n") == 1 and not list(tmp_path.glob("out"))
+
+
+def test_numbers_may_be_written_in_k():
+    kinds = {"4K": 4096, "128k": 131072, "1M": 2**20, "-3": -3, "512": 512, "1_000": 1000}
+    assert {text: command_line.integer(text) for text in kinds} == kinds
+    for text in ("4Q", "K", "4.5K", "", "1e3"):
+        with pytest.raises(argparse.ArgumentTypeError, match="whole number such as 4096 or 4K"):
+            command_line.integer(text)
+    flags = ["--ckpt", "x", "--target_len", "32K", "--distill_layers", "1", "2"]
+    c = command_line.parse_args(Config, flags, "LongReD")
+    assert c.target_len == 32768 and c.distill_layers == [1, 2]
+
+
+def test_help_names_the_two_needed_flags_first_and_every_default(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    usage, needed, *_ = re.split(r"\n\n(?=needed)", text)
+    assert len(re.findall("python longred.py", usage)) == 2 and "eq." not in text
+    assert re.findall(r"^  --(\w+)", needed, re.M)[:2] == ["ckpt", "target_len"]
+    names = {f.name for f in dataclasses.fields(Config)}
+    assert command_line.GROUPS.keys() <= names
+    for f in dataclasses.fields(Config):
+        said = re.search(rf"^  --{f.name}[ ,](.*?)(?=^  --|^\S|\Z)", text, re.M | re.S)[1]
+        plain = f.name in ("ckpt", "target_len", "resume")
+        assert plain or re.search(r"default:|none:", " ".join(said.split())), f.name
+
+
+def test_help_and_a_users_error_wait_for_no_heavy_import():
+    """What the seconds go to, whatever else the machine is doing."""
+    code = "import sys, longred\ntry: longred.main(sys.argv[1:])\nexcept SystemExit: pass\n"
+    code += "print(*(n for n in sys.modules if n in HEAVY), file=sys.stderr)"
+    heavy = {"torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp", "transformers"}
+    heavy |= {"datasets", "matplotlib", "tokenizers", "sympy"}
+    for argument in ("--help", "--nonsense"):
+        command = [sys.executable, "-c", f"HEAVY = {heavy}\n{code}", argument]
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr.strip(), done.stderr[-500:]
+
+
+def test_a_long_step_says_so_and_a_cpu_gets_a_forecast(ckpt, tmp_path, capsys, monkeypatch):
+    pulse, say = log.pulse, []
+    monkeypatch.setattr(log, "pulse", lambda f: pulse(f, 0.01))
+    train(tiny_run(ckpt, tmp_path / "run", steps=2, eval_tokens=0))
+    text = capsys.readouterr().out
+    assert text.index("forecast on this CPU: about") < text.index("step 1/2")
+    assert re.search(r"a step, .* for 2 steps .*Shorter: fewer --steps", text)
+    assert re.search(r"^  step 1: at its sequence \d+, 0 s so far$", text, re.M)
+    with log.pulse(lambda: say.append(1)):
+        pass
+    assert len(say) <= 1  # it ends with its context

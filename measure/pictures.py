@@ -1,0 +1,303 @@
+"""The pictures of a comparison: what each model kept and gained, how it drifted, how it trained.
+
+Names stand beside what they name, in its colour; grey is the original's alone. Several runs of one
+name are their mean, and a band from the least to the most. Thick lines are smoothed, faint ones
+raw. One unit to an axis; a signed quantity has a map centred on 0.
+"""
+
+import json
+import textwrap
+from pathlib import Path
+
+import numpy as np
+
+# Okabe and Ito's colours, told apart by colour-blind readers, and five more for long comparisons.
+GREY = "#777777"
+COLORS = ["#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
+COLORS += ["#7f3b08", "#5e3c99", "#8c0d2c", "#4d7c0f", "#b8a100"]
+STREAMS = {"long": "long text", "short": "short text", "s2l": "short to long", "replay": "replay"}
+SMOOTH = 5  # values in a moving average
+
+
+def draw(results: list, out_dir: Path, original_len: int, target_len: int) -> list[Path]:
+    """The pictures that the results allow. Raises ImportError without matplotlib.
+
+    results: [(name, folder or None, what evaluate.measure filled in)], the original first.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    style = styles(results)
+    look = {"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 100}
+    paths = []
+    with plt.rc_context({**look, "figure.constrained_layout.use": True, "savefig.dpi": 150}):
+        for name, figure in {
+            "overview": draw_overview(plt, results, style, original_len, target_len),
+            "drift": draw_drift(plt, results, style),
+            "training": draw_training(plt, results, style),
+            "needles": draw_maps(plt, results, "niah_", "share of needles found"),
+            "repeat": draw_maps(plt, results, "repeat", "nats gained by having read it before"),
+        }.items():
+            if figure is not None:
+                paths.append(out_dir / f"{name}.png")
+                figure.savefig(paths[-1])
+                plt.close(figure)
+    return paths
+
+
+def styles(results: list) -> dict[str, dict]:
+    """{name: how its lines look}; beyond the colours there are, lines are dashed."""
+    names = list(dict.fromkeys(name for name, _, _ in results))
+    found = {names[0]: {"color": GREY, "ls": "-"}}
+    for i, name in enumerate(names[1:]):
+        found[name] = {
+            "color": COLORS[i % len(COLORS)],
+            "ls": ["-", "--", "-.", ":"][i // len(COLORS) % 4],
+        }
+    return found
+
+
+def by_name(pairs) -> dict[str, np.ndarray]:
+    """{name: (runs, values)} of (name, values), cut to the shortest run of that name."""
+    runs = {}
+    for name, values in pairs:
+        runs.setdefault(name, []).append(values)
+    return {
+        name: np.array([v[: min(map(len, rows))] for v in rows], dtype=float)
+        for name, rows in runs.items()
+    }
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """A moving average over SMOOTH values, over fewer at the two ends."""
+    if len(values) < 3 * SMOOTH:
+        return values
+    window = np.ones(SMOOTH)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def plot(axes, x, runs: np.ndarray, style: dict, marker: str = "", smooth: bool = True):
+    """The mean of runs (n, values) with its band, smoothed with the raw mean faint; its line."""
+    mean = runs.mean(0)
+    line = smoothed(mean) if smooth else mean
+    if smooth and len(mean) >= 3 * SMOOTH:
+        axes.plot(x, mean, color=style["color"], lw=0.8, alpha=0.35)
+    if len(runs) > 1:
+        low, high = (smoothed(f(0)) if smooth else f(0) for f in (runs.min, runs.max))
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.2, lw=0)
+    axes.plot(x, line, color=style["color"], ls=style["ls"], lw=1.8, marker=marker, ms=4)
+    return line
+
+
+def name_lines(axes, lines: dict[str, np.ndarray], style: dict, height: float = 0.06) -> None:
+    """Each line's name to the right of its end, moved apart where they would overlap.
+
+    Lines nearer than 1% of the axis' height everywhere look like one and share a name.
+    """
+    low, high = axes.get_ylim()
+    groups = []  # [names, line]
+    for name, line in lines.items():
+        for group in groups:
+            same = len(group[1]) == len(line)
+            if same and np.abs(group[1] - line).max() < 0.01 * (high - low):
+                group[0].append(name)
+                break
+        else:
+            groups.append([[name], line])
+    groups.sort(key=lambda group: group[1][-1])
+    wanted = [min(max((line[-1] - low) / (high - low), 0.0), 1.0) for _, line in groups]
+    heights = [height * len(names) for names, _ in groups]
+    for (names, _), y in zip(groups, apart(wanted, heights), strict=True):
+        color, text = style[names[-1]]["color"], "\n= ".join(names)
+        axes.text(1.02, y, text, transform=axes.transAxes, color=color, va="center", fontsize=9)
+
+
+def apart(wanted: list[float], heights: list[float]) -> list[float]:
+    """Middles of boxes as near to the rising `wanted` as they go without overlap, none above 1."""
+    gaps = [(a + b) / 2 for a, b in zip(heights, heights[1:], strict=False)]
+    placed = wanted[:1]
+    for y, gap in zip(wanted[1:], gaps, strict=True):
+        placed.append(max(y, placed[-1] + gap))
+    top = 1.0
+    for i in range(len(placed) - 1, -1, -1):  # what was pushed out comes down, and pushes others
+        placed[i] = min(placed[i], top)
+        top = placed[i] - gaps[i - 1] if i else top
+    return placed
+
+
+def whole_steps(axes) -> None:
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def draw_overview(plt, results: list, style: dict, original_len: int, target_len: int):
+    """What each has of both: short text against long; and the long text by position."""
+    results = [(n, f, r) for n, f, r in results if "kept" in r and "position" in r]
+    if not results:
+        return None
+    long = by_name((n, r["position"]["whole"]["nll"]) for n, _, r in results)
+    short = by_name((n, [r["kept"]["loss"]]) for n, _, r in results)
+    parts = {
+        n: np.stack([p.mean(1) for p in np.array_split(runs, min(32, runs.shape[1]), 1)], 1)
+        for n, runs in long.items()
+    }
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=[1, 1.2])
+    first, *others = parts
+    # The original's loss may dwarf every difference between the others: it is left out then.
+    shown = np.concatenate([parts[n].ravel() for n in others or [first]])
+    low, span = shown.min(), max(np.ptp(shown), 1e-3)
+    highest = max(p.max() for p in parts.values())
+    top = (highest if highest < low + 1.5 * span else low + span) + 0.12 * span
+    x = (np.arange(parts[first].shape[1]) + 0.5) * target_len / parts[first].shape[1]
+    lines = {n: plot(right, x, runs, style[n]) for n, runs in parts.items()}
+    right.set(xlim=(0, target_len), ylim=(low - 0.08 * span, top))
+    outside = {n for n, line in lines.items() if line[-1] > top}
+    name_lines(right, {n: line for n, line in lines.items() if n not in outside}, style)
+    right.axvline(original_len, color="black", lw=0.8, ls=":")
+    right.annotate("original window", (original_len, low - 0.06 * span), xytext=(4, 0),
+                   textcoords="offset points", fontsize=8)  # fmt: skip
+    for n in outside:
+        mean = parts[n].mean()
+        right.text(0.99, 0.99, f"{n}: {mean:.2f}, above this picture", transform=right.transAxes,
+                   ha="right", va="top", color=style[n]["color"], fontsize=9)  # fmt: skip
+    right.set(title="long text by position", xlabel="position, tokens", ylabel="nats a token")
+    points = {n: (short[n].mean(), runs.mean()) for n, runs in long.items()}
+    _draw_points(left, points, short, long, style, first)
+    left.set_xlabel(f"kept: loss on short text at {original_len:,}, nats a token")
+    left.set_ylabel(f"gained: loss on long text at {target_len:,}, nats")
+    left.set_title("both at once (lower left is better)")
+    return figure
+
+
+def _draw_points(axes, points: dict, short: dict, long: dict, style: dict, first: str) -> None:
+    """A point a name, bars from the least to the most run, the name beside it."""
+    ys = [y for n, (_, y) in points.items() if n != first] or [points[first][1]]
+    low, height = min(ys), max(max(ys) - min(ys), 0.05)
+    top = low + 1.25 * height
+    for name, (x, y) in points.items():
+        color = style[name]["color"]
+        if y > top:
+            axes.axvline(x, color=color, lw=1.0, ls=":")
+            axes.text(x, top, f" {name}, at {y:.2f}", color=color, va="top", fontsize=9)
+            continue
+        hollow = "white" if style[name]["ls"] != "-" else color
+        for values, horizontal in ((short[name], True), (long[name].mean(1), False)):
+            span = [[values.min()], [values.max()]]
+            fixed = [[y], [y]] if horizontal else [[x], [x]]
+            axes.plot(*((span, fixed) if horizontal else (fixed, span)), color=color, lw=1.2)
+        axes.plot(x, y, "o", ms=7, color=color, mfc=hollow)
+    axes.set_ylim(low - 0.12 * height, top)
+    inside = sorted((n for n in points if points[n][1] <= top), key=lambda n: points[n][1])
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, right + 0.35 * (right - left))  # room for names
+    bottom = low - 0.12 * height
+    wanted = [(points[n][1] - bottom) / (top - bottom) for n in inside]
+    heights = apart(wanted, [0.05] * len(inside))
+    for name, y_name in zip(inside, heights, strict=True):
+        x, y = points[name]
+        place = x + 0.035 * (right - left), bottom + y_name * (top - bottom)
+        axes.annotate(name, (x, y), place, color=style[name]["color"], va="center", fontsize=8.5)
+
+
+def draw_drift(plt, results: list, style: dict):
+    runs = [(name, r["kept"]) for name, _, r in results[1:] if "attention_kl" in r.get("kept", {})]
+    if not runs:
+        return None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.0))
+    hidden = by_name((name, [1 - c for c in k["cosine"]]) for name, k in runs)
+    heads = by_name((name, np.mean(k["attention_kl"], axis=1)) for name, k in runs)
+    for axes, values, start in ((left, hidden, 0), (right, heads, 1)):
+        lines = {}
+        for name, rows in values.items():
+            x = np.arange(start, start + rows.shape[1])
+            lines[name] = plot(axes, x, rows, style[name], "o", smooth=False)
+        axes.set_ylim(bottom=0)
+        name_lines(axes, lines, style)
+        whole_steps(axes)
+    left.set(title="hidden states", xlabel="index (0 = embeddings)", ylabel="1 - cosine")
+    right.set(title="attention", xlabel="block", ylabel="KL, mean of heads, nats")
+    figure.suptitle("Drift from the original on short text (lower is better)")
+    return figure
+
+
+def training_curves(results: list) -> dict[tuple[str, str], list]:
+    """{(stream, unit): [(name, losses)]} from the logs beside the checkpoints."""
+    curves = {}
+    for name, folder, _ in results:
+        log = folder.parent / "log.jsonl" if folder and folder.name == "hf" else Path("none")
+        if not log.is_file():
+            continue
+        lines = [json.loads(text) for text in log.read_text().splitlines()]
+        run = log.with_name("longred.json")
+        method = json.loads(run.read_text())["config"]["method"] if run.is_file() else "longred"
+        for stream in STREAMS:
+            values = [x for line in lines if (x := line.get(f"loss_{stream}")) is not None]
+            compared = method == "longred" and stream in ("short", "s2l")
+            if values:
+                unit = "1 - cos" if compared else "nats a token"
+                curves.setdefault((stream, unit), []).append((name, values))
+    return curves
+
+
+def draw_training(plt, results: list, style: dict):
+    """A panel for each stream and unit: cross-entropy and distances share no axis."""
+    curves = training_curves(results)
+    if not curves:
+        return None
+    # No hole: five panels are a tall one and four, seven a tall one and six.
+    layout = {4: ["01", "23"], 5: ["012", "034"], 6: ["012", "345"], 7: ["0123", "0456"]}
+    layout = layout.get(len(curves), ["".join(map(str, range(len(curves))))])
+    size = (4.6 * len(layout[0]), 3.6 * len(layout))
+    figure, panels = plt.subplot_mosaic("\n".join(layout), figsize=size)
+    for place, ((stream, unit), runs) in enumerate(curves.items()):
+        axes = panels[str(place)]
+        lines = {}
+        for name, rows in by_name(runs).items():
+            lines[name] = plot(axes, np.arange(1, rows.shape[1] + 1), rows, style[name])
+        name_lines(axes, lines, style)
+        axes.set(title=STREAMS[stream], xlabel="step", ylabel=f"training loss, {unit}")
+        whole_steps(axes)
+    return figure
+
+
+def draw_maps(plt, results: list, task: str, title: str):
+    """Heat maps, length by depth: a row of them for each task, a column for each name.
+
+    Shares run from 0 to 1; nats may be of either sign, on a map centred on 0.
+    """
+    grids = {}
+    for name, _, result in results:
+        for key in (key for key in result if key.startswith(task)):
+            cells = {n: r for n, r in result[key].items() if r.get("by_depth")}
+            if cells:
+                grid = np.array([r["by_depth"] for r in cells.values()]).T
+                grids.setdefault((key, name), []).append((grid, cells))
+    if not grids:
+        return None
+    rows, columns = (list(dict.fromkeys(key[i] for key in grids)) for i in (0, 1))
+    figure, panels = plt.subplots(
+        len(rows), len(columns), squeeze=False, sharey=True,
+        figsize=(1.8 + 2.5 * len(columns), 1.2 + 2.2 * len(rows)),
+    )  # fmt: skip
+    means = {key: np.mean([grid for grid, _ in runs], axis=0) for key, runs in grids.items()}
+    most = 1.0 if task == "niah_" else max(1e-3, *(np.abs(m).max() for m in means.values()))
+    signed = {"cmap": "PuOr", "vmin": -most, "vmax": most}
+    look = {"cmap": "cividis", "vmin": 0, "vmax": 1} if task == "niah_" else signed
+    for (key, name), grid in means.items():
+        axes = panels[rows.index(key)][columns.index(name)]
+        image = axes.imshow(grid, aspect="auto", **look)
+        for (y, x), value in np.ndenumerate(grid):
+            dark = abs(value) > 0.65 * most if task != "niah_" else value < 0.5
+            color = "w" if dark else "k"
+            axes.text(x, y, f"{round(value, 2) + 0.0:.2f}", ha="center", va="center", color=color)
+        cells = grids[key, name][0][1]
+        axes.set_xticks(range(len(cells)), [f"{int(n):,}" for n in cells])
+        axes.set_yticks(range(len(grid)), [f"{d:g}" for d in next(iter(cells.values()))["depths"]])
+        label = name if len(rows) == 1 else f"{name}: {key}"
+        axes.set_title(textwrap.fill(label, 24), fontsize=10)
+        axes.spines[:].set_visible(False)
+    figure.supxlabel("length, tokens")
+    figure.supylabel("depth (0 = start)")
+    figure.colorbar(image, ax=panels, label=title)
+    return figure

@@ -1,0 +1,103 @@
+"""measure/pictures.py: what is drawn is what was measured, and can be read."""
+
+import json
+
+import numpy as np
+import pytest
+
+from measure import pictures
+
+matplotlib = pytest.importorskip("matplotlib")
+
+
+def runs_of(tmp_path):
+    """[(name, folder, result)]: an original and two runs each of two methods, with logs."""
+    results = [("original", None, result(5.0))]
+    for name, method, short in (("Mix CPT", "mix_cpt", 2.0), ("LongReD", "longred", 0.05)):
+        for seed in (0, 1):
+            folder = tmp_path / f"{method}{seed}" / "hf"
+            folder.mkdir(parents=True)
+            lines = [{"step": i + 1, "loss_long": 3.0 - seed, "loss_short": short, "loss_s2l": None}
+                     for i in range(20)]  # fmt: skip
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (folder.parent / "log.jsonl").write_text(text)
+            config = {"config": {"method": method}}
+            (folder.parent / "longred.json").write_text(json.dumps(config))
+            results.append((name, folder, result(3.0 + seed / 10)))
+    return results
+
+
+def result(loss):
+    cells = {"512": {"by_depth": [-0.2, 0.5], "depths": [0, 1]}}
+    drift = {"cosine": [1.0, 0.9], "attention_kl": [[0.1, 0.2]]}
+    position = {"whole": {"nll": [loss] * 64}}
+    return {"kept": {"loss": 1.5, **drift}, "position": position, "repeat": cells,
+            "niah_single_1": cells}  # fmt: skip
+
+
+@pytest.fixture
+def figures(tmp_path, monkeypatch):
+    """{name: figure}, as `draw` left them."""
+    from matplotlib import pyplot as plt
+
+    kept_open = {}
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    paths = pictures.draw(runs_of(tmp_path), tmp_path, 512, 2048)
+    for path, number in zip(paths, plt.get_fignums(), strict=True):
+        assert path.stat().st_size > 10_000
+        kept_open[path.stem] = plt.figure(number)
+    yield kept_open
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def test_every_picture_is_drawn_without_a_legend_and_every_name_stands_once(figures):
+    assert figures.keys() == {"overview", "drift", "training", "needles", "repeat"}
+    for name in ("overview", "drift", "training"):
+        for axes in figures[name].axes:
+            assert axes.get_legend() is None
+            said = [text.get_text() for text in axes.texts]
+            assert len(said) == len(set(said)), said
+
+
+def test_training_never_mixes_nats_and_cosines(figures):
+    panels = {(a.get_title(), a.get_ylabel()): a for a in figures["training"].axes}
+    assert panels.keys() == {
+        ("long text", "training loss, nats a token"),
+        ("short text", "training loss, nats a token"),
+        ("short text", "training loss, 1 - cos"),
+    }
+    for (title, unit), axes in panels.items():
+        highest = max(max(line.get_ydata()) for line in axes.lines)
+        assert title == "long text" or (highest < 1) == unit.endswith("cos")
+        assert all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
+def test_seeds_are_their_mean_and_a_band(figures):
+    axes = next(a for a in figures["training"].axes if a.get_title() == "long text")
+    assert len(axes.collections) == 2  # a band each
+    for line in axes.lines:
+        assert np.allclose(line.get_ydata(), 2.5)  # of 3 and 2
+
+
+def test_grey_is_the_originals_alone_and_colours_do_not_repeat():
+    style = pictures.styles([(f"m{i}", None, {}) for i in range(13)])
+    colors = [s["color"] for s in style.values()]
+    assert colors[0] == pictures.GREY and len(set(colors)) == 13
+
+
+def test_signed_maps_are_centred_on_0_and_shares_run_from_0_to_1(figures):
+    limits = {name: figures[name].axes[0].images[0].get_clim() for name in ("repeat", "needles")}
+    assert limits == {"repeat": (-0.5, 0.5), "needles": (0, 1)}
+
+
+def test_boxes_never_overlap_and_stay_below_the_top():
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        wanted = sorted(rng.random(8).tolist())
+        heights = rng.uniform(0.03, 0.12, 8).tolist()
+        placed = pictures.apart(wanted, heights)
+        gaps = [(a + b) / 2 for a, b in zip(heights, heights[1:], strict=False)]
+        assert all(np.diff(placed) > np.array(gaps) - 1e-9) and placed[-1] <= 1
+    assert pictures.apart([0.1, 0.5], [0.1, 0.1]) == [0.1, 0.5]
+    assert pictures.apart([], []) == []
