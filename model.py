@@ -156,7 +156,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, H) views
     pinned = nullcontext()
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        pinned = sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION])
+        # cuDNN builds a plan for each new shape, some 30 ms, and a cache grows with every token.
+        cudnn = [] if start else [SDPBackend.CUDNN_ATTENTION]
+        pinned = sdpa_kernel([*cudnn, SDPBackend.FLASH_ATTENTION])
     elif q.is_cuda and k.shape[1] < q.shape[1]:  # in fp32 only the O(T^2) kernel takes fewer heads
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     bias = None

@@ -246,10 +246,15 @@ def print_step(line: dict, last: int, eta: float) -> None:
         for name, value in line.items()
         if name.startswith("loss_") and value is not None
     )
+    reserved = ""
+    if line.get("reserved_gib"):
+        retries = line["alloc_retries"]
+        reserved = f" of {line['reserved_gib']:.1f} reserved"
+        reserved += f", {retries} allocation retries" if retries else ""
     print(
         f"step {line['step']:>{len(str(last))}}/{last}  {losses}  lr {line['lr']:g}  grad "
         f"{line['grad_norm']:.2f}  {line['tokens'] / line['seconds']:,.0f} tok/s  peak "
-        f"{line['peak_gib']:.1f} GiB  data {line['data_share']:.1%}  "
+        f"{line['peak_gib']:.1f} GiB{reserved}  data {line['data_share']:.1%}  "
         f"ETA {clock(eta)}" + (f"  {line['flag'].upper()}" if line["flag"] else ""),
         flush=True,
     )

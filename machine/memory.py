@@ -13,6 +13,7 @@ Everything here also runs on a CPU, where streams are empty words and every copy
 returns. Sizes in bytes unless said otherwise; GiB = 2^30.
 """
 
+import gc
 import math
 import mmap
 import sys
@@ -57,6 +58,25 @@ def host_buffer(nbytes: int, pin: bool) -> Tensor:
             )
         _PINNED.append(buffer)
     return buffer
+
+
+def free_host_buffers() -> None:
+    """Unlock every host buffer; each goes with whatever still views it."""
+    gc.collect()
+    if _PINNED:
+        torch.cuda.synchronize()  # no copy of theirs is under way
+    while _PINNED:
+        torch.cuda.cudart().cudaHostUnregister(_PINNED.pop().data_ptr())
+
+
+def empty_cache(device: torch.device | str) -> None:
+    """Give back the blocks that torch keeps for itself, before another phase begins.
+
+    Else what lives long lands in the remains of what came before, and strands the rest of them.
+    """
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
 
 
 # ------------------------------------------------------------------------------------------- AdamW
@@ -567,9 +587,10 @@ class OneGPU:
 
     def __init__(self, plan: Plan, student: Llama, teacher: Llama, *adamw):
         """adamw: lr, betas, eps, weight_decay. Student and teacher are on the GPU, in bf16."""
-        self.plan, self.student = plan, student
-        device = student.embed_tokens.weight.device
+        self.plan, self.student, self.name = plan, student, None
+        self.device = device = student.embed_tokens.weight.device
         self.teacher = None if plan.teacher_resident else Visitor(teacher, device)
+        empty_cache(device)  # gradients and state live for the run: they come first
         self.offload = None
         if plan.slot_bytes:
             self.offload = Offload(student.config.n_layers, plan.slot_bytes, device)
@@ -580,14 +601,24 @@ class OneGPU:
         """Set up for the passes of unit `name`: the student's policy, the teacher here or not."""
         apply_policy(self.student, self.plan.policies[name], self.offload)
         units = self.plan.units
+        if self.teacher and not units[name].teacher:
+            self.teacher.leave()
+        if name != self.name:
+            empty_cache(self.device)
         if self.teacher and units[name].teacher:
             self.teacher.come(lm_head=any(u.heads == 2 for u in units.values()))
-        elif self.teacher:
-            self.teacher.leave()
+        self.name = name
 
     def finish(self) -> None:
-        """After the last step: gradients and policies go, the whole teacher comes to stay."""
+        """After the last step: gradients, state and policies go, the whole teacher comes to stay.
+
+        Export and report need the memory, of the GPU and of the host.
+        """
         self.student.zero_grad(set_to_none=True)
         self.student.run_block = None
+        self.optimizer.state, self.offload = [], None
         if self.teacher:
             self.teacher.come(lm_head=True)
+            self.teacher = None
+        free_host_buffers()
+        empty_cache(self.device)

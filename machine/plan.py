@@ -8,6 +8,7 @@ mechanisms of machine/memory.py against each other and prints what it chose as a
 Sizes in bytes unless said otherwise; GiB = 2^30.
 """
 
+import os
 import shutil
 import sys
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from model import LOSS_ROWS, ModelConfig
+from model import LOSS_ROWS, Llama, ModelConfig, next_token_loss
 
 GIB = 2**30
 DISTANCE_ROWS = 8192  # tokens whose hidden states are compared at a time (memory.in_chunks)
@@ -31,6 +32,9 @@ COPY, PCIE = 4.3e12, 50e9  # bytes/s
 ELEMENTWISE = 152  # bytes per token, block and d_model: norms, rotary, SwiGLU, residuals, if fused
 # Kept free: CUDA's context lies outside the allocator, fragments inside it. Unmeasured.
 GPU_SPARE, GPU_SPARE_FRACTION, HOST_SPARE = 1.0 * GIB, 0.03, 6 * GIB
+# Reserved beyond what is allocated, by replay (tests/test_replay.py): 20 MiB pages not full where
+# segments of the allocator expand, else what lives on in the midst of freed ones.
+PAGES, STRANDED_FRACTION = 0.5 * GIB, 0.13
 
 
 @dataclass
@@ -86,6 +90,12 @@ class Plan:
     host: dict[str, int]
     slot_bytes: int  # of Offload; 0: nothing is offloaded
     seconds: float  # of one optimizer step at the ceilings above: ranks plans, promises nothing
+    expandable: bool = True  # whether the allocator's segments can expand
+
+    def reserved(self, name: str) -> int:
+        """Bytes that the allocator takes for a unit, about: allocated at the peak, and gaps."""
+        peak = sum(self.gpu[name].values())
+        return int(peak + (PAGES if self.expandable else STRANDED_FRACTION * peak))
 
     def table(self) -> str:
         """The memory table, GiB, one column a unit."""
@@ -95,7 +105,10 @@ class Plan:
             row = (self.gpu[n].get(term, 0) / GIB for n in names)
             lines.append(f"  {term:<36}" + "".join(f"{x:9.2f}" for x in row))
         total = (sum(self.gpu[n].values()) / GIB for n in names)
-        lines.append("  GPU peak".ljust(38) + "".join(f"{x:9.2f}" for x in total))
+        lines.append("  GPU peak, allocated".ljust(38) + "".join(f"{x:9.2f}" for x in total))
+        reserved = (self.reserved(n) / GIB for n in names)
+        row = "  GPU peak, reserved" + ("" if self.expandable else " (fixed segments)")
+        lines.append(row.ljust(38) + "".join(f"{x:9.2f}" for x in reserved))
         lines += [f"  host: {term:<30}{x / GIB:9.2f}" for term, x in self.host.items() if x]
         lines.append("  host".ljust(38) + f"{sum(self.host.values()) / GIB:9.2f}")
         for n, p in self.policies.items():
@@ -182,15 +195,24 @@ def activation_memory(config: ModelConfig, unit: Unit, policy: Policy) -> dict[s
         chunk = max(chunk, 4 * v * d + logits)
         compared = compared or (unit.heads - 1) * x
     at_loss = 2 * x + compared + chunk + x
-    worst = "in a block's backward" if in_block > at_loss else "at the loss"
+    head = 4 * config.vocab_size * d if config.tie_embeddings and unit.heads else 0
+    in_block += head  # the head's fp32 gradient waits for the embedding's, the same tensor's
     on_gpu = min(recomputed, 2) if policy.offload else recomputed
     mlp_saved = 2 * m * (4 if config.mlp_bias else 2) * f
-    return {
+    terms = {
         "inputs of recomputed blocks": on_gpu * x,
         "attention outputs kept": policy.attention * (2 * m * q + lse),
         "unchecked blocks": policy.unchecked * (x + block + mlp_saved),
-        "working memory " + worst: max(in_block, at_loss),
     }
+    # The embedding's gradient comes last, in bf16 and once more in fp32; all of the above is gone.
+    at_embedding = head + 6 * config.vocab_size * d + x - sum(terms.values())
+    moments = {
+        "in a block's backward": in_block,
+        "at the loss": at_loss,
+        "at the embedding": at_embedding,
+    }
+    worst = max(moments, key=moments.get)
+    return terms | {"working memory " + worst: moments[worst]}
 
 
 def best_policy(config: ModelConfig, unit: Unit, room: int, offload: bool):
@@ -222,15 +244,24 @@ def make_plan(
     host_bytes: int,
     moments: torch.dtype = torch.float32,
     compile: bool = False,
+    expandable: bool = True,
 ) -> Plan:
     """Choose the fastest plan that fits this model, these units, this GPU and this host.
 
     gpu_bytes, host_bytes: free now, for all of the run; a spare part of each is left alone.
+    expandable: whether the allocator's segments expand; where not, more is left alone.
     Raises ValueError where none fits, saying what is missing and which flags would save how much.
     """
+    given = gpu_bytes
+    if not expandable:
+        gpu_bytes = int(gpu_bytes / (1 + STRANDED_FRACTION))
     plan = _fastest(config, units, gpu_bytes, host_bytes, moments)
     if plan is None:
-        raise ValueError(_advice(config, units, gpu_bytes, host_bytes, moments))
+        advice = _advice(config, units, gpu_bytes, host_bytes, moments)
+        if not expandable and _fastest(config, units, given, host_bytes, moments):
+            advice += "; it would fit with PYTORCH_ALLOC_CONF=expandable_segments:True"
+        raise ValueError(advice)
+    plan.expandable = expandable
     for policy in plan.policies.values():
         policy.compile = compile
     return plan
@@ -321,9 +352,91 @@ def report_steps(c, model: ModelConfig, streams) -> float:
     )
 
 
+ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # torch reads both
+
+
+def expand_segments() -> None:
+    """Have the GPU's allocator map pages where memory is free, whatever lies between them.
+
+    To be called before CUDA starts, which reads the setting once. A setting of the user's wins.
+    """
+    if not any(os.environ.get(name) for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+
+
+def segments_expand() -> bool:
+    """Whether they do, by looking at one: the platform, the driver or the user may not allow it."""
+    probe = torch.empty(32 * 2**20, dtype=torch.uint8, device="cuda")
+    address = probe.data_ptr()
+    return any(
+        segment["is_expandable"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["address"] <= address < segment["address"] + segment["total_size"]
+    )
+
+
 def gpu_room() -> int:
     """Bytes of the current GPU that are free for this run."""
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+
+
+def reserved_now(device: str) -> dict[str, float | None]:
+    """For the log: most GiB reserved by the allocator so far, and allocations tried again."""
+    if not device.startswith("cuda"):
+        return {"reserved_gib": None, "alloc_retries": None}
+    retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
+    reserved = torch.cuda.max_memory_reserved(device) / GIB
+    return {"reserved_gib": round(reserved, 2), "alloc_retries": retries}
+
+
+def trial(device: str) -> None:
+    """A tiny block forward and backward on the real device: seconds, before hours are planned.
+
+    Raises ValueError, one line, for what would stop the first pass: compiler, driver, old card.
+    """
+    if device.startswith("cuda"):
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            raise ValueError(
+                f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; "
+                "need 8.0 (Ampere) or newer for bf16, or pass --device cpu"
+            )
+    shape = dict(d_model=256, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=128, d_ff=512)
+    try:
+        block = (
+            Llama(ModelConfig(**shape, vocab_size=128)).init_weights().to(device, torch.bfloat16)
+        )
+        ids = torch.arange(128, device=device)[None]
+        hidden, _ = block(ids)
+        next_token_loss(hidden, block.lm_head_weight, ids)[0].backward()
+        finite = all(p.grad.isfinite().all().item() for p in block.parameters())
+    except Exception as e:  # whatever a compiler, a driver or a kernel comes up with
+        raise ValueError(f"a trial of one tiny block on {device} failed: {why(e)}") from e
+    if not finite:
+        raise ValueError(
+            f"a trial of one tiny block on {device} gave gradients that are not finite"
+        )
+
+
+def why(error: Exception) -> str:
+    """One line on a failure of the trial: what was wrong, what to do."""
+    said = f"{type(error).__name__}: {error}"
+    known = {
+        "Failed to find C compiler": "Triton needs a C compiler; install gcc or set CC",
+        "Python.h": "Triton needs Python's headers; install python3-dev for this Python",
+        # The compiler's own words go to the terminal, only its command line comes back.
+        "CalledProcessError": "Triton's C compiler failed, most often for want of Python's "
+        "headers; install python3-dev for this Python",
+        "driver on your system is too old": "the NVIDIA driver is too old for this torch; update "
+        f"it, or install a torch built for an older CUDA than {torch.version.cuda}",
+        "no kernel image": f"torch {torch.__version__} was not built for this GPU; install one "
+        "that was",
+        "out of memory": "another process holds the GPU's memory; see nvidia-smi",
+    }
+    for words, advice in known.items():
+        if words in said:
+            return advice
+    return (said.splitlines() or [""])[0][:300]
 
 
 def preflight(c, model: ModelConfig, streams, processes: int) -> None:
@@ -337,13 +450,15 @@ def preflight(c, model: ModelConfig, streams, processes: int) -> None:
     # A state: fp32 weights (on a GPU bf16 and a remainder) and AdamW's two moments.
     bf16 = c.device.startswith("cuda") and c.moments == "bf16" and alone
     check_disk(Path(c.out_dir), export, c.keep and (c.keep + 1) * n * (8 if bf16 else 12))
-    if not alone and (c.gpu_gib or c.compile or c.moments != "fp32"):
+    if not alone and (c.gpu_gib or c.host_gib or c.compile or c.moments != "fp32"):
         raise ValueError(
-            "--gpu_gib, --moments and --compile are one GPU's: drop them with torchrun"
+            "--gpu_gib, --host_gib, --moments and --compile are one GPU's: drop them with torchrun"
         )
     streams = list(streams)
     for s in streams:
         check_batch(s)
+    if c.device.startswith("cuda"):
+        trial(c.device)
     if c.device == "cpu":
         tokens = max(s.rows * s.seq_len for s in streams)
         # fp32 student, teacher, gradients and the two moments; many processes hold a part each
@@ -419,22 +534,27 @@ def check_memory(weights: int, activations: int) -> None:
         )
 
 
-def available_memory() -> int | None:
-    """Bytes this process can still take: the system's, within its container's limit.
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes this process can still take: the system's, within the limits of its containers.
 
-    None where neither can be read (macOS, Windows).
+    None where neither can be read (macOS, Windows). root: where proc/ and sys/ lie.
     """
     free = []
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free.append(int(fields["MemAvailable"].split()[0]) * 1024)
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        if limit != "max":
-            free.append(int(limit) - int(stat["anon"]))
-    except (OSError, KeyError, ValueError):
-        pass
+    with suppress(OSError, KeyError, ValueError):
+        free.append(_fields(root / "proc/meminfo")["MemAvailable"] * 1024)
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            v1 = "memory" in kinds.split(",")
+            if kinds and not v1:
+                continue
+            top = root / "sys/fs/cgroup" / ("memory" if v1 else "")
+            group = top / path.strip("/")
+            # Limits above hold too. In a container the path may be the host's, and not be there.
+            groups = [group, *group.parents]
+            for place in groups[: groups.index(top) + 1]:
+                with suppress(OSError, KeyError, ValueError):
+                    free.append(_group_room(place, v1))
     return min(free, default=None)
 
 
@@ -445,6 +565,20 @@ def forget_peak(device: str) -> None:
         return
     with suppress(OSError):  # Linux only: elsewhere the peak is that of the whole process
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def _group_room(group: Path, v1: bool) -> int:
+    """A control group's limit less what it cannot give back: file pages it can, locked ones not."""
+    limit = int((group / ("memory.limit_in_bytes" if v1 else "memory.max")).read_text())
+    stat = _fields(group / "memory.stat")
+    kinds = ("total_rss", "total_shmem") if v1 else ("anon", "shmem", "slab_unreclaimable")
+    return max(0, limit - sum(stat.get(kind, 0) for kind in kinds))
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """Lines of "name: number unit" or "name number"."""
+    words = (line.replace(":", " ").split() for line in path.read_text().splitlines())
+    return {w[0]: int(w[1]) for w in words if len(w) > 1 and w[1].isdigit()}
 
 
 def peak_gib(device: str) -> float:

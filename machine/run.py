@@ -72,6 +72,7 @@ class Run:
     """One process at work on a run, from its settings to its export; a context around all of it."""
 
     def __init__(self):
+        plan.expand_segments()  # before anything asks for the GPU
         self.processes = Processes()
         self.keeper = Keeper(self.processes)
         self.once = self.processes.from_rank_0  # what one process does for all
@@ -164,9 +165,9 @@ class Run:
         ]
         room = int(c.gpu_gib * plan.GIB) if c.gpu_gib else plan.gpu_room()
         moments = torch.bfloat16 if c.moments == "bf16" else torch.float32
-        return plan.make_plan(
-            self.original, units, room, plan.available_memory(), moments, c.compile
-        )
+        host = int(c.host_gib * plan.GIB) if c.host_gib else plan.available_memory()
+        expand = plan.segments_expand()
+        return plan.make_plan(self.original, units, room, host, moments, c.compile, expand)
 
     def open_text(self, streams: dict):
         """Tokenise, once, on one process, and open every stream's text. Returns the tokenizer."""
@@ -245,6 +246,7 @@ class Run:
             if self.processes.size > 1 and not whole:
                 self.processes.shard(model)
 
+        memory.empty_cache(self.c.device)  # of the layer choice's remains
         dtype = self.compute if whole else self.stored
         return load_checkpoint(self.source, theta, scaling, self.c.device, dtype, prepare)
 
@@ -385,6 +387,7 @@ class Run:
             "grad_norm": whole_number(norm),
             "tokens": sum(s.tokens for s in read),
             "peak_gib": round(plan.peak_gib(self.c.device), 2),
+            **plan.reserved_now(self.c.device),
         }
         self.line["flag"] = self.watch.flag(self.line)
         if self.line["flag"] == "skipped":

@@ -39,6 +39,7 @@ class Config:
     recompute: bool = opt(False, "recompute blocks in backward on a CPU; a GPU's plan decides")
     context: int | None = opt(None, "processes to a sequence, under torchrun (default: 1)", least=1)
     gpu_gib: float | None = opt(None, "GPU memory to plan for (default: all that is free)", least=0)
+    host_gib: float | None = opt(None, "host memory to plan for (default: all free)", least=0)
     moments: Literal["fp32", "bf16"] = opt("fp32", "AdamW's m and v on a GPU")
     compile: bool = opt(False, "torch.compile the blocks on a GPU")
     save_every: int = opt(64, "steps between states that --resume can continue from", least=1)

@@ -4,6 +4,7 @@
     python -m measure.bench step          one GPU: a LongReD step of Llama-3-8B, part by part
     python -m measure.bench memory        one GPU: planned against measured peaks, PCIe
     python -m measure.bench loss          any machine: KL of the next token against cross-entropy
+    python -m measure.bench prove         one GPU: all targets, 8 minutes, one JSON and a table
     python -m measure.bench data          any machine: tokenising against the library alone
     python -m measure.bench rope --device cpu    a smoke test; its numbers mean nothing
 
@@ -16,6 +17,7 @@ import functools
 import gc
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -100,12 +102,17 @@ def describe(device) -> dict:
     }
 
 
-def write_result(result, out_dir, name):
-    if result["smoke_test"]:
-        print("On a CPU: this shows that the file runs, and what is planned. Not a measurement.")
+def write_result(result, out_dir, name, quiet=False):
+    """Write the JSON whole, over what an earlier row left: a kill costs one row, not all."""
     path = Path(out_dir) / f"{name}{'-cpu-smoke' if result['smoke_test'] else ''}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(path)
+    if quiet:
+        return
+    if result["smoke_test"]:
+        print("On a CPU: this shows that the file runs, and what is planned. Not a measurement.")
     print(f"wrote {path}")
 
 
@@ -123,9 +130,14 @@ def bench_rope(args):
     result = describe(device) | {"backend": rope_backend(device), "rows": []}
     print(f"{result['device']}, {result['date']}, {result['versions']}, path {result['backend']}")
     for n_tokens in lengths:
-        rows = rope_at(n_tokens, args.rounds, device)
+        try:
+            rows = rope_at(n_tokens, args.rounds, device)
+        except torch.OutOfMemoryError as e:
+            rows = [{"T": n_tokens, "out of memory": str(e).splitlines()[0]}]
         result["rows"] += rows
         print_rope(rows, n_tokens)
+        write_result(result, args.out_dir, "rope", quiet=True)
+        reset_peak(device)
     result["host_us"] = rope_host(device)
     print("host time of a call, us:", {k: round(us, 1) for k, us in result["host_us"].items()})
     write_result(result, args.out_dir, "rope")
@@ -139,8 +151,10 @@ def rope_at(n_tokens, rounds, device):
         shape = (1, n_tokens, n_heads, HEAD_DIM)
         return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
 
-    # (q, k, gradient of q, gradient of k): 4 sets of at least 168 MB, each more than a cache holds
-    sets = [[random(n) for n in (N_HEADS, N_KV_HEADS) * 2] for _ in range(4)]
+    # (q, k, gradient of q, gradient of k): sets of at least 168 MB, each more than a cache holds;
+    # two of 5.4 GB are enough at 128K, where four and every peer's graphs held 86 GB.
+    n_sets = 4 if n_tokens < 131072 else 2
+    sets = [[random(n) for n in (N_HEADS, N_KV_HEADS) * 2] for _ in range(n_sets)]
     flat = [(torch.cat([x.flatten() for x in one[:2]]),) for one in sets]
     target = torch.empty_like(flat[0][0])
     n_bytes = 2 * target.numel() * target.element_size()
@@ -259,6 +273,9 @@ def print_rope(rows, n_tokens):
     print(f"\nT = {n_tokens}, B = 1, {N_HEADS}/{N_KV_HEADS} heads of {HEAD_DIM}, bf16, medians")
     print(f"{'':24}{'':10}{'us':>10}{'GB/s':>8}{'% of copy':>11}{'max error':>11}")
     for row in rows:
+        if "out of memory" in row:
+            print(f"out of memory: {row['out of memory']}")
+            continue
         print(
             f"{row['peer']:24}{row['direction']:10}{row['us']:10.1f}{row['GB_per_s']:8.0f}"
             f"{row['percent_of_copy']:11.1f}{row['max_error']:11.1e}"
@@ -356,17 +373,10 @@ def rooms(args, device):
         return gpu or 139 * GIB, host or 120 * GIB
     if gpu:  # a smaller GPU is a real limit, not a promise
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gpu / total), device)
+        # It takes a number only: torch.device("cuda") has none and is refused.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gpu / total), index)
     return gpu or planner.gpu_room(), host or planner.available_memory()
-
-
-def release_host():
-    """Unlock what memory.host_buffer locked, so that the next plan finds it free."""
-    gc.collect()
-    torch.cuda.synchronize()
-    while memory._PINNED:
-        buffer = memory._PINNED.pop()  # lives until it is unlocked
-        torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
 
 
 def speed(config, unit, seconds):
@@ -391,6 +401,14 @@ def peak_bytes(device):
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
+def reserved_row(device):
+    """Most GiB that the allocator reserved since reset_peak, and allocations tried again."""
+    if device.type != "cuda":
+        return {"reserved_gib": 0.0, "alloc_retries": 0}
+    retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
+    return {"reserved_gib": torch.cuda.max_memory_reserved(device) / GIB, "alloc_retries": retries}
+
+
 def bench_step(args):
     """Seconds, MFU, percent of the roofline and peak memory of a LongReD step, unit by unit."""
     device = torch.device(args.device)
@@ -399,27 +417,36 @@ def bench_step(args):
     result = describe(device)
     print(f"{result['device']}, {result['date']}, {result['versions']}")
     gpu, host = rooms(args, device)
-    plan = planner.make_plan(config, units, gpu, host, MOMENTS[args.moments], args.compile)
+    expand = tiny or planner.segments_expand()
+    moments = MOMENTS[args.moments]
+    plan = planner.make_plan(config, units, gpu, host, moments, args.compile, expand)
     if tiny:  # everything would fit, so make it use everything
         torch.set_num_threads(1)
         hard = planner.Policy(1, 2, offload=True, mlp_rows=100, compile=args.compile)
         plan.host_state, plan.teacher_resident, plan.slot_bytes = True, False, 2 * 256 * 64
         plan.policies = dict.fromkeys(plan.units, hard)
     print(plan.table(), flush=True)
-    result |= our_step(config, plan, args.rounds, device)
-    ours = result["units"]["long"]["seconds"]
+    name = "step" + (f"-{args.gpu_gib:g}gib" if args.gpu_gib else "")
+    save = functools.partial(write_result, result, args.out_dir, name, quiet=True)
+    our_step(config, plan, args.rounds, device, result, save)
+    ours = result["units"]["long"].get("seconds", math.nan)
     result["peers"] = {}
-    for name in ("transformers", "liger") if args.peers else ():
+    memory.free_host_buffers()
+    for peer in ("transformers", "liger") if args.peers else ():
         reset_peak(device)
-        theirs = result["peers"][name] = peer_step(name, config, units[0], args.rounds, device)
-        print(f"{name}: {theirs}", flush=True)
+        theirs = result["peers"][peer] = peer_step(peer, config, units[0], args.rounds, device)
+        save()
+        print(f"{peer}: {theirs}", flush=True)
         if "seconds" in theirs and not tiny:
             print(f"  ours is {theirs['seconds'] / ours:.2f}x as fast")
-    write_result(result, args.out_dir, "step" + (f"-{args.gpu_gib:g}gib" if args.gpu_gib else ""))
+    write_result(result, args.out_dir, name)
 
 
-def our_step(config, plan, rounds, device):
-    """Time every unit of the plan and the optimizer; add them up to one step."""
+def our_step(config, plan, rounds, device, result, save):
+    """Time every unit of the plan and the optimizer; add them up to one step.
+
+    Rows go into result, and save() is called after each; out of memory is a row too.
+    """
     began = time.perf_counter()
     units = list(plan.units.values())
     trainer = Trainer(config, plan, device)
@@ -427,12 +454,19 @@ def our_step(config, plan, rounds, device):
     row = "{:8}" + "{:>11}" * 8
     heads = "seconds,tok/s,TFLOP/s,MFU %,roofline %,peak GiB,planned,first s"
     print(row.format("", *heads.split(",")), flush=True)
-    result, parts = {"units": {}}, {}
+    parts = {}
+    result["units"] = {}
     for unit in units:
         trainer.machine.ready(unit.name)
         reset_peak(device)
         run = functools.partial(trainer.unit, unit)
-        seconds, first = timed(run, rounds, device)
+        try:
+            seconds, first = timed(run, rounds, device)
+        except torch.OutOfMemoryError as e:
+            result["units"][unit.name] = {"out of memory": str(e).splitlines()[0]}
+            print(unit.name, result["units"][unit.name], flush=True)
+            save()
+            continue
         policy = plan.policies[unit.name]
         numbers = speed(config, unit, seconds) | {
             "roofline_percent": 100 * planner.unit_seconds(config, unit, policy) / seconds,
@@ -442,7 +476,9 @@ def our_step(config, plan, rounds, device):
         }
         shares = kernel_shares(run) if device.type == "cuda" else {}
         settings = {"unit": asdict(unit), "policy": asdict(policy)}
+        numbers |= reserved_row(device) | {"reserved_planned_gib": plan.reserved(unit.name) / GIB}
         result["units"][unit.name] = numbers | settings | {"gpu_time_percent": shares}
+        save()
         parts[unit.name] = unit.count * seconds
         print(row.format(unit.name, *(f"{x:.4g}" for x in numbers.values())), shares, flush=True)
     reset_peak(device)
@@ -458,8 +494,9 @@ def our_step(config, plan, rounds, device):
         "state_bytes": sum(map(len, trainer.machine.optimizer.state)),
     }
     shown = ", ".join(f"{k} {v:.1f} s ({100 * v / total:.0f}%)" for k, v in parts.items())
+    result["step"]["whole"] = len(parts) == len(units) + 2  # else a unit was out of memory
+    save()
     print(f"one optimizer step, {tokens:,} tokens: {total:.1f} s, from {shown}", flush=True)
-    return result
 
 
 def kernel_shares(run):
@@ -503,7 +540,7 @@ def peer_step(name, config, unit, rounds, device):
     reset_peak(device)
     try:
         seconds, _ = timed(lambda: peer(input_ids=ids, labels=ids).loss.backward(), rounds, device)
-    except torch.cuda.OutOfMemoryError:
+    except torch.OutOfMemoryError:
         return {"out of memory": f"at {unit.batch} x {unit.seq_len}"}
     return speed(config, unit, seconds) | {
         "peak_gib": peak_bytes(device) / GIB,
@@ -516,6 +553,7 @@ def bench_memory(args):
     """Planned against measured peak of one long unit at each length; on a CPU against a trace."""
     device = torch.device(args.device)
     result = describe(device) | {"rows": []}
+    name = "-".join(["memory", *map(str, args.lengths)])
     gpu, host = rooms(args, device)
     print(f"{result['device']}: plans for {gpu / GIB:.1f} GiB of GPU, {host / GIB:.1f} of host")
     if device.type == "cuda":
@@ -524,7 +562,11 @@ def bench_memory(args):
         unit = replace(UNITS[0], seq_len=length, count=2**20 // length)
         units = [unit, *UNITS[1:]]
         try:
-            plan = planner.make_plan(LLAMA3_8B, units, gpu, host, MOMENTS[args.moments])
+            moments, expand = (
+                MOMENTS[args.moments],
+                device.type == "cpu" or planner.segments_expand(),
+            )
+            plan = planner.make_plan(LLAMA3_8B, units, gpu, host, moments, expandable=expand)
         except ValueError as e:
             print(f"{length}: {e}", flush=True)
             continue
@@ -535,18 +577,23 @@ def bench_memory(args):
             trainer = Trainer(LLAMA3_8B, plan, device)
             trainer.machine.ready("long")
             reset_peak(device)
-            seconds, _ = timed(functools.partial(trainer.unit, unit), args.rounds, device)
-            row |= {"peak_gib": peak_bytes(device) / GIB} | speed(LLAMA3_8B, unit, seconds)
+            try:
+                seconds, _ = timed(functools.partial(trainer.unit, unit), args.rounds, device)
+                row |= {"peak_gib": peak_bytes(device) / GIB} | speed(LLAMA3_8B, unit, seconds)
+                row |= reserved_row(device)
+            except torch.OutOfMemoryError as e:
+                row["out of memory"] = str(e).splitlines()[0]
             del trainer
-            release_host()
+            memory.free_host_buffers()
         else:
             work = traced_peak(LLAMA3_8B, unit, plan.policies["long"])
             fixed = ("weights, bf16", "gradients, fp32", "AdamW's state", "teacher, bf16")
             static = sum(plan.gpu["long"][term] for term in fixed)
             row["traced_gib"] = (work + static) / GIB
         result["rows"].append(row)
-        print({k: round(v, 2) for k, v in row.items()}, flush=True)
-    write_result(result, args.out_dir, "-".join(["memory", *map(str, args.lengths)]))
+        print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        write_result(result, args.out_dir, name, quiet=True)
+    write_result(result, args.out_dir, name)
 
 
 def bench_loss(args):
@@ -861,10 +908,15 @@ def main(argv=None):
         add("--host_gib", type=float, help="plan for this (default: all free)")
         add("--moments", default="fp32", choices=MOMENTS, help="of AdamW's m and v")
     command("loss", bench_loss, 5, "KL of the next token against the cross-entropy; medians")
+    from measure.prove import prove  # which imports this file
+
+    add = command("prove", prove, 1, "all that is claimed of a GPU, 8 minutes, against the targets")
+    add("--more", action="store_true", help="also peers, 128K and 256K")
     add = command("data", bench_data, 3, "tokenising against the tokenizer library alone; best")
     add("--data", nargs="*", help="text (default: the standard library's sources)")
     add("--ckpt", help="folder with a tokenizer (default: a BPE trained on that text)")
     args = parser.parse_args(argv)
+    planner.expand_segments()  # before anything asks for the GPU
     args.run(args)
 
 

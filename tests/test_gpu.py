@@ -1,0 +1,215 @@
+"""The GPU's path on the device that is there: the same tests on a GPU and, mapped, on a CPU.
+
+python -m pytest tests/test_gpu.py    on a rented machine; measure.bench prove runs it as a stage.
+"""
+
+import json
+import os
+import signal
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import model
+from longred import train
+from machine import memory, plan
+from machine.plan import Policy
+from measure import bench
+from model import causal_attention, fp32_product
+from rope_kernels import rope_backend
+from tests.conftest import DEVICE, tiny_llama, tiny_run
+
+ON_GPU = DEVICE == "cuda"
+BF16 = dict(rtol=2e-2, atol=2e-2)  # two or three roundings to 2^-8
+
+
+def random(*shape, seed=0, dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+def adamw(host, chunk=1000):
+    weights = [torch.nn.Parameter(random(37, 101, seed=1)), torch.nn.Parameter(random(999, seed=2))]
+    settings = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    return weights, memory.AdamW(weights, **settings, host=host, chunk=chunk)
+
+
+def test_adamw_streamed_from_host_memory_has_the_bits_of_one_that_stays():
+    (one, stays), (two, streams) = adamw(host=False), adamw(host=True)
+    for step in range(5):
+        for a, b in zip(one, two, strict=True):
+            a.grad.copy_(random(*a.shape, seed=10 + step, dtype=torch.float32))
+            b.grad.copy_(a.grad)
+        stays.step()
+        streams.step()
+    torch.get_device_module(DEVICE).synchronize()
+    assert all(map(torch.equal, one, two))
+    states = zip(stays.state, streams.state, strict=True)
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in states)
+    memory.free_host_buffers()
+
+
+def test_offloaded_and_recomputed_blocks_give_the_unchecked_gradients():
+    llama = tiny_llama(n_layers=5).to(DEVICE, torch.bfloat16).train()
+    ids = torch.arange(2 * 128, device=DEVICE).view(2, 128) % 96
+
+    def gradients():
+        llama.zero_grad()
+        hidden, _ = llama(ids)
+        (hidden.float() * hidden.float().roll(1, -1)).mean().backward()
+        return {name: p.grad.float() for name, p in llama.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    offload = memory.Offload(5, 2 * 128 * 48 * 2, torch.device(DEVICE))
+    for policy in (Policy(), Policy(attention=2), Policy(1, 2, offload=True, mlp_rows=100)):
+        memory.apply_policy(llama, policy, offload)
+        for name, grad in gradients().items():
+            assert (grad - expected[name]).norm() <= 0.03 * expected[name].norm(), (policy, name)
+    memory.free_host_buffers()
+
+
+def test_a_teacher_visits_with_the_weights_it_left_with():
+    teacher = tiny_llama().to(DEVICE, torch.bfloat16).requires_grad_(False)
+    before = [p.clone() for p in teacher.parameters()]
+    visitor = memory.Visitor(teacher, torch.device(DEVICE))
+    assert all(p.device.type == "cpu" for p in teacher.parameters())
+    for _ in range(2):
+        visitor.come(lm_head=True)
+        assert all(map(torch.equal, teacher.parameters(), before))
+        assert all(p.device.type == DEVICE for p in teacher.parameters())
+        visitor.leave()
+    memory.free_host_buffers()
+
+
+def test_products_of_bf16_come_out_in_fp32():
+    a, b = random(64, 4096), random(4096, 48, seed=1)
+    product = fp32_product(a, b)
+    assert product.dtype == torch.float32
+    exact = a.double() @ b.double()
+    limit = 1e-5 if ON_GPU else 2**-8  # a CPU rounds to bf16 first
+    assert (product - exact).norm() < limit * exact.norm()
+
+
+@pytest.mark.parametrize("backend", ["CUDNN_ATTENTION", "FLASH_ATTENTION", "chosen"])
+@pytest.mark.parametrize("start", [0, 128])
+def test_attention_and_its_gradients_are_those_of_the_formula(backend, start):
+    """GQA 4:2, heads of 64; start: queries after so many cached keys, lower-right causal."""
+    if backend == "CUDNN_ATTENTION" and (start or not ON_GPU):
+        pytest.skip("cuDNN answers on a GPU, without a cache")
+    q, k, v = random(2, 128, 4, 64), *(random(2, 128 + start, 2, 64, seed=i) for i in (1, 2))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    if backend == "chosen" or start:
+        out = causal_attention(*leaves, start)
+    else:
+        with sdpa_kernel([getattr(SDPBackend, backend)]):
+            args = (x.transpose(1, 2) for x in leaves)
+            out = F.scaled_dot_product_attention(*args, is_causal=True, enable_gqa=True)
+            out = out.transpose(1, 2)
+    grads = torch.autograd.grad(out.float().square().sum(), leaves)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    wide = [x.repeat_interleave(4 // x.shape[2], 2).transpose(1, 2) for x in exact]
+    scores = wide[0] @ wide[1].transpose(-1, -2) / 8
+    future = torch.ones(128, 128 + start, dtype=torch.bool, device=DEVICE).triu(start + 1)
+    formula = (scores.masked_fill(future, -torch.inf).softmax(-1) @ wide[2]).transpose(1, 2)
+    torch.testing.assert_close(out.double(), formula, **BF16)
+    wanted = torch.autograd.grad(formula.square().sum(), exact)
+    for got, want in zip(grads, wanted, strict=True):
+        assert (got.double() - want).norm() < 0.02 * want.norm()
+
+
+def test_decoding_asks_flash_alone_and_training_may_have_cudnn():
+    asked, real = [], model.sdpa_kernel
+    spy = lambda backends: asked.append(backends) or real(backends)  # noqa: E731
+    with FakeTensorMode(), mock.patch.object(model, "sdpa_kernel", spy):
+        q, k = (torch.empty(1, t, 2, 64, dtype=torch.bfloat16, device="cuda") for t in (1, 9))
+        causal_attention(q, k, k, start=8)
+        causal_attention(k, k, k)
+    assert asked[0] == [SDPBackend.FLASH_ATTENTION]
+    assert asked[1] == [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+
+
+def test_generation_with_a_cache_is_that_without():
+    llama = tiny_llama().to(DEVICE)
+    ids = torch.arange(20, device=DEVICE)[None] % 96
+    out = llama.generate(ids, 12, chunk_len=7)
+    for end in range(20, 32):
+        logits = llama.logits(llama(out[:, :end])[0][:, -1])
+        assert logits.argmax(-1).item() == out[0, end].item()
+
+
+def test_the_trial_passes_here_and_names_what_is_missing():
+    plan.trial(DEVICE)
+    for error, words in (
+        (RuntimeError("Failed to find C compiler. Please specify"), "gcc"),
+        (RuntimeError("fatal error: Python.h: No such file"), "python3-dev"),
+        (RuntimeError("The NVIDIA driver on your system is too old (found 11040)"), "driver"),
+        (RuntimeError("CUDA error: no kernel image is available"), "not built for this GPU"),
+    ):
+        with mock.patch.object(plan, "next_token_loss", side_effect=error):
+            with pytest.raises(ValueError, match=words) as said:
+                plan.trial(DEVICE)
+        assert "\n" not in str(said.value)
+    old = mock.patch.multiple(
+        torch.cuda, get_device_capability=lambda _: (7, 5), get_device_name=lambda _: "Tesla T4"
+    )
+    with old, pytest.raises(ValueError, match="Tesla T4 has compute capability 7.5; need 8.0"):
+        plan.trial("cuda")
+
+
+def test_the_gpu_runs_the_kernel_it_is_told_to():
+    assert rope_backend(DEVICE) == ("triton" if ON_GPU else "torch (no GPU)")
+
+
+def test_an_out_of_memory_error_is_a_row_and_the_rows_before_it_are_on_disk(tmp_path, monkeypatch):
+    def rope_at(n_tokens, rounds, device):
+        if n_tokens == 128:
+            written = json.loads((tmp_path / "rope-cpu-smoke.json").read_text())
+            assert [row["T"] for row in written["rows"]] == [64]  # before it was over
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
+        return [{"T": n_tokens, "peer": "x", "direction": "both", "us": 1.0, "GB_per_s": 1.0}
+                | {"percent_of_copy": 100.0, "max_error": 0.0}]  # fmt: skip
+
+    monkeypatch.setattr(bench, "rope_at", rope_at)
+    monkeypatch.setattr(bench, "rope_host", lambda device: {})
+    args = ["rope", "--device", "cpu", "--out_dir", str(tmp_path), "--lengths", "64,128,256"]
+    bench.main(args)
+    rows = json.loads((tmp_path / "rope-cpu-smoke.json").read_text())["rows"]
+    assert [row["T"] for row in rows] == [64, 128, 256]
+    assert rows[1]["out of memory"] == "CUDA out of memory. Tried to allocate 9 GiB"
+
+
+def test_a_limit_on_the_gpus_memory_goes_to_a_device_by_number(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *a: asked.append(a))
+    card = mock.Mock(total_memory=100 * plan.GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    args = mock.Mock(gpu_gib=40, host_gib=10)
+    for name in ("cuda", "cuda:1"):
+        assert bench.rooms(args, torch.device(name)) == (40 * plan.GIB, 10 * plan.GIB)
+    assert asked == [(0.4, 3), (0.4, 1)]
+
+
+@pytest.mark.skipif(not ON_GPU, reason="a real GPU's plan; test_memory.py maps it to the CPU")
+def test_a_run_trains_stops_resumes_and_reports_on_the_gpu(ckpt, tmp_path):
+    sizes = dict(original_len=128, target_len=512, train_len=512, device="cuda", save_every=2)
+    train(tiny_run(ckpt, tmp_path / "whole", **sizes))
+    config = tiny_run(ckpt, tmp_path / "parts", **sizes)
+    step_done = memory.AdamW.step
+
+    def stop(self):
+        step_done(self)
+        if self.steps == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with mock.patch.object(memory.AdamW, "step", stop), pytest.raises(SystemExit) as stopped:
+        train(config)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    train(type(config)(resume=str(tmp_path / "parts")))
+    lines = [json.loads(x) for x in (tmp_path / "parts/log.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == [1, 2, 3, 4] and lines[-1]["reserved_gib"] > 0
+    assert (tmp_path / "parts/report.md").exists()
