@@ -388,6 +388,24 @@ def pose_positions(rng: Rng, batch: int, seq_len: int, target_len: int) -> Array
     return index + np.where(index < first, 0, distance)
 
 
+END_PROMPT = 18  # tokens
+
+
+def endprompt_positions(rng: Rng, batch: int, seq_len: int, target_len: int) -> Array:
+    """EndPrompt (arXiv 2605.14589): the text at its own positions, its end at the window's.
+
+    position i = i for i < T - E, else target_len - T + i; E = 18 tokens, at most half of T. One gap
+    of full length for every token before it, none inside, and nothing is drawn.
+    Differs: the last E tokens are the text's own, where the paper appends a prompt that says so.
+    Returns: (batch, seq_len) int64, strictly increasing from 0 to target_len - 1.
+    """
+    _check_lengths(seq_len, target_len)
+    index = np.arange(seq_len)
+    end = min(END_PROMPT, seq_len // 2)
+    positions = index + np.where(index < seq_len - end, 0, target_len - seq_len)
+    return np.tile(positions, (batch, 1))
+
+
 def longrecipe_positions(rng: Rng, boundaries: Array, seq_len: int, target_len: int) -> Array:
     """LongRecipe (arXiv 2409.00509, Algorithm 1): random gaps between sentences, none inside.
 
@@ -446,5 +464,6 @@ def draw_positions(
         "cream": cream_positions,
         "cream_truncated": cream_truncated_positions,
         "pose": pose_positions,
+        "endprompt": endprompt_positions,
     }[scheme]
     return torch.from_numpy(draw(rng, *ids.shape, target_len))

@@ -98,7 +98,7 @@ class Config(machine.Config):
     position_scheme: Literal["uniform", "cream", "cream_truncated"] | None = opt(
         None, "skipped positions of short-to-long (default: cream, uniform from 128K on)"
     )
-    long_position_scheme: Literal["ordinary", "pose", "longrecipe"] | None = opt(
+    long_position_scheme: Literal["ordinary", "pose", "endprompt", "longrecipe"] | None = opt(
         None, "positions of long text (default: ordinary; method longrecipe: longrecipe)"
     )
     train_len: int | None = opt(
