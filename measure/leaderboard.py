@@ -191,7 +191,7 @@ def verdicts(runs: dict, seeds: list[int]) -> tuple[list[str], dict]:
 
 def spread(values: list[float], form: str = ".3f") -> str:
     mean = f"{np.mean(values):{form}}"
-    return mean + (f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else "")
+    return mean + (f" +- {np.std(values, ddof=1):{form}}" if len(values) > 1 else "")
 
 
 def leaderboard(runs: dict, original: dict) -> list[str]:
