@@ -8,7 +8,8 @@ saves and stops. It knows no loss: what is learnt, and how, stands in longred.py
     memory.py       that plan at work: AdamW in host memory, recomputing, tiles, a visiting teacher
     states.py       states on disk;  keeper.py: when they are saved, signals, the lock;  log.py
     many.py         torchrun: weights in shards, sequences shared out
-    corpus.py       text of any kind -> token files;  tokenizer.py, checkpoints.py: every format
+    corpus.py       text of any kind -> token files;  samples.py: the checkpoint's own
+    tokenizer.py, checkpoints.py    every format
 """
 
 import os

@@ -191,7 +191,7 @@ def verdicts(runs: dict, seeds: list[int]) -> tuple[list[str], dict]:
 
 def spread(values: list[float], form: str = ".3f") -> str:
     mean = f"{np.mean(values):{form}}"
-    return mean + (f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else "")
+    return mean + (f" +- {np.std(values, ddof=1):{form}}" if len(values) > 1 else "")
 
 
 def leaderboard(runs: dict, original: dict) -> list[str]:
@@ -248,7 +248,7 @@ def draw(runs: dict, original: dict, path: Path) -> None:
     axes.axvline(np.mean(original["stories"][1::2]), color="#777777", lw=0.8, ls=":")
     axes.annotate(" original", (np.mean(original["stories"][1::2]), axes.get_ylim()[1]), va="top")
     axes.set_xlim(right=axes.get_xlim()[1] + 0.3 * np.ptp(axes.get_xlim()))
-    axes.set(xlabel="lost on stories -> loss, nats a token", ylabel="loss on books, nats a token")
+    axes.set(xlabel="loss on stories, nats a token", ylabel="loss on books, nats a token")
     axes.set_title("Lower left is better; the line joins what nothing beats on both")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

@@ -60,6 +60,24 @@ def test_processes_that_share_sequences_and_tokens_train_as_one_does(whole, ckpt
         assert all((one[name] - many[name]).abs().max() < 1e-5 for name in one)
 
 
+@pytest.mark.parametrize("method", ["soft_replay", "longred"])
+def test_processes_compute_the_kl_of_whole_heads(ckpt, tmp_path, method):
+    settings = dataclasses.asdict(tiny_run(ckpt, tmp_path / "one", steps=2, eval_tokens=0))
+    settings |= {"method": method, "alpha_kl": 1.0, "distill_layers": [3], "keep": 0}
+    default = dataclasses.asdict(Config())
+    logs = []
+    for n in (1, 2):
+        settings["out_dir"] = str(tmp_path / str(n))
+        given = {k: v for k, v in settings.items() if v != default[k]}
+        flags = [(f"--{k}", *(v if isinstance(v, list) else [v])) for k, v in given.items()]
+        flags = [str(x) for flag in flags for x in flag]
+        main(flags) if n == 1 else torchrun(n, flags)
+        logs.append(read_log(tmp_path / str(n)))
+    for a, b in zip(*logs, strict=True):
+        for key in ("loss", "loss_long", "loss_short", "loss_kl", "grad_norm"):
+            assert b[key] == pytest.approx(a[key], rel=1e-5) and a[key] > 0, key
+
+
 @pytest.mark.parametrize("n, size", [(8, 4), (5, 4), (2, 4), (1, 1)])
 def test_every_sequence_of_a_step_goes_to_one_process(n, size):
     everyone = [many.Processes() for _ in range(size)]
