@@ -138,7 +138,7 @@ class Config(machine.Config):
         None, "text for short-to-long (default: long_data; where that is the default, short_data)"
     )
     source_weights: list[str] | None = opt(
-        None, "SOURCE=SHARE of its stream's tokens, for all sources of a --..._data list or none"
+        None, "SOURCE=SHARE of its stream's tokens, for all of a --..._data list (default: as read)"
     )
     min_doc_len: int = opt(0, "leave shorter documents out of the long stream, in tokens", least=0)
     length_upsample: float = opt(

@@ -32,6 +32,9 @@ class DocumentOf:
     def __init__(self, doc_starts: np.ndarray):
         self.doc_starts = doc_starts
 
+    def __len__(self) -> int:
+        return int(self.doc_starts[-1])
+
     def __getitem__(self, part: slice) -> np.ndarray:
         return np.searchsorted(self.doc_starts, np.arange(part.start, part.stop), "right") - 1
 

@@ -22,6 +22,7 @@ import torch
 import transformers
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # wherever pytest was started
 if not torch.cuda.is_available():
@@ -290,3 +291,13 @@ def whole(ckpt, tmp_path_factory):
 @pytest.fixture
 def at_two(whole, tmp_path):
     return killed_after_two(whole, tmp_path / "killed")
+
+
+def with_eos(folder, copy):
+    """A copy of a byte-level checkpoint whose newline, token 10, ends a text."""
+    shutil.copytree(folder, copy)
+    (copy / "generation_config.json").write_text('{"eos_token_id": 10}')
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    tokenizer.add_special_tokens([tokenizer.id_to_token(10)])  # or it would not be taken for EOS
+    tokenizer.save(str(copy / "tokenizer.json"))
+    return copy

@@ -27,6 +27,7 @@ from tests.conftest import (
     tiny_llama,
     tiny_run,
     tokens,
+    with_eos,
 )
 
 
@@ -356,7 +357,7 @@ def test_folders_of_one_name_are_two_rows_unless_named_alike(comparison):
 
 BAD_COMPARISONS = {
     "--tasks": ("passkey", "argument --tasks: invalid choice: 'passkey'"),
-    "--lengths": ("many", "argument --lengths: invalid"),
+    "--lengths": ("many", "'many': need a whole number such as 4096 or 4K"),
     "--depths": ("0,2", "--depths from 0 to 1"),
     "--data": ("nowhere.txt", "no file at nowhere.txt"),
     "--ckpt": ("nowhere", "no checkpoint 'nowhere'"),
@@ -390,8 +391,7 @@ def test_metas_folder_can_be_the_original(ckpt, sentences, tmp_path, capsys):
 
 def test_own_samples_are_text_for_training(ckpt, tmp_path):
     path = tmp_path / "own.jsonl"
-    folder = shutil.copytree(ckpt[0], tmp_path / "with_eos")
-    (folder / "generation_config.json").write_text('{"eos_token_id": 10}')
+    folder = with_eos(ckpt[0], tmp_path / "with_eos")
     argv = ["--base", folder, "--write_samples", path, "--n_samples", 3, "--length", 12]
     evaluate.main([str(x) for x in argv])
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]

@@ -1,17 +1,15 @@
 """machine/samples.py: short text of the checkpoint's own, made once before a run."""
 
 import json
-import shutil
 
 import pytest
 import torch
-from tokenizers import Tokenizer
 
 from longred import main, train
 from machine import samples
 from machine.settings import resolve
 from model import load_checkpoint, load_config
-from tests.conftest import read_log, tiny_run
+from tests.conftest import read_log, tiny_run, with_eos
 
 
 def own_run(ckpt, out, spec="self:40", **changes):
@@ -22,11 +20,7 @@ def own_run(ckpt, out, spec="self:40", **changes):
 @pytest.fixture
 def ckpt(ckpt, tmp_path):
     """The tiny checkpoint with an end of text, which a sampled text starts from and ends with."""
-    folder = shutil.copytree(ckpt[0], tmp_path / "with_eos")
-    (folder / "generation_config.json").write_text('{"eos_token_id": 10}')
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.add_special_tokens([tokenizer.id_to_token(10)])  # or it would not be taken for EOS
-    tokenizer.save(str(folder / "tokenizer.json"))
+    folder = with_eos(ckpt[0], tmp_path / "with_eos")
     return folder, *ckpt[1:]
 
 
