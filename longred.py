@@ -26,8 +26,7 @@ from the same forward passes. KL against forgetting is others' (on a model's own
 2605.26097); these shares are Mix CPT's.
 
 --method longrecipe is LongRecipe (arXiv 2409.00509) in the same loop: long text of 0.3 x the target
-under positions that skip from sentence to sentence. --long_position_scheme longrecipe puts
-LongReD's own long stream under the same positions.
+under positions that skip from sentence to sentence. --method soft_replay: KL on short text instead.
 
 Differs: the two distillations are distances, 1 - cos, where the paper has -cos, and means over a
 batch where eq. 8 sums over texts: the same direction, and 0 when nothing was forgotten. Eq. 18 is
@@ -63,7 +62,7 @@ from model import (
 )
 from rope_kernels import rope_frequencies
 
-default_theta = machine.default_theta  # of ABF, for code beyond this repository
+default_theta = machine.default_theta  # for code beyond this repository, as write_byte_tokenizer
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -79,12 +78,10 @@ class Config(machine.Config):
     original_len: int | None = opt(None, "the old window (default: the checkpoint's)", least=32)
     rope_type: Literal["linear", "yarn", "ntk", "default"] | None = opt(
         None,
-        "linear (PI), yarn, ntk: scaled by target / original; the value 'default' removes the "
-        "checkpoint's scaling (default: ABF, a larger theta, the checkpoint's own scaling kept)",
+        "linear (PI), yarn, ntk: by target / original; 'default': the checkpoint's scaling removed "
+        "(default: ABF, a larger theta, its scaling kept)",
     )
-    rope_theta: float | None = opt(
-        None, "new theta (default: the paper's, else by a rule)", least=1, most=1e15
-    )
+    rope_theta: float | None = opt(None, "new theta (default: the paper's, or a rule)", 1, 1e15)
     # Method
     method: Literal["longred", "soft_replay", "long_cpt", "mix_cpt", "longrecipe"] = opt(
         "longred",
@@ -92,23 +89,12 @@ class Config(machine.Config):
         "outputs on short; long_cpt: cross-entropy on long text; mix_cpt: on all streams; "
         "longrecipe: on text of --train_len with gaps between sentences",
     )
-    alpha_short: float | None = opt(
-        None, "weight of short-text distillation (default: 5; 2 from 128K on)", least=0
-    )
-    alpha_s2l: float | None = opt(
-        None, "weight of short-to-long distillation (default: 10; 15 from 128K on)", least=0
-    )
-    alpha_kl: float | None = opt(
-        None, "weight of KL(original || it) on short text (default: 0; soft_replay: 1)", least=0
-    )
-    distill_layers: list[int] | None = opt(
-        None, "hidden states to distil, 1 = output of block 1 (default: chosen by drift)"
-    )
+    alpha_short: float | None = opt(None, "weight of the short loss (default: 5; 128K: 2)", 0)
+    alpha_s2l: float | None = opt(None, "of the short-to-long (default: 10; 128K: 15)", 0)
+    alpha_kl: float | None = opt(None, "of KL on short text (default: 0; soft_replay: 1)", 0)
+    distill_layers: list[int] | None = opt(None, "hidden states to distil (default: by drift)")
     n_distill_layers: int | None = opt(
-        None,
-        "how many to choose by drift (default: 6; 3 where a window of 128K or more is over 8 times "
-        "the old one)",
-        least=1,
+        None, "how many (default: 6; 3 from 128K on, if that is over 8 times the window)", 1
     )
     position_scheme: Literal["uniform", "cream", "cream_truncated"] | None = opt(
         None, "skipped positions of short-to-long (default: cream; uniform from 128K on)"
@@ -117,77 +103,44 @@ class Config(machine.Config):
         None, "positions of long text (default: ordinary; method longrecipe: longrecipe)"
     )
     train_len: int | None = opt(
-        None,
-        "tokens in a long text (default: target_len; 0.3 of it where positions are skipped)",
-        least=1,
+        None, "tokens in a long text (default: target_len; if positions are skipped 0.3 of it)", 1
     )
     # Text
     long_data: list[str] | None = opt(
         None,
-        "long text: files (plain, .jsonl, .json.gz, .jsonl.zst, .parquet), folders, globs, hub "
-        "datasets hf:owner/name[/config][:split][#column]; default: 1.3 GB of public-domain books "
-        "and open-licence papers from the hub (common-pile), about 0.9G tokens",
+        "long text: files, folders, globs, hub datasets hf:owner/name[/config][:split][#column] "
+        "(default: 1.3 GB of public-domain books and open-licence papers, 0.9G tokens)",
     )
     short_data: list[str] | None = opt(
         None,
-        "short text, the like of which is to be kept; default: 2.9 GB of RedPajama's sample from "
-        "the hub (its parts' own licences), about 0.7G tokens; self[:N]: N texts (2,000) sampled "
-        "from the checkpoint itself",
+        "short text, the like of which is to be kept; self[:N]: N (2,000) of the checkpoint's own "
+        "(default: 2.9 GB of RedPajama's sample from the hub, 0.7G tokens)",
     )
     s2l_data: list[str] | None = opt(
         None, "text for short-to-long (default: long_data; where that is the default, short_data)"
     )
-    source_weights: list[str] | None = opt(
-        None, "SOURCE=SHARE of its stream's tokens, for all of a --..._data list (default: as read)"
-    )
-    min_doc_len: int = opt(0, "leave shorter documents out of the long stream, in tokens", least=0)
-    length_upsample: float = opt(
-        1.0,
-        "weight of documents of train_len tokens or more in the long stream, within a source",
-        least=1e-3,
-        most=1e3,
-    )
-    short_len: int | None = opt(
-        None, "tokens in a short text (default: 1024, at most original_len)", least=1
-    )
-    document_mask: bool = opt(
-        False, "attention stays within a document where several share a sequence (paper: no)"
-    )
-    add_eos: bool | None = opt(
-        None, "end documents with EOS (default: where the tokenizer has one)"
-    )
+    short_len: int | None = opt(None, "tokens in a short text (default: 1024, or the window)", 1)
+    document_mask: bool = opt(False, "attention stays within documents (the paper's does not)")
     # A step: the paper's 16 micro-batches, 131,072 tokens in each
     steps: int = opt(512, "optimizer steps", least=1)
-    long_micro: int | None = opt(
-        None, "long micro-batches a step (default: 8; 16 for long_cpt and longrecipe)", least=1
-    )
+    long_micro: int | None = opt(None, "long micro-batches a step (default: 8; alone: 16)", 1)
     long_batch: int | None = opt(None, "sequences in each (default: 131072 / target_len)", least=1)
     short_micro: int = opt(6, "short-text micro-batches a step; 0 drops the loss", least=0)
     short_batch: int | None = opt(None, "sequences in each (default: 131072 / short_len)", least=1)
     s2l_micro: int = opt(2, "short-to-long micro-batches a step; 0 drops the loss", least=0)
     s2l_batch: int | None = opt(None, "sequences in each (default: 131072 / original_len)", least=1)
     # LongRecipe's second stage, after `steps`: cross-entropy, ordinary positions, the old window
-    replay_data: list[str] | None = opt(
-        None, "text like what the original was trained on (default: none)"
-    )
+    replay_data: list[str] | None = opt(None, "text like the original's own (default: none)")
     replay_steps: int = opt(0, "steps on it, the learning rate falling from lr / 10 to 0", least=0)
-    replay_batch: int | None = opt(
-        None,
-        "sequences in each of its long_micro micro-batches (default: 131072 / original_len)",
-        least=1,
-    )
+    replay_batch: int | None = opt(None, "sequences in each (default: 131072 / original_len)", 1)
     merge: float = opt(0.0, "export merge x original + (1 - merge) x trained weights (paper: 0.5)")
     # Optimizer: AdamW, constant learning rate, no warm-up (App. B)
     lr: float = opt(2e-5, "learning rate", least=0)
     weight_decay: float = opt(0.1, "decoupled weight decay", least=0)
     beta1: float = opt(0.9, "AdamW's first decay", least=0, most=1)
     beta2: float = opt(0.95, "AdamW's second decay", least=0, most=1)
-    grad_clip: float = opt(
-        1.0, "largest global gradient norm; 0: gradients are not clipped", least=0
-    )
-    seed: int = opt(
-        2024, "of every random choice, each a function of (seed, stream, step)", least=0
-    )
+    grad_clip: float = opt(1.0, "largest global gradient norm; 0: no limit", least=0)
+    seed: int = opt(2024, "of every random choice, a function of (seed, stream, step)", least=0)
 
 
 # ---------------------------------------------------------------------------------------- losses
@@ -284,9 +237,8 @@ def short_to_long_distillation(
 
 
 def loss_table(c: Config, student: Llama, teacher: Llama) -> dict[str, Callable[..., Tensor]]:
-    """The losses that a stream may name, functions of a data.Batch. A new loss is one more row: a
-    mean over all tokens of the batch, since a process may see a part of each sequence, or several
-    by their names in the log."""
+    """What a stream's `loss` names: a function of a data.Batch, a mean over all of its tokens (a
+    process may see a part of each sequence), or several means by their names in the log."""
 
     def kl_of_short(b: data.Batch) -> dict[str, Tensor]:
         kl = soft_replay(student, teacher, b.ids, b.indices, b.documents)
@@ -486,7 +438,6 @@ def train(config: Config) -> Path:
 
 
 def write_byte_tokenizer(folder: Path) -> Path:
-    """The demo's tokenizer, for code beyond this repository."""
     return importlib.import_module("measure.demo").write_byte_tokenizer(folder)
 
 

@@ -15,6 +15,7 @@ GROUPS = {
     "steps": "a step; the paper's has 16 micro-batches of 131,072 tokens",
     "replay_data": "LongRecipe's second stage, after --steps",
     "lr": "optimizer: AdamW",
+    "source_weights": "how text is read",
     "out_dir": "the run and its machine; none of these changes what is learnt",
 }
 

@@ -29,8 +29,23 @@ def opt(default, help: str, least: float | None = None, most: float | None = Non
 
 @dataclass
 class Config:
-    """How a run lives on its machine; none of these changes what is learnt."""
+    """How text is read, and how a run lives on its machine."""
 
+    # Text, beyond longred.Config's
+    source_weights: list[str] | None = opt(
+        None, "SOURCE=SHARE of its stream's tokens, for all of a --..._data list (default: as read)"
+    )
+    min_doc_len: int = opt(0, "leave shorter documents out of the long stream, in tokens", least=0)
+    length_upsample: float = opt(
+        1.0,
+        "weight of documents of train_len tokens or more in the long stream, within a source",
+        least=1e-3,
+        most=1e3,
+    )
+    add_eos: bool | None = opt(
+        None, "end documents with EOS (default: where the tokenizer has one)"
+    )
+    # The run
     out_dir: str | None = opt(None, "default: out/<ckpt name>-<target_len>; demo: out/demo")
     resume: str | None = opt(None, "continue the run in this OUT_DIR; needs no other flag")
     resume_anyway: bool = opt(False, "with --resume: although config, data or weights changed")
@@ -55,7 +70,9 @@ class Config:
 
 # Fields that a resumed run may have otherwise: none changes a step's numbers beyond how they round
 # (or, steps, when a replay begins).
-HARMLESS = {f.name for f in fields(Config)} - {"recompute", "moments", "skip_bad_lines"}
+HARMLESS = {f.name for f in fields(Config)} - set(
+    "recompute moments skip_bad_lines source_weights min_doc_len length_upsample add_eos".split()
+)
 # Text is known by its content, wherever it lies.
 TEXTS = "long_data", "short_data", "s2l_data", "replay_data"
 HARMLESS |= {"ckpt", "steps", *TEXTS}

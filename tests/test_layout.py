@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import HERE
 
 METHOD = {  # file -> most lines, comments and docstrings included
-    "longred.py": 500,
+    "longred.py": 460,
     "model.py": 630,
     "rope_kernels.py": 420,
     "data.py": 560,
