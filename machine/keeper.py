@@ -218,7 +218,8 @@ class Keeper:
             return
         self.save()
         self.wait()
-        print(f"\nstopped by signal {number} after step {self.step}. {self.how_to_resume()}")
+        saved = self.how_to_resume() if self.saved_step else "Nothing was saved: --keep is 0."
+        print(f"\nstopped by signal {number} after step {self.step}. {saved}")
         sys.exit(128 + number)
 
     def before_update(self) -> None:

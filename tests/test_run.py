@@ -348,6 +348,21 @@ def test_a_hang_up_saves_and_ends_unless_it_was_ignored(ckpt, tmp_path, monkeypa
     assert (out / "hf").exists() == ignored
 
 
+def test_a_stop_that_saved_nothing_does_not_promise_to_go_on(ckpt, tmp_path, monkeypatch, capsys):
+    print_step = log.print_step
+
+    def stop(*args):
+        print_step(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(log, "print_step", stop)
+    with pytest.raises(SystemExit) as end:
+        train(tiny_run(ckpt, tmp_path / "run", keep=0))
+    said = capsys.readouterr().out
+    assert end.value.code == 143 and "Nothing was saved: --keep is 0." in said
+    assert "--resume" not in said.splitlines()[-1]
+
+
 def test_a_step_is_on_record_before_anything_is_printed(ckpt, tmp_path, monkeypatch):
     out = tmp_path / "run"
 
