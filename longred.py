@@ -90,8 +90,8 @@ class Config(machine.Config):
         "longrecipe: on text of --train_len with gaps between sentences",
     )
     alpha_short: float | None = opt(None, "weight of the short loss (default: 5; 128K: 2)", 0)
-    alpha_s2l: float | None = opt(None, "of the short-to-long (default: 10; 128K: 15)", 0)
-    alpha_kl: float | None = opt(None, "of KL on short text (default: 0; soft_replay: 1)", 0)
+    alpha_s2l: float | None = opt(None, "weight of short-to-long (default: 10; 128K: 15)", 0)
+    alpha_kl: float | None = opt(None, "weight of KL on short text (default: 0; soft_replay: 1)", 0)
     distill_layers: list[int] | None = opt(None, "hidden states to distil (default: by drift)")
     n_distill_layers: int | None = opt(
         None, "how many (default: 6; 3 from 128K on, if that is over 8 times the window)", 1
