@@ -3,7 +3,7 @@
     python -m measure.leaderboard --base stories260K --long texts/*.txt --own own.jsonl \\
         --foreign texts/war_and_peace.txt --test test.jsonl --out_dir out/leaderboard
 
-One core, one run after the other, in the order of CELLS, seed by seed; every run and every score is
+One run after the other, in the order of BLOCKS, each seed by seed; every run and every score is
 kept as it ends, so a stopped command goes on. `--no-train` scores and prints what there is. Cells
 without a run print NOT RUN. Leaves leaderboard.md, leaderboard.json and leaderboard.png.
 """
@@ -47,9 +47,14 @@ METHODS = {  # name in folders -> name in print, flags
     "soft_replay_ntk": ("soft replay, NTK", "--method soft_replay --rope_type ntk"),
 }
 MAIN = "mix_cpt", "longred", "soft_replay"
-CELLS = [("own", name) for name in MAIN] + [("foreign", name) for name in MAIN]
-CELLS += [("none", "long_cpt"), ("own", "longred_kl"), ("foreign", "longred_kl")]
-CELLS += [("foreign", f"{name}_ntk") for name in MAIN]
+BLOCKS = [  # one after the other, each seed by seed
+    [("own", name) for name in MAIN],
+    [("foreign", name) for name in MAIN],
+    [("none", "long_cpt")],
+    [("own", "longred_kl"), ("foreign", "longred_kl")],
+    [("foreign", f"{name}_ntk") for name in MAIN],
+]
+CELLS = [cell for block in BLOCKS for cell in block]
 PRIMARY = [  # soft replay against these
     (text, other, axis)
     for text in ("own", "foreign")
@@ -274,15 +279,14 @@ def main(argv: list[str] | None = None) -> None:
         return remember(a.out_dir / "scores", {"task": name, "texts": digest}, compute)
 
     original = once("original", lambda: score(base, base, texts))
-    for seed in seeds:
-        for text, method in CELLS:
-            out = a.out_dir / f"{text}-{method}-{seed}"
-            if a.train and not (out / "hf" / "config.json").exists():
-                train(a, text, method, seed)
-            if (out / "hf" / "config.json").exists():
-                model = pad_heads(load_checkpoint(out))
-                found = once(out.name, lambda m=model: score(base, m, texts))
-                runs[text, method, seed] = found | cost(out, base)
+    for text, method, seed in [(*cell, s) for b in BLOCKS for s in seeds for cell in b]:
+        out = a.out_dir / f"{text}-{method}-{seed}"
+        if a.train and not (out / "hf" / "config.json").exists():
+            train(a, text, method, seed)
+        if (out / "hf" / "config.json").exists():
+            model = pad_heads(load_checkpoint(out))
+            found = once(out.name, lambda m=model: score(base, m, texts))
+            runs[text, method, seed] = found | cost(out, base)
     lines, leads = verdicts(runs, seeds)
     sampled = sampling_flops(base.config, 2000, 511) / 1e12
     table = [*leaderboard(runs, original), "", *lines, ""]
