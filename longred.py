@@ -26,7 +26,8 @@ from the same forward passes. KL against forgetting is others' (on a model's own
 2605.26097); these shares are Mix CPT's.
 
 --method longrecipe is LongRecipe (arXiv 2409.00509) in the same loop: long text of 0.3 x the target
-under positions that skip from sentence to sentence. --method soft_replay: KL on short text instead.
+under positions that skip from sentence to sentence. --short_rope original: two rotaries, short text
+read under the old one, the rest under the new (after LongRoPE2, arXiv 2502.20082).
 
 Differs: the two distillations are distances, 1 - cos, where the paper has -cos, and means over a
 batch where eq. 8 sums over texts: the same direction, and 0 when nothing was forgotten. Eq. 18 is
@@ -52,14 +53,7 @@ from torch import Tensor
 import data
 from machine import run as machine
 from machine.run import opt
-from model import (
-    Llama,
-    attention_kl,
-    merge_weights,
-    next_token_kl,
-    next_token_loss,
-    rescaled,
-)
+from model import Llama, attention_kl, merge_weights, next_token_kl, next_token_loss, rescaled
 from rope_kernels import rope_frequencies
 
 default_theta = machine.default_theta  # for code beyond this repository, as write_byte_tokenizer
@@ -92,6 +86,9 @@ class Config(machine.Config):
     alpha_short: float | None = opt(None, "weight of the short loss (default: 5; 128K: 2)", 0)
     alpha_s2l: float | None = opt(None, "weight of short-to-long (default: 10; 128K: 15)", 0)
     alpha_kl: float | None = opt(None, "weight of KL on short text (default: 0; soft_replay: 1)", 0)
+    short_rope: Literal["new", "original"] = opt(
+        "new", "rotary under which the short stream is read (original: see --export_longrope)"
+    )
     distill_layers: list[int] | None = opt(None, "hidden states to distil (default: by drift)")
     n_distill_layers: int | None = opt(
         None, "how many (default: 6; 3 from 128K on, if that is over 8 times the window)", 1
@@ -239,9 +236,12 @@ def short_to_long_distillation(
 def loss_table(c: Config, student: Llama, teacher: Llama) -> dict[str, Callable[..., Tensor]]:
     """What a stream's `loss` names: a function of a data.Batch, a mean over all of its tokens (a
     process may see a part of each sequence), or several means by their names in the log."""
+    short = student  # as it reads the short stream
+    if c.short_rope == "original":
+        short = student.with_frequencies(teacher.inv_freq, teacher.attention_factor)
 
     def kl_of_short(b: data.Batch) -> dict[str, Tensor]:
-        kl = soft_replay(student, teacher, b.ids, b.indices, b.documents)
+        kl = soft_replay(short, teacher, b.ids, b.indices, b.documents)
         return {"short": kl, "kl": kl}
 
     return {
@@ -249,7 +249,7 @@ def loss_table(c: Config, student: Llama, teacher: Llama) -> dict[str, Callable[
             student, b.ids, b.positions, b.labels, b.documents
         ),
         "short_text_distillation": lambda b: short_text_distillation(
-            student, teacher, b.ids, c.distill_layers, b.indices, b.documents, bool(c.alpha_kl)
+            short, teacher, b.ids, c.distill_layers, b.indices, b.documents, bool(c.alpha_kl)
         ),
         "short_to_long_distillation": lambda b: short_to_long_distillation(
             student, teacher, b.ids, b.positions, b.indices, b.documents
@@ -410,8 +410,8 @@ def train(config: Config) -> Path:
         if not c.distill_layers and "short" in streams and streams["short"].taps:
             c.distill_layers = run.once(lambda: choose_layers(c, run, streams["short"]))
         teacher, student = open_models(c, run)
-        losses = loss_table(c, student, teacher)
         optimizer = run.optimizer(student, teacher)
+        losses = loss_table(c, student, teacher)
 
         for step in run.steps(c.steps + c.replay_steps):  # from the newest state on
             reads = [stream for stream in streams.values() if step in stream.steps]

@@ -2,14 +2,12 @@
 
 Architecture (Llama 1-3, Mistral, Qwen2, Qwen3): token embedding, n_layers blocks of pre-norm
 attention and SwiGLU MLP, final RMSNorm, LM head. Parameters carry Hugging Face's names: loading is
-a name map.
-Rotary convention: half-split as in HF (dimension j pairs with j + H/2).
+a name map. Rotary is half-split as in HF: dimension j pairs with j + H/2.
 
 Shapes: B batch, T tokens, D d_model, N query heads, K kv heads, H head_dim, V vocab.
 Activations in attention are (B, T, N, H) everywhere up to the SDPA call.
 """
 
-import copy
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -248,9 +246,20 @@ class Llama(nn.Module):
 
     def with_frequencies(self, inv_freq: Tensor, attention_factor: float) -> "Llama":
         """The same weights, not copied, under other frequencies. inv_freq: (H/2,) float64."""
-        view = copy.copy(self)
+        view = object.__new__(type(self))  # FSDP's class would build a model for copy.copy
+        view.__dict__.update(self.__dict__)
         view.inv_freq, view.attention_factor = inv_freq, attention_factor
         return view
+
+    def for_length(self, length: int) -> "Llama":
+        """What reads a text of `length` tokens: of a model with two rotaries (longrope) the old one
+        where the text fits the old window. To be chosen once: cached keys are stored rotated."""
+        s = self.config.rope_scaling or {}
+        if s.get("rope_type") != "longrope" or length > s["original_max_position_embeddings"]:
+            return self
+        old = s | {"long_factor": s["short_factor"]}
+        rope = rope_frequencies(self.config.head_dim, self.config.rope_theta, old)
+        return self.with_frequencies(*rope)
 
     def forward(
         self,
@@ -324,12 +333,12 @@ class Llama(nn.Module):
         if length == 0 or temperature < 0:
             raise ValueError(f"got {length} tokens at temperature {temperature}, need some at >= 0")
         out = torch.cat([input_ids, input_ids.new_zeros(batch, max_new_tokens)], dim=1)
-        models = [self]
+        models = [self.for_length(length + max_new_tokens)]
         if pcd is not None:
             if not pcd.keys() <= PCD.keys():
                 raise ValueError(f"pcd: got {', '.join(pcd)}, need some of {', '.join(PCD)}")
             pcd = PCD | pcd
-            models.append(local_view(self, pcd))
+            models.append(local_view(models[0], pcd))
         caches = [model.new_cache(batch, length + max_new_tokens) for model in models]
         new = input_ids
         for end in range(length, length + max_new_tokens):
@@ -584,8 +593,7 @@ def load_checkpoint(
     path_or_name: folder, OUT_DIR, known name or hub id (checkpoints.resolve_checkpoint).
     shard: called with the empty model, before its memory is allocated.
     device, dtype: of the parameters. Each tensor goes straight into place, one in flight.
-    Raises ValueError for a file damaged, a tensor missing, extra, misshapen or not finite, or two
-    scalings.
+    Raises ValueError as `rescaled`, or for a tensor damaged, missing, extra, misshapen, not finite.
     """
     folder = checkpoints.resolve_checkpoint(path_or_name)
     config = rescaled(load_config(folder), rope_theta, rope_scaling, folder)

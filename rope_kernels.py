@@ -51,11 +51,9 @@ try:
 except ImportError:  # no wheel for macOS or Windows: torch does the work there
     triton, tl = None, SimpleNamespace(constexpr=None)
 
-# ------------------------------------------------------------------------------------------------
-# Frequencies
-# ------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------- frequencies
 
-ROPE_TYPES = ("default", "linear", "yarn", "llama3", "ntk")
+ROPE_TYPES = ("default", "linear", "yarn", "llama3", "ntk", "longrope")
 
 
 def rope_frequencies(
@@ -88,6 +86,11 @@ def rope_frequencies(
     inv_freq = theta**-exponent
     if rope_type == "default":
         return inv_freq, 1.0
+    if rope_type == "longrope":  # beyond the old window; within it: short_factor, Llama.for_length
+        factors = scaling.get("long_factor")
+        if not isinstance(factors, list) or len(factors) != head_dim // 2:
+            raise ValueError(f"long_factor: got {factors!r:.60}, need {head_dim // 2} numbers")
+        return inv_freq / inv_freq.new_tensor(factors), 1.0
     factor = _required(scaling, rope_type, "factor", 1.0, "target / original length")
     if rope_type == "linear":  # position interpolation: every position divided by factor
         return inv_freq / factor, 1.0
@@ -169,9 +172,7 @@ def _number(name, value, least, example, above=False):
     return float(value)
 
 
-# ------------------------------------------------------------------------------------------------
-# Plain PyTorch: the specification, the CPU path, and the oracle of the kernel
-# ------------------------------------------------------------------------------------------------
+# --------------------- plain PyTorch: the specification, the CPU path, and the oracle of the kernel
 
 QUARTER = 1 << 62  # of a turn, which is 2^64 units
 
@@ -242,9 +243,7 @@ def _checked_ids(q, k, position_ids, inv_freq):
     return position_ids if position_ids.ndim == 2 else position_ids[None]
 
 
-# ------------------------------------------------------------------------------------------------
-# Triton
-# ------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------- triton
 
 jit = triton.jit if triton else lambda function: function
 
@@ -388,9 +387,7 @@ class _Rope(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-# ------------------------------------------------------------------------------------------------
-# The way in
-# ------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------- the way in
 
 
 def rope_backend(device: torch.device | str) -> str:

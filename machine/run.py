@@ -27,6 +27,7 @@ from machine import checkpoints, corpus, log, memory, plan, samples, states
 from machine.checkpoints import hf_name, open_tensors, resolve_checkpoint
 from machine.command_line import parse_args  # noqa: F401, for longred.py
 from machine.corpus import beginnings
+from machine.hf_config import longrope
 from machine.keeper import Keeper, refuse_taken
 from machine.log import outlive_readers  # noqa: F401, for longred.py
 from machine.many import Processes, after_restart, whole_number
@@ -414,8 +415,14 @@ class Run:
         if self.processes.rank:
             return exported
         student.to(self.original.stored_dtype() or self.stored)
+        new = student.config
+        if c.export_longrope:
+            lengths = c.original_len, c.target_len
+            two = longrope(new.rope_theta, teacher.inv_freq, student.inv_freq, *lengths)
+            student.config = replace(new, rope_scaling=two)
         with states.writing(exported):
             save_checkpoint(student, exported, tokenizer_from=self.source)
+        student.config = new
         print(f"extended checkpoint: {exported}")
         for line in checkpoints.client_notes(exported):
             print(line)

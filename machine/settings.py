@@ -47,6 +47,9 @@ class Config:
     )
     # The run
     out_dir: str | None = opt(None, "default: out/<ckpt name>-<target_len>; demo: out/demo")
+    export_longrope: bool = opt(
+        False, "with --short_rope original: export both rotaries, as longrope (default: the new)"
+    )
     resume: str | None = opt(None, "continue the run in this OUT_DIR; needs no other flag")
     resume_anyway: bool = opt(False, "with --resume: although config, data or weights changed")
     device: str | None = opt(None, "cuda or cpu (default: cuda where there is one)")
@@ -240,6 +243,11 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
             f"--target_len {c.target_len} is not above the original window of {c.original_len}; "
             "pass a longer one (or the true --original_len)"
         )
+    if (model.rope_scaling or {}).get("rope_type") == "longrope":
+        raise ValueError(
+            "the checkpoint has two rotaries (longrope); which of them is to be rescaled is not "
+            "defined, so extend the checkpoint that it was made from"
+        )
     if c.rope_type is None and (model.rope_scaling or {}).get("rope_type") == "yarn":
         raise ValueError(
             f"the checkpoint is scaled by YaRN, {model.rope_scaling}: a larger theta on top of it "
@@ -263,6 +271,7 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
             f"--alpha_kl {c.alpha_kl:g} with --method {c.method}: only longred and soft_replay "
             "have that loss; drop one of the two"
         )
+    check_two_rotaries(c, model)
     if not all(1 <= i <= model.n_layers for i in c.distill_layers or ()):
         raise ValueError(
             f"--distill_layers {c.distill_layers}: this model has hidden states 1 to "
@@ -271,6 +280,26 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
     check_lengths(c, model)
     check_sources(c)
     return c
+
+
+def check_two_rotaries(c: Config, model: ModelConfig) -> None:
+    """--short_rope original needs a stream to read so, and a rotary that an export can state."""
+    if c.export_longrope and c.short_rope != "original":
+        raise ValueError(
+            "--export_longrope without --short_rope original: there is one rotary; drop the flag"
+        )
+    if c.short_rope != "original":
+        return
+    if c.method not in ("longred", "soft_replay"):
+        raise ValueError(
+            f"--short_rope original with --method {c.method}: only longred and soft_replay hold "
+            "the short stream to the original; drop one of the two"
+        )
+    if c.rope_type == "yarn" or (model.rope_scaling or {}).get("rope_type") == "yarn":
+        raise ValueError(
+            "--short_rope original with yarn: its attention factor is not 1, and one factor would "
+            "hold for both rotaries; pass another --rope_type"
+        )
 
 
 def check_device(c: Config, parameters: int) -> None:

@@ -605,6 +605,14 @@ class Texts:
     far: dict[str, Tensor] | str  # other far parts for `long` (B, T - original_len), or why not
 
 
+def identify(folder: Path, base: Path, share: float, old_rotary: bool):
+    """What a result is remembered by: the content of weights, and what was made of them."""
+    identity = fingerprint(folder)
+    if share:
+        identity = [identity, fingerprint(base), share]
+    return [identity, "old rotary"] if old_rotary else identity
+
+
 def measure(
     a: Namespace,
     texts: Texts,
@@ -613,19 +621,20 @@ def measure(
     out: dict,
     pcd: dict | None = None,
     share: float = 0.0,
+    old_rotary: bool = False,
 ) -> None:
     """Fill `out` with every task's result for one checkpoint; `out` keeps what Ctrl-C leaves.
 
     pcd: of Llama.generate; where given, only the tasks that ask for tokens are done.
     share: of the original, averaged into the weights (model.merge_weights).
+    old_rotary: of a checkpoint with two (longrope) read everything under the one for short text.
     """
-    cache, identity = Path(a.out_dir) / "cache", fingerprint(folder)
-    if share:
-        identity = [identity, fingerprint(base), share]
+    cache, identity = Path(a.out_dir) / "cache", identify(folder, base, share, old_rotary)
 
     @functools.cache
     def load(path: Path) -> Llama:
         model = pad_heads(load_checkpoint(path, device=a.device, dtype=a.dtype))
+        model = model.for_length(1) if old_rotary and path == folder else model
         return merge_weights(model, load(base), share) if share and path == folder else model
 
     def once(task: str, compute: Callable[[], dict], **settings) -> dict:
@@ -666,10 +675,8 @@ def measure(
         others = {name: _digest(ids) for name, ids in texts.far.items()}
         out["far"] = once("far", far, others=others, **text)
     drawn = {**text, "seed": a.seed, "samples": a.samples, "depths": a.depths}
-    if texts.source:
-        drawn["tokenizer"] = texts.source.tokenizer.fingerprint
-    if pcd is not None:
-        drawn["pcd"] = pcd
+    drawn |= {"tokenizer": texts.source.tokenizer.fingerprint} if texts.source else {}
+    drawn |= {} if pcd is None else {"pcd": pcd}
     for task in [t for t in tasks if t not in ("kept", "position", "far")]:
         for length in texts.lengths:
             result = once(task, functools.partial(asked, task, length), length=length, **drawn)
@@ -1129,6 +1136,9 @@ def measure_all(a: Namespace, texts: Texts, runs: list, base: Path, unfinished: 
             print(f"{name}: {folder}, {a.dtype} on {a.device}", flush=True)
             results.append((name, folder, {}))
             measure(a, texts, folder, base, results[-1][2])
+            if (load_config(folder).rope_scaling or {}).get("rope_type") == "longrope":
+                results.append((f"{name}, old rotary", None, {}))
+                measure(a, texts, folder, base, results[-1][2], old_rotary=True)
             for share in a.merge if results[1:] else ():
                 results.append((f"{name}, {share:g} original", None, {}))
                 measure(a, texts, folder, base, results[-1][2], share=share)

@@ -26,25 +26,31 @@ def report(
     """
     texts = held_out_texts(c, streams)
     rows, errors, curves = {}, {}, {}
-    bar = tqdm(desc="report", total=2 * len(texts), unit="part", disable=None)
-    for name, model in (("original", teacher), (c.method, student)):
+    models = {"original": (teacher, texts), c.method: (student, texts)}
+    if c.short_rope == "original" and "short" in texts:
+        old = student.with_frequencies(teacher.inv_freq, teacher.attention_factor)
+        models[f"{c.method}, old rotary"] = old, {"short": texts["short"]}
+    bar = tqdm(
+        desc="report", total=sum(len(x) for _, x in models.values()), unit="part", disable=None
+    )
+    for name, (model, scored) in models.items():
         each = {}  # column -> one mean a sequence
-        if "short" in texts:
-            drift = short_text_drift(teacher, model, texts["short"], attention_sequences=0)
+        if "short" in scored:
+            drift = short_text_drift(teacher, model, scored["short"], attention_sequences=0)
             by_sequence = drift["by_sequence"]
             each |= {f"short loss at {c.original_len}": by_sequence["loss"]}
             each |= {"KL": by_sequence["kl"], "drift (1 - cos)": by_sequence["drift"]}
             bar.update()
-        if "long" in texts:
-            losses = losses_by_sequence(model, texts["long"])
+        if "long" in scored:
+            losses = losses_by_sequence(model, scored["long"])
             each[f"long loss at {c.target_len}"] = losses.mean(1).tolist()
             for i, quarter in enumerate(losses.chunk(4, dim=1)):
                 each[f"quarter {i + 1}"] = quarter.mean(1).tolist()
             curves[name] = [part.mean().item() for part in losses.mean(0).chunk(32)]
             bar.update()
-        if "beyond" in texts:  # users fall off this cliff
+        if "beyond" in scored:  # users fall off this cliff
             try:
-                beyond = losses_by_sequence(model, texts["beyond"]).mean(1).tolist()
+                beyond = losses_by_sequence(model, scored["beyond"]).mean(1).tolist()
                 each[f"long loss at {2 * c.target_len}, beyond the window"] = beyond
             except torch.OutOfMemoryError:
                 print(f"not measured: {2 * c.target_len:,} tokens do not fit this memory")
