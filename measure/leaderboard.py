@@ -42,19 +42,44 @@ METHODS = {  # name in folders -> name in print, flags
     "longred": ("LongReD-C", ""),
     "soft_replay": ("soft replay", "--method soft_replay"),
     "longred_kl": ("LongReD + KL", "--alpha_kl 1"),
+    "two": ("two rotaries", "--short_rope original"),
+    "soft_replay_two": (
+        "two rotaries + soft replay",
+        "--method soft_replay --short_rope original",
+    ),
     "mix_cpt_ntk": ("Mix CPT, NTK", "--method mix_cpt --rope_type ntk"),
     "longred_ntk": ("LongReD-C, NTK", "--rope_type ntk"),
     "soft_replay_ntk": ("soft replay, NTK", "--method soft_replay --rope_type ntk"),
 }
 MAIN = "mix_cpt", "longred", "soft_replay"
-BLOCKS = [  # one after the other, each seed by seed
-    [("own", name) for name in MAIN],
-    [("foreign", name) for name in MAIN],
-    [("none", "long_cpt")],
-    [("own", "longred_kl"), ("foreign", "longred_kl")],
-    [("foreign", f"{name}_ntk") for name in MAIN],
+for i, book in enumerate(("first", "second")):  # of --long, which is then the scored text
+    for name in MAIN:
+        title, flags = METHODS[name]
+        METHODS[f"{name}_without_{i}"] = f"{title}, {book} book held out", flags
+for weight in ("0.5", "2", "4"):
+    title = f"soft replay, alpha_kl {weight}"
+    METHODS[f"soft_replay_{weight}"] = title, f"--method soft_replay --alpha_kl {weight}"
+for weight in ("2", "15"):
+    METHODS[f"longred_{weight}"] = f"LongReD-C, alpha_short {weight}", f"--alpha_short {weight}"
+SCHEMES = {"pose": "PoSE", "longrecipe": "LongRecipe", "endprompt": "EndPrompt"}
+for scheme, title in SCHEMES.items():
+    flags = f"--method soft_replay --long_position_scheme {scheme}"
+    METHODS[f"soft_replay_{scheme}"] = f"soft replay on {title}'s long text", flags
+METHODS["mix_cpt_flops"] = "Mix CPT, soft replay's FLOPs", "--method mix_cpt --steps 89"
+BLOCKS = [  # one after the other, each seed by seed: its cells, in how many seeds
+    ([("own", name) for name in MAIN], 3),
+    ([("foreign", name) for name in MAIN], 3),
+    ([("none", "long_cpt")], 3),
+    ([("own", "mix_cpt_flops")], 1),
+    ([(text, name) for text in ("own", "foreign") for name in ("two", "soft_replay_two")], 1),
+    ([("own", "longred_kl"), ("foreign", "longred_kl")], 1),
+    ([("foreign", f"{name}_ntk") for name in MAIN], 1),
+    ([("own", f"{name}_without_{i}") for i in (0, 1) for name in MAIN], 1),
+    ([("own", f"soft_replay_{scheme}") for scheme in SCHEMES], 1),
+    ([("own", f"soft_replay_{w}") for w in ("0.5", "2", "4")], 1),
+    ([("own", f"longred_{w}") for w in ("2", "15")], 1),
 ]
-CELLS = [cell for block in BLOCKS for cell in block]
+CELLS = [cell for cells, _ in BLOCKS for cell in cells]
 PRIMARY = [  # soft replay against these
     (text, other, axis)
     for text in ("own", "foreign")
@@ -71,10 +96,17 @@ MARGIN = 0.01  # nats by which a method that leads may be behind in the mean
 # ----------------------------------------------------------------------------- runs and scores
 
 
+def unread(a, method: str) -> str | None:
+    """The one of --long that a method does not train on, and is scored on."""
+    _, held_out, i = method.rpartition("_without_")
+    return a.long[int(i)] if held_out else None
+
+
 def train(a, text: str, method: str, seed: int) -> None:
     """One run into its folder, by the command that a user would type."""
     out = a.out_dir / f"{text}-{method}-{seed}"
-    flags = ["--ckpt", a.base, "--long_data", *a.long, *SETTING.split()]
+    long = [book for book in a.long if book != unread(a, method)]
+    flags = ["--ckpt", a.base, "--long_data", *long, *SETTING.split()]
     flags += ["--seed", str(seed), "--out_dir", str(out), "--cache_dir", a.cache_dir]
     if text != "none":
         short = {"own": a.own, "foreign": a.foreign}[text]
@@ -103,7 +135,23 @@ def open_texts(a) -> dict[str, torch.Tensor]:
     return texts
 
 
-def score(base, model, texts: dict) -> dict:
+def sequences(tokens: np.ndarray, length: int, most: int) -> torch.Tensor:
+    """Up to `most` of its stretches of length + 1 tokens, evenly over a text: (n, length + 1)."""
+    n = min(most, (len(tokens) - 1) // length)
+    starts = np.linspace(0, len(tokens) - length - 1, n).astype(int)
+    return torch.from_numpy(np.stack([tokens[i : i + length + 1] for i in starts]).astype(np.int64))
+
+
+def with_book(a, texts: dict, book: str) -> dict:
+    """The scored text with one whole book in place of the books' held-out ends."""
+    tokenizer = data.load_tokenizer(a.base, add_eos=False)
+    tokens = data.tokenize([book], tokenizer, a.cache_dir, "book").tokens
+    n = {name: len(texts[name]) for name in ("books", "twice")}
+    lengths = {"books": 2048, "twice": 4096}
+    return texts | {name: sequences(tokens, lengths[name], n[name]) for name in n}
+
+
+def score(base, model, texts: dict, two_rotaries: bool = False) -> dict:
     """Losses of every sequence (even: validation, odd: test), and on the test half the rest."""
     found = {
         name: [round(x, 5) for x in tail_losses(model, texts[name], texts[name].shape[1] - 1)]
@@ -112,6 +160,9 @@ def score(base, model, texts: dict) -> dict:
     moved = short_text_drift(base, model, texts["stories"][1::2], attention_sequences=0)
     found |= {"kl": moved["kl"], "same_top1": moved["same_top1"], "drift": 1 - moved["cosine"][-1]}
     others = {name: texts[name][1::2] for name in ("other", "shuffled", "of stories")}
+    if two_rotaries:
+        old = model.with_frequencies(base.inv_freq, base.attention_factor)
+        found["stories_old"] = [round(x, 5) for x in tail_losses(old, texts["stories"], 512)]
     found["far"] = far_losses(model, texts["books"][1::2], 512, others)
     return found
 
@@ -215,6 +266,9 @@ def leaderboard(runs: dict, original: dict) -> list[str]:
             lines.append(f"| {title} | {text} | NOT RUN |" + " |" * (len(head) - 3))
             continue
         row = [spread([np.mean(r["stories"][1::2]) for r in group])]
+        if "stories_old" in group[0]:
+            old = spread([np.mean(r["stories_old"][1::2]) for r in group])
+            row[0] += f" (old rotary {old})"
         row += [spread([r[key] for r in group]) for key in ("kl", "drift")]
         row += [spread([np.mean(r[key][1::2]) for r in group]) for key in ("books", "twice")]
         far = {n: np.mean([r["far"][n] for r in group], axis=0) for n in ("true", "other", "cut")}
@@ -238,7 +292,8 @@ def draw(runs: dict, original: dict, path: Path) -> None:
     colors = {"own": "#0072b2", "foreign": "#d55e00", "none": "#777777"}
     words = {"own": "own samples", "foreign": "War and Peace", "none": "no short text"}
     points = []
-    for text, name in CELLS:
+    drawn = [cell for cell in CELLS if "_without_" not in cell[1]]  # those read another text
+    for text, name in drawn:
         group = [r for (t, n, _), r in runs.items() if (t, n) == (text, name)]
         if group:
             xs, ys = ([np.mean(r[k][1::2]) for r in group] for k in ("stories", "books"))
@@ -279,13 +334,16 @@ def main(argv: list[str] | None = None) -> None:
         return remember(a.out_dir / "scores", {"task": name, "texts": digest}, compute)
 
     original = once("original", lambda: score(base, base, texts))
-    for text, method, seed in [(*cell, s) for b in BLOCKS for s in seeds for cell in b]:
+    order = [(*cell, s) for cells, n in BLOCKS for s in seeds[:n] for cell in cells]
+    for text, method, seed in order:
         out = a.out_dir / f"{text}-{method}-{seed}"
         if a.train and not (out / "hf" / "config.json").exists():
             train(a, text, method, seed)
         if (out / "hf" / "config.json").exists():
             model = pad_heads(load_checkpoint(out))
-            found = once(out.name, lambda m=model: score(base, m, texts))
+            read = with_book(a, texts, book) if (book := unread(a, method)) else texts
+            more = read, "two" in method
+            found = once(out.name, lambda m=model, more=more: score(base, m, *more))
             runs[text, method, seed] = found | cost(out, base)
     lines, leads = verdicts(runs, seeds)
     sampled = sampling_flops(base.config, 2000, 511) / 1e12

@@ -1,9 +1,11 @@
 """measure/leaderboard.py: the declared statistics, by hand, and what a missing run prints."""
 
+import argparse
+
 import numpy as np
 import pytest
 
-from measure.leaderboard import holm, leaderboard, paired_t, verdicts
+from measure.leaderboard import CELLS, holm, leaderboard, paired_t, sequences, unread, verdicts
 
 
 def test_three_pairs_give_the_t_interval_and_p_of_a_table():
@@ -47,6 +49,16 @@ def test_a_lead_wants_both_axes_and_three_seeds():
 
 def test_a_cell_without_a_run_says_so():
     rows = leaderboard({("own", "mix_cpt", 1): made(1.5, 3.0, 1)}, made(1.4, 4.0, 2))
-    assert sum("NOT RUN" in row for row in rows) == 11
+    assert sum("NOT RUN" in row for row in rows) == len(CELLS) - 1
     (row,) = (row for row in rows if row.startswith("| Mix CPT | own"))
     assert "| 1 | 1.5" in row and "NOT RUN" not in row
+
+
+def test_a_held_out_book_is_scored_whole_and_not_trained_on():
+    args = argparse.Namespace(long=["moby.txt", "war.txt"])
+    assert unread(args, "mix_cpt_without_1") == "war.txt" and unread(args, "mix_cpt") is None
+    tokens = np.arange(1000)
+    found = sequences(tokens, 100, 31)
+    assert found.shape == (9, 101) and found[0, 0] == 0 and found[-1, -1] == 999
+    assert (found.diff(dim=1) == 1).all() and (found[1:, 0] >= found[:-1, -1]).all()
+    assert sequences(tokens, 100, 2).shape == (2, 101)
