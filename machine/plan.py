@@ -1,9 +1,10 @@
 """What a run needs, before anything is allocated: memory, disk, and the fastest plan that fits.
 
-What training keeps, per parameter: a bf16 weight and an fp32 gradient (6 B) that must be on the
-GPU, and AdamW's state (10 B), touched once a step, that need not be. What it keeps per token: a
-block's activations, most of which are cheaper to make again than to keep. `make_plan` weighs the
-mechanisms of machine/memory.py against each other and prints what it chose as a table.
+What training keeps, per parameter: a bf16 weight (2 B) that must be on the GPU; an fp32 gradient
+(4 B), touched in every pass, and AdamW's state (10 B), touched once a step, that need not be. What
+it keeps per token: a block's activations, most of which are cheaper to make again than to keep.
+`make_plan` weighs the mechanisms of machine/memory.py against each other and prints what it chose
+as a table.
 
 Sizes in bytes unless said otherwise; GiB = 2^30.
 """
@@ -35,6 +36,8 @@ GPU_SPARE, GPU_SPARE_FRACTION, HOST_SPARE = 1.0 * GIB, 0.03, 6 * GIB
 # Reserved beyond what is allocated, by replay (tests/test_replay.py): 20 MiB pages not full where
 # segments of the allocator expand, else what lives on in the midst of freed ones.
 PAGES, STRANDED_FRACTION = 0.5 * GIB, 0.13
+# Gradients bound for host memory that may still be on the GPU; three buffers of 2^24 fp32 beside.
+IN_FLIGHT, GRADIENT_BUFFERS = 2**29, 3 * 2**26
 
 
 @dataclass
@@ -50,6 +53,7 @@ class Policy:
     attention: int = 0  # recomputed blocks that keep the attention's output; 0.27 GB each there
     offload: bool = False  # the inputs of recomputed blocks wait in host memory
     mlp_rows: int = 8192  # tokens of one MLP tile
+    loss_rows: int = LOSS_ROWS  # tokens whose logits exist at a time
     compile: bool = False  # torch.compile, one graph for all blocks of a kind
 
 
@@ -91,11 +95,17 @@ class Plan:
     slot_bytes: int  # of Offload; 0: nothing is offloaded
     seconds: float  # of one optimizer step at the ceilings above: ranks plans, promises nothing
     expandable: bool = True  # whether the allocator's segments can expand
+    host_gradients: bool = False  # gradients are summed in host memory
 
     def reserved(self, name: str) -> int:
         """Bytes that the allocator takes for a unit, about: allocated at the peak, and gaps."""
         peak = sum(self.gpu[name].values())
-        return int(peak + (PAGES if self.expandable else STRANDED_FRACTION * peak))
+        return int(peak + (self.gaps if self.expandable else STRANDED_FRACTION * peak))
+
+    @property
+    def gaps(self) -> float:
+        """Of segments that expand: wider where large gradients come and go among what stays."""
+        return 1.5 * PAGES if self.host_gradients else PAGES
 
     def table(self) -> str:
         """The memory table, GiB, one column a unit."""
@@ -115,8 +125,12 @@ class Plan:
             lines.append(
                 f"  {n}: {self.units[n].batch} x {self.units[n].seq_len:,} tokens a pass, "
                 f"{p.unchecked} blocks unchecked, {p.attention} recomputed but for attention, "
-                f"MLP tiles of {p.mlp_rows}" + (", inputs offloaded" if p.offload else "")
+                f"MLP tiles of {p.mlp_rows}"
+                + (f", {p.loss_rows} rows of logits" if p.loss_rows < LOSS_ROWS else "")
+                + (", inputs offloaded" if p.offload else "")
             )
+        if self.host_gradients:
+            lines.append("  gradients leave the GPU in every pass and add up in host memory")
         lines.append(f"  a step takes {self.seconds:.3g} s at least, every kernel at its ceiling")
         return "\n".join(lines)
 
@@ -164,6 +178,9 @@ def unit_seconds(config: ModelConfig, unit: Unit, policy: Policy) -> float:
     traffic = n * unit.tokens * config.d_model * ELEMENTWISE
     traffic += n * tiles * 3 * config.d_ff * config.d_model * 16  # fp32 sums: product, read, write
     traffic += 12 * parameter_count(config)  # a pass adds bf16 gradients to fp32 ones
+    if unit.heads:  # the head's fp32 sum, too
+        chunks = -(-unit.tokens * unit.heads // policy.loss_rows)
+        traffic += chunks * 16 * config.vocab_size * config.d_model
     # An offload hidden behind compute costs 1-2% (Unsloth's figure; unmeasured here).
     return (seconds + traffic / COPY) * (1.02 if policy.offload else 1.0)
 
@@ -190,7 +207,7 @@ def activation_memory(config: ModelConfig, unit: Unit, policy: Policy) -> dict[s
     chunk = 40 * min(DISTANCE_ROWS, m) * d if unit.taps else 0  # ten fp32 copies
     if unit.heads:  # fp32 and bf16 logits (KL: three fp32 ones), then bf16 d(logits) and an fp32
         # product, beside the fp32 sum; of KL alone the teacher's last hidden state
-        rows, v = min(LOSS_ROWS // unit.heads, m), config.vocab_size
+        rows, v = min(policy.loss_rows // unit.heads, m), config.vocab_size
         logits = max(6 * unit.heads * rows * v, 2 * rows * v + 4 * v * d)
         chunk = max(chunk, 4 * v * d + logits)
         compared = compared or (unit.heads - 1) * x
@@ -215,23 +232,26 @@ def activation_memory(config: ModelConfig, unit: Unit, policy: Policy) -> dict[s
     return terms | {"working memory " + worst: moments[worst]}
 
 
-def best_policy(config: ModelConfig, unit: Unit, room: int, offload: bool):
+def best_policy(config: ModelConfig, unit: Unit, room: int, offload: bool, each_pass: float = 0):
     """The fastest (seconds a step, unit, policy) whose activations fit in `room` bytes, or None.
 
-    offload: whether inputs may wait in host memory, for units that gain by it.
+    offload: whether inputs may wait in host memory, for units that gain by it. each_pass: seconds
+    that a pass takes beside its work.
     """
     best = None
+    logits = (LOSS_ROWS, LOSS_ROWS // 4) if unit.heads else (LOSS_ROWS,)
     batches = sorted({max(1, unit.batch >> i) for i in range(6)})  # fewer a pass, more passes
-    for away, batch, rows in product((False, True)[: 1 + offload], batches, (8192, 16384, 32768)):
+    choices = (False, True)[: 1 + offload], batches, (8192, 16384, 32768), logits
+    for away, batch, rows, loss_rows in product(*choices):
         part = replace(unit, batch=batch, count=unit.count * -(-unit.batch // batch))
         for unchecked in range(config.n_layers + 1 - away):
-            policy = Policy(unchecked, 0, away, rows)
+            policy = Policy(unchecked, 0, away, rows, loss_rows)
             left = room - sum(activation_memory(config, part, policy).values())
             if left < 0:
                 break
             saved = 2 * part.tokens * config.n_heads * (config.head_dim + 2)
             policy.attention = min(config.n_layers - unchecked, left // saved)
-            seconds = part.count * unit_seconds(config, part, policy)
+            seconds = part.count * (unit_seconds(config, part, policy) + each_pass)
             if best is None or seconds < best[0]:
                 best = seconds, part, policy
     return best
@@ -267,15 +287,20 @@ def make_plan(
     return plan
 
 
+# Whether AdamW's state and gradients are in host memory.
+PLACES = (False, False), (True, False), (True, True)
+
+
 def _fastest(config, units, gpu_bytes, host_bytes, moments) -> Plan | None:
     n = parameter_count(config)
     state_bytes = n * (2 + 2 * moments.itemsize)
     parked = 2 * n  # the teacher, with its LM head: the closing report needs it
     gpu_room = int(gpu_bytes * (1 - GPU_SPARE_FRACTION) - GPU_SPARE)
     best = None
-    for offload, swapped, host_state in product((False, True), repeat=3):
+    for offload, swapped, (host_state, away) in product((False, True), (False, True), PLACES):
         host = {
             "AdamW's state": state_bytes if host_state else 0,
+            "gradients, fp32": 4 * n if away else 0,
             "teacher": parked if swapped else 0,
             "block inputs": 0,
         }
@@ -286,11 +311,14 @@ def _fastest(config, units, gpu_bytes, host_bytes, moments) -> Plan | None:
         for unit in units:
             fixed = {
                 "weights, bf16": 2 * n,
-                "gradients, fp32": 4 * n,
+                "gradients, fp32": IN_FLIGHT + GRADIENT_BUFFERS if away else 4 * n,
                 "AdamW's state": 0 if host_state else state_bytes,
                 "teacher, bf16": (visiting if unit.teacher else 0) if swapped else parked,
             }
-            found = best_policy(config, unit, gpu_room - sum(fixed.values()), offload)
+            # Counted in full, though backward may hide most of it.
+            each_pass = 4 * n / PCIE if away else 0
+            left = gpu_room - sum(fixed.values())
+            found = best_policy(config, unit, left, offload, each_pass)
             if found is None:
                 break
             cost, part, policy = found
@@ -305,6 +333,7 @@ def _fastest(config, units, gpu_bytes, host_bytes, moments) -> Plan | None:
             if fits and (best is None or seconds < best.seconds):
                 where = host_state, not swapped
                 best = Plan(*where, moments, parts, policies, gpu, host, slot_bytes, seconds)
+                best.host_gradients = away
     return best
 
 
@@ -313,9 +342,9 @@ def _advice(config, units, gpu_bytes, host_bytes, moments) -> str:
     n, longest = parameter_count(config), max(units, key=lambda u: u.seq_len)
     lines = [
         f"this does not fit {gpu_bytes / GIB:.1f} GiB of GPU and {host_bytes / GIB:.1f} GiB of "
-        f"host memory: weights and gradients take {6 * n / GIB:.1f} GiB of the GPU, AdamW's state "
-        f"{n * (2 + 2 * moments.itemsize) / GIB:.1f} GiB of either, and a pass over "
-        f"{longest.seq_len} tokens its activations"
+        f"host memory: weights take {2 * n / GIB:.1f} GiB of the GPU, gradients {4 * n / GIB:.1f} "
+        f"and AdamW's state {n * (2 + 2 * moments.itemsize) / GIB:.1f} GiB of either, and a pass "
+        f"over {longest.seq_len} tokens its activations"
     ]
 
     def fits(changed: list[Unit], m: torch.dtype = moments) -> bool:

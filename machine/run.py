@@ -369,6 +369,10 @@ class Run:
             )
             yield data.Batch(ids[:, :-1], labels, indices, positions, share, documents)
 
+    def with_gradients(self):
+        """The student's parameters, or what holds their gradients in host memory."""
+        return self.adamw.with_gradients() if self.plan else self.student.parameters()
+
     def over_processes(self, means: dict[str, Tensor | None]) -> dict[str, float | None]:
         """Their means; the one moment of a step at which numbers come from the GPU."""
         read = {name: float(x) for name, x in means.items() if x is not None}

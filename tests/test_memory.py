@@ -146,6 +146,52 @@ def test_bf16_moments_stay_near_fp32_ones_and_refuse_decays_they_cannot_hold():
         memory.AdamW(exact[0], 0.1, (0.9, 0.999), 1e-8, 0.0, False, torch.bfloat16)
 
 
+def accumulated(model, host_gradients, steps=3):
+    """Steps of three micro-batches, clipped; the last step's train no LM head. Norms, bits."""
+    settings = dict(host=True, chunk=1000, host_gradients=host_gradients)
+    optimizer = memory.AdamW(model.parameters(), 0.01, (0.9, 0.95), 1e-8, 0.1, **settings)
+    norms = []
+    for step in range(steps):
+        for micro in range(3):
+            ids = torch.randint(96, (2, 21), generator=torch.Generator().manual_seed(micro))
+            hidden, _ = model(ids[:, :-1])
+            loss = hidden.float().square().mean() * (1 + micro)
+            if step + 1 < steps:
+                loss = next_token_loss(hidden, model.lm_head_weight, ids[:, 1:])[0] / 10
+            loss.backward()
+        assert all(p.grad is None for p in model.parameters()) == host_gradients
+        norms.append(torch.nn.utils.clip_grad_norm_(optimizer.with_gradients(), 1.0).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    bits = [p.detach().view(torch.int16) for p in model.parameters()]
+    return norms, bits + optimizer.state_dict()["state"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_summed_in_host_memory_have_the_bits_of_those_that_stay(tied):
+    (norms, stayed), (away_norms, away) = (
+        accumulated(tiny(dtype=torch.bfloat16, tie_embeddings=tied), host) for host in (False, True)
+    )
+    assert norms == away_norms and min(norms) > 1  # all were clipped
+    assert all(map(torch.equal, stayed, away))
+
+
+def test_no_more_than_a_bound_of_gradients_waits_on_its_way_to_the_host(monkeypatch):
+    monkeypatch.setattr(memory, "IN_FLIGHT", 4 * 48 * 96)
+    model = tiny(dtype=torch.bfloat16)
+    settings = dict(host=True, host_gradients=True)
+    optimizer = memory.AdamW(model.parameters(), 0.01, (0.9, 0.95), 1e-8, 0.1, **settings)
+    gradients = optimizer.gradients
+    for p in model.parameters():  # hooks run in order: after the gradient was taken
+        p.register_post_accumulate_grad_hook(
+            lambda _: held.append(sum(g.nbytes for g, _ in gradients.leaving))
+        )
+    held = []
+    model(torch.arange(20)[None])[0].sum().backward()
+    assert 0 < max(held) <= memory.IN_FLIGHT and len(held) == len([*model.parameters()]) - 1
+    assert all(p.grad is None for p in model.parameters())
+
+
 # -------------------------------------------------------------------------------------- activations
 
 POLICIES = {
@@ -330,7 +376,11 @@ def test_a_visiting_teacher_lives_in_one_host_buffer(monkeypatch):
 
 @pytest.fixture
 def small_memory(monkeypatch):
-    """Makes train take the GPU's path on a CPU: bf16 weights, host state, visiting teacher."""
+    """Makes train take the GPU's path on a CPU: bf16 weights, host state, visiting teacher.
+
+    The dict that it gives may be filled: changes of the plan.
+    """
+    changes = {}
 
     def check_as_on_a_gpu(self, streams):
         check(self, streams)
@@ -340,12 +390,14 @@ def small_memory(monkeypatch):
         plan.policies = dict.fromkeys(plan.units, policy)
         plan.host_state, plan.teacher_resident = True, False
         plan.slot_bytes = 2 * self.original.d_model * max(u.tokens for u in units)
+        plan = replace(plan, **changes)
         self.plan, self.compute, self.stored = plan, torch.bfloat16, torch.bfloat16
         for s in streams.values():
             s.rows = plan.units[s.name].batch
 
     check = run.Run.check
     monkeypatch.setattr(run.Run, "check", check_as_on_a_gpu)
+    return changes
 
 
 def test_the_small_memory_path_logs_what_fp32_does(ckpt, tmp_path, request):
@@ -362,6 +414,18 @@ def test_the_small_memory_path_resumes_bit_for_bit(ckpt, tmp_path, small_memory)
     train(tiny_run(ckpt, tmp_path / "whole", save_every=2))
     main(["--resume", str(killed_after_two(tmp_path / "whole", tmp_path / "parts"))])
     assert same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_whose_gradients_go_to_the_host_is_the_same_run(ckpt, tmp_path, small_memory):
+    settings = dict(save_every=2, grad_clip=0.05, eval_tokens=0)
+    train(tiny_run(ckpt, tmp_path / "stay", **settings))
+    small_memory["host_gradients"] = True
+    train(tiny_run(ckpt, tmp_path / "leave", **settings))
+    assert min(line["grad_norm"] for line in read_log(tmp_path / "leave")) > 0.05  # all clipped
+    assert same_run(tmp_path / "stay", tmp_path / "leave")
+    # A state knows nothing of where gradients were.
+    main(["--resume", str(killed_after_two(tmp_path / "stay", tmp_path / "parts"))])
+    assert same_run(tmp_path / "stay", tmp_path / "parts")
 
 
 # ----------------------------------------------------------------------------------------- plan.py
@@ -415,8 +479,10 @@ def test_planner_meets_the_targets_and_more_memory_is_never_slower():
 
 def test_a_plan_that_does_not_fit_is_refused_with_what_would():
     with pytest.raises(ValueError) as no_gpu:
-        make_plan(bench.LLAMA3_8B, units(32768), 40 * GIB, 120 * GIB)
-    assert "44.9 GiB of the GPU" in str(no_gpu.value) and "no length fits" in str(no_gpu.value)
+        make_plan(bench.LLAMA3_8B, units(32768), 20 * GIB, 120 * GIB)
+    assert "weights take 15.0 GiB of the GPU" in str(no_gpu.value) and "no length fits" in str(
+        no_gpu.value
+    )
     with pytest.raises(ValueError) as no_host:
         make_plan(bench.LLAMA3_8B, units(131072), 79 * GIB, 100 * GIB)
     assert "--moments bf16 saves 29.9 GiB, and fits" in str(no_host.value)
@@ -527,6 +593,21 @@ def test_streamed_optimizer_state_has_no_race(races):
         for _ in range(2):
             p.grad.fill_(1.0)
             optimizer.step()
+    assert races.accesses and not races.races
+
+
+def test_gradients_on_their_way_to_the_host_have_no_race(races, monkeypatch):
+    monkeypatch.setattr(memory, "IN_FLIGHT", 100)
+    weights = [torch.nn.Parameter(torch.ones(n, dtype=torch.bfloat16)) for n in (70, 5, 31)]
+    settings = dict(host=True, chunk=10, host_gradients=True)
+    optimizer = memory.AdamW(weights, 0.1, (0.9, 0.95), 1e-8, 0.0, **settings)
+    with races:
+        for _ in range(2):
+            for _ in range(3):
+                sum(w.sum() * w.sum() for w in weights).backward()
+            torch.nn.utils.clip_grad_norm_(optimizer.with_gradients(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
     assert races.accesses and not races.races
 
 
