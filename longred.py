@@ -343,7 +343,7 @@ def micro_batches(c: Config, tokenizer) -> Callable[[StepStream, int], tuple[Ten
 
 def open_models(c: Config, run: machine.Run) -> tuple[Llama, Llama]:
     """The frozen teacher, and the student with its rotary rescaled."""
-    teacher = run.load().requires_grad_(False)
+    teacher = run.load(frozen=True).requires_grad_(False)
     student = run.load(c.rope_theta, machine.rope_scaling(c)).train()
     student.config.max_position_embeddings = c.target_len
     return teacher, student

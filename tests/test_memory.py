@@ -4,17 +4,20 @@ import collections
 import contextlib
 import functools
 import os
+import re
 import sys
 import weakref
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longred import cosine_distance, main, train
-from machine import memory, run
+import model as model_module
+from longred import Config, cosine_distance, main, plan_streams, train
+from machine import memory, plan, run
 from machine.plan import (
     GIB,
     Policy,
@@ -24,7 +27,10 @@ from machine.plan import (
     available_memory,
     make_plan,
     model_flops,
+    parameter_count,
+    shared_plan,
 )
+from machine.settings import fill
 from measure import bench
 from model import Llama, ModelConfig, next_token_loss
 from tests.conftest import killed_after_two, read_log, same_run, tiny_config, tiny_run
@@ -477,16 +483,173 @@ def test_planner_meets_the_targets_and_more_memory_is_never_slower():
     assert all(p.unchecked == 32 for p in roomy.policies.values())
 
 
-def test_a_plan_that_does_not_fit_is_refused_with_what_would():
-    with pytest.raises(ValueError) as no_gpu:
-        make_plan(bench.LLAMA3_8B, units(32768), 20 * GIB, 120 * GIB)
-    assert "weights take 15.0 GiB of the GPU" in str(no_gpu.value) and "no length fits" in str(
-        no_gpu.value
+LLAMA_70B = replace(bench.LLAMA3_8B, d_model=8192, n_layers=80, n_heads=64, d_ff=28672)
+LLAMA_1B = replace(bench.LLAMA3_8B, d_model=2048, n_layers=16, head_dim=64, d_ff=8192)
+LLAMA_1B = replace(LLAMA_1B, tie_embeddings=True)
+
+
+def remedies(text: str) -> list[str]:
+    return text.partition("; it fits with ")[2].split(", or ")
+
+
+def shorter(length):
+    """The step with its long passes cut to this length."""
+    return [replace(units(131072)[0], seq_len=length), *bench.UNITS[1:]]
+
+
+def tried(remedy, config, length, gpu, host, processes=1) -> str:
+    """The table of the plan with a remedy taken, as its words say. ValueError: it does not fit."""
+    moments = torch.bfloat16 if "--moments bf16" in remedy else torch.float32
+    if found := re.search(r"--target_len (\d+)", remedy):
+        length = int(found[1])
+    if found := re.search(r"(\d+) GiB of free host memory", remedy):
+        host = int(found[1])
+    if found := re.search(r"a GPU of (\d+) GB", remedy):
+        gpu = int(found[1]) * 0.98
+    context = re.search(r"--context (\d+)", remedy)
+    many = re.search(r"(\d+) (such GPUs|processes)", remedy)
+    processes = int(many[1]) if many else 1 if "alone" in remedy else processes
+    room = int(gpu * GIB), host * GIB
+    if processes == 1:
+        return make_plan(config, shorter(length), *room, moments).table()
+    parts = int(context[1]) if context else 1
+    return shared_plan(config, shorter(length), processes, parts, *room).table()
+
+
+@pytest.mark.parametrize(
+    "gpu, host, length, some",
+    [
+        (20, 120, 32768, ["a GPU of 48 GB"]),
+        (79, 100, 131072, ["--moments bf16", "--target_len 90112", "112 GiB of free host memory"]),
+        (40, 60, 32768, ["120 GiB of free host memory"]),
+        (79, 60, 393216, []),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused_with_what_would(gpu, host, length, some):
+    with pytest.raises(ValueError, match="this does not fit") as refused:
+        make_plan(bench.LLAMA3_8B, shorter(length), gpu * GIB, host * GIB)
+    said = str(refused.value)
+    assert "weights take 15.0 GiB of the GPU" in said and "\n" not in said
+    assert set(some) <= set(remedies(said))
+    for remedy in remedies(said):
+        assert "GPU peak" in tried(remedy, bench.LLAMA3_8B, length, gpu, host)
+
+
+def test_no_length_is_advised_that_a_run_would_refuse():
+    with pytest.raises(ValueError) as refused:
+        make_plan(bench.LLAMA3_8B, [Unit("long", 1, 131072)], 60 * GIB, 48 * GIB)
+    assert "--target_len" not in str(refused.value) and "host memory" in str(refused.value)
+    only_long, room = [Unit("long", 1, 131072)], (47 * GIB, 104 * GIB)
+    with pytest.raises(ValueError, match=r"--train_len 8192\b|--train_len \d+"):
+        make_plan(bench.LLAMA3_8B, only_long, *room, length=("--train_len", 0))
+    with pytest.raises(ValueError) as refused:
+        make_plan(bench.LLAMA3_8B, only_long, *room, length=("--target_len", 131071))
+    assert "--target_len" not in str(refused.value)
+
+
+def test_several_gpus_get_a_table_of_what_each_holds():
+    plan = shared_plan(bench.LLAMA3_8B, units(32768), 8, 1, int(79.1 * GIB), 500 * GIB)
+    n, rows = 8.03e9, dict(re.findall(r"^  (.{36}) +([\d.]+)", plan.table(), re.M))
+    rows = {name.strip(): float(x) for name, x in rows.items()}
+    spread = ["weights, fp32", "gradients, fp32", "AdamW's state", "teacher, bf16"]
+    for name, each in zip(spread, (4, 4, 8, 2), strict=True):
+        assert rows[name] == pytest.approx(each * n / 8 / GIB, abs=0.01)
+    assert rows["inputs of recomputed blocks"] == 8.0 and "of each of 8" in plan.table()
+    assert 34 < rows["GPU peak, allocated"] < rows["GPU peak, reserved"] < 38
+    assert plan.host == {"export, first process": 8 * parameter_count(bench.LLAMA3_8B)}
+    halves = shared_plan(bench.LLAMA3_8B, units(32768), 8, 2, int(79.1 * GIB), 500 * GIB)
+    assert halves.gpu["long"]["inputs of recomputed blocks"] == 4 * GIB
+    assert "1 x 16,384 of 32,768 tokens a pass" in halves.table()
+    # Fewer sequences a pass, where it would not fit otherwise.
+    tight = shared_plan(bench.LLAMA3_8B, units(32768), 8, 1, 38 * GIB, 500 * GIB)
+    assert tight.units["short"].batch < plan.units["short"].batch
+
+
+def test_a_run_on_several_gpus_prints_its_plan_and_reads_as_it_says(monkeypatch, capsys):
+    machine = run.Run()
+    machine.processes = mock.Mock(size=8, total=lambda values, op: values)
+    machine.once, machine.original = lambda check: None, bench.LLAMA3_8B
+    machine.compute, machine.stored, machine.source = torch.bfloat16, torch.float32, "x"
+    c = Config(target_len=32768, original_len=8192, train_len=32768, device="cuda", context=1)
+    fill(c, long_micro=8, long_batch=4, s2l_batch=16, short_batch=128, short_len=1024)
+    fill(c, n_distill_layers=6, alpha_short=5.0, alpha_s2l=10.0)
+    machine.c, streams = c, plan_streams(c)
+    for gib, batch in ((79.1, 32), (38, 16)):
+        monkeypatch.setattr(plan, "gpu_room", lambda gib=gib: gib * GIB)
+        monkeypatch.setattr(plan, "available_memory", lambda: 500 * GIB)
+        machine.check(streams)
+        assert streams["short"].rows == batch and "each of 8" in capsys.readouterr().out
+    assert machine.plan is None  # of one GPU
+    loaded = []
+    monkeypatch.setattr(run, "load_checkpoint", lambda *args: loaded.append(args[4]))
+    monkeypatch.setattr(memory, "empty_cache", lambda device: None)
+    machine.load(frozen=True), machine.load(3000.0)
+    assert loaded == [torch.bfloat16, torch.float32]  # the teacher, and the student
+
+
+@pytest.mark.parametrize(
+    "config, gpu, host, remedy",
+    [
+        (bench.LLAMA3_8B, 23.5, 120, "16 processes and --context 4"),
+        (LLAMA_70B, 79.1, 1800, "32 processes and --context 4"),
+        (bench.LLAMA3_8B, 47.4, 128, "8 processes"),
+    ],
+)
+def test_what_does_not_fit_several_gpus_is_refused_with_what_would(config, gpu, host, remedy):
+    processes = 8 if config is LLAMA_70B else 2
+    with pytest.raises(ValueError, match=f"does not fit {processes} GPUs with {gpu}") as refused:
+        shared_plan(config, units(32768), processes, 1, int(gpu * GIB), host * GIB)
+    said = remedies(str(refused.value))
+    assert remedy in said
+    for remedy in said:
+        assert "GPU peak" in tried(remedy, config, 32768, gpu, host, processes)
+
+
+def test_a_tied_head_counts_twice_at_its_gradient_on_several_gpus():
+    room = 2, 1, int(23.5 * GIB), 60 * GIB
+    plan = shared_plan(LLAMA_1B, units(32768), *room)
+    assert max(sum(terms.values()) for terms in plan.gpu.values()) < 21 * GIB
+    once = 4 * LLAMA_1B.vocab_size * LLAMA_1B.d_model
+    long = Unit("long", 1, 262144)  # so long that a block's backward is the worst moment
+    tied, separate = (
+        activation_memory(replace(LLAMA_1B, tie_embeddings=tie), long, Policy())
+        for tie in (True, False)
     )
-    with pytest.raises(ValueError) as no_host:
-        make_plan(bench.LLAMA3_8B, units(131072), 79 * GIB, 100 * GIB)
-    assert "--moments bf16 saves 29.9 GiB, and fits" in str(no_host.value)
-    assert "--target_len" in str(no_host.value)
+    assert {k for k in tied if "block's backward" in k} == {k for k in separate if "block's" in k}
+    assert sum(tied.values()) - sum(separate.values()) == once
+    with pytest.raises(ValueError, match="export takes 9.2 GiB"):
+        shared_plan(LLAMA_1B, units(32768), *room[:3], 12 * GIB)
+
+
+def test_the_floor_of_a_step_is_the_cards_own_where_it_is_known():
+    def plan(card):
+        return make_plan(LLAMA_1B, units(32768), 79 * GIB, 100 * GIB, card=card)
+
+    h200, a100, other = map(plan, ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "Quadro X"))
+    assert 2.5 < a100.seconds / h200.seconds < 989 / 312 + 0.1
+    assert "s at least on a A100-SXM4-80GB" in a100.table()
+    assert other.seconds == h200.seconds and "were this an H200" in other.table()
+
+
+def test_fewer_rows_of_logits_where_nothing_else_fits_and_the_loss_takes_them():
+    plan = make_plan(LLAMA_1B, units(32768), 9 * GIB, 60 * GIB)
+    assert plan.policies["long"].loss_rows == 1024 and "1024 rows of logits" in plan.table()
+    whole = replace(plan.policies["long"], loss_rows=4096)
+    room = 9 * GIB * 0.97 - GIB
+    for policy, fits in ((plan.policies["long"], True), (whole, False)):
+        made = activation_memory(LLAMA_1B, plan.units["long"], policy)
+        fixed = sum(plan.gpu["long"].values()) - sum(
+            activation_memory(LLAMA_1B, plan.units["long"], plan.policies["long"]).values()
+        )
+        assert (fixed + sum(made.values()) <= room) == fits
+    student, teacher = tiny(0, torch.bfloat16), tiny(1, torch.bfloat16).requires_grad_(False)
+    small = make_plan(student.config, [Unit("long", 1, 64)], 8 * GIB, 8 * GIB)
+    small = replace(small, policies={"long": Policy(loss_rows=1024)})
+    machine = memory.OneGPU(small, student, teacher, 1e-3, (0.9, 0.95), 1e-8, 0.1)
+    machine.ready("long")
+    assert model_module.LOSS_ROWS == 1024
+    machine.finish()
+    assert model_module.LOSS_ROWS == 4096
 
 
 def test_flops_are_those_of_the_roofline():
