@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import model as llama
-from machine.plan import DISTANCE_ROWS, GIB, IN_FLIGHT, Plan, Policy
+from machine.plan import DISTANCE_ROWS, GIB, IN_FLIGHT, Plan, Policy, available_memory
 from model import MLP, Llama, causal_attention, fp32_product
 
 # ------------------------------------------------------------------------------------- host memory
@@ -41,10 +41,17 @@ def host_buffer(nbytes: int, pin: bool) -> Tensor:
 
     nbytes: its size; no rounding, where torch's own pinned allocator goes to the next power of
         two (10% more on Llama-3-8B's shapes). pin: register it with CUDA, which takes a GPU.
-    Returns (nbytes,) uint8. Raises ValueError where the system refuses to lock that much.
+    Returns (nbytes,) uint8. Raises ValueError where there is not that much, or where the system
+    refuses to lock it.
     """
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8)
+    free = available_memory()
+    if free is not None and nbytes > free:  # else the system would kill us as the pages are touched
+        raise ValueError(
+            f"{nbytes / GIB:.1f} GiB of host memory were planned for, {free / GIB:.1f} are left; "
+            "what else runs here takes it: end that, or plan for less with --host_gib"
+        )
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # Big pages make locking 90 GB quick; a forked child must not get copies of locked pages.
     for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):

@@ -599,6 +599,15 @@ def segments_expand() -> bool:
     )
 
 
+def asked(flag: str, gib: float | None, free: int | None) -> int:
+    """Bytes to plan for: what a flag asks for, no more than is free, else all that is free."""
+    if not gib and free is None:
+        raise ValueError(f"this system does not say how much memory is free; pass {flag}")
+    if gib and free is not None and gib * GIB > free:
+        raise ValueError(f"{flag} {gib:g}: {free / GIB:.1f} GiB are free; pass less, or free some")
+    return int(gib * GIB) if gib else free
+
+
 def gpu_room() -> int:
     """Bytes of the current GPU that are free for this run."""
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
@@ -793,7 +802,12 @@ def forget_peak(device: str) -> None:
 
 def _group_room(group: Path, v1: bool) -> int:
     """A control group's limit less what it cannot give back: file pages it can, locked ones not."""
-    limit = int((group / ("memory.limit_in_bytes" if v1 else "memory.max")).read_text())
+    names = ["memory.limit_in_bytes"] if v1 else ["memory.max", "memory.high"]
+    limits = []  # "max", or no such file: none
+    for name in names:
+        with suppress(OSError, ValueError):
+            limits.append(int((group / name).read_text()))
+    limit = min(limits, default=2**63)
     stat = _fields(group / "memory.stat")
     kinds = ("total_rss", "total_shmem") if v1 else ("anon", "shmem", "slab_unreclaimable")
     return max(0, limit - sum(stat.get(kind, 0) for kind in kinds))

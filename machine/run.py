@@ -163,8 +163,8 @@ class Run:
             plan.Unit(s.name, s.rows, s.seq_len, s.micro * -(-s.batch // s.rows), s.taps, s.heads)
             for s in self.streams.values()
         ]
-        room = int(c.gpu_gib * plan.GIB) if c.gpu_gib else plan.gpu_room()
-        host = int(c.host_gib * plan.GIB) if c.host_gib else plan.available_memory()
+        room = plan.asked("--gpu_gib", c.gpu_gib, plan.gpu_room())
+        host = plan.asked("--host_gib", c.host_gib, plan.available_memory())
         skipped = c.train_len < c.target_len
         length = ("--train_len", 0) if skipped else ("--target_len", c.original_len)
         if processes.size > 1:

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+import gc
 import os
 import re
 import sys
@@ -32,7 +33,7 @@ from machine.plan import (
 )
 from machine.settings import fill
 from measure import bench
-from model import Llama, ModelConfig, next_token_loss
+from model import Llama, ModelConfig, load_checkpoint, next_token_loss
 from tests.conftest import killed_after_two, read_log, same_run, tiny_config, tiny_run
 
 # -------------------------------------------------------------------------------------------- AdamW
@@ -664,6 +665,121 @@ def test_the_memory_estimate_knows_recomputation_and_the_container():
     assert few < one / 2
     if sys.platform == "linux":
         assert 2**20 < available_memory() <= os.sysconf("SC_PHYS_PAGES") * 4096
+
+
+def control_groups(root, own: str, files: dict[str, str]):
+    """A system of 100 GiB, of which 90 are available, seen from the group `own`."""
+    files = {"proc/meminfo": f"MemTotal: {100 * 2**20} kB\nMemAvailable: {90 * 2**20} kB"} | files
+    for name, text in ({"proc/self/cgroup": own} | files).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    return available_memory(root) / GIB
+
+
+def stat(anon=0, **rest):
+    """A group's memory.stat, in GiB; what it has of files can be dropped."""
+    lines = {"anon": anon, "file": 50, "shmem": 0, "slab_unreclaimable": 0} | rest
+    return "\n".join(f"{name} {int(gib * GIB)}" for name, gib in lines.items())
+
+
+V2 = "sys/fs/cgroup"
+V1 = "sys/fs/cgroup/memory"
+SLICE = f"{V2}/user.slice"
+CONTAINERS = {  # /proc/self/cgroup, files, GiB that can still be taken
+    "no limit": ("0::/", {}, 90),
+    "v2, its own": (
+        "0::/job",
+        {f"{V2}/job/memory.max": str(64 * GIB), f"{V2}/job/memory.stat": stat(4, shmem=1)},
+        59,
+    ),
+    "v2, its parent's": (  # where a neighbour has taken 20
+        "0::/user.slice/job/step",
+        {f"{SLICE}/memory.max": str(40 * GIB), f"{SLICE}/memory.stat": stat(25)}
+        | {f"{SLICE}/job/memory.max": str(64 * GIB), f"{SLICE}/job/memory.stat": stat(5)}
+        | {f"{SLICE}/job/step/memory.max": "max", f"{SLICE}/job/step/memory.stat": stat(5)},
+        15,
+    ),
+    "v2, where it is throttled": (
+        "0::/job",
+        {f"{V2}/job/memory.max": "max", f"{V2}/job/memory.high": str(30 * GIB)}
+        | {f"{V2}/job/memory.stat": stat(10)},
+        20,
+    ),
+    "v2, a container's root": (  # its path is the host's, and not there
+        "0::/docker/1234",
+        {f"{V2}/memory.max": str(32 * GIB), f"{V2}/memory.stat": stat(2)},
+        30,
+    ),
+    "v1, nested": (
+        "5:cpu,cpuacct:/a/b\n4:memory:/a/b\n0::/a/b",
+        {f"{V1}/a/memory.limit_in_bytes": str(48 * GIB)}
+        | {f"{V1}/a/memory.stat": stat(total_rss=8, total_shmem=2)}
+        | {f"{V1}/a/b/memory.limit_in_bytes": str(2**63 - 4096)}
+        | {f"{V1}/a/b/memory.stat": stat(total_rss=1, total_shmem=0)},
+        38,
+    ),
+    "v1, a container's root": (
+        "4:memory:/kubepods/pod1",
+        {f"{V1}/memory.limit_in_bytes": str(16 * GIB)}
+        | {f"{V1}/memory.stat": stat(total_rss=3, total_shmem=0)},
+        13,
+    ),
+    "more than the system has": (
+        "0::/job",
+        {f"{V2}/job/memory.max": str(500 * GIB), f"{V2}/job/memory.stat": stat(4)},
+        90,
+    ),
+    "overdrawn": (
+        "0::/job",
+        {f"{V2}/job/memory.max": str(4 * GIB), f"{V2}/job/memory.stat": stat(6)},
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_free_host_memory_is_the_least_along_the_path_of_control_groups(name, tmp_path):
+    own, files, left = CONTAINERS[name]
+    assert control_groups(tmp_path, own, files) == pytest.approx(left)
+
+
+def test_more_host_memory_than_there_is_is_refused_before_it_is_touched(monkeypatch):
+    with pytest.raises(ValueError, match="--host_gib 120: 60.0 GiB are free"):
+        plan.asked("--host_gib", 120, 60 * GIB)
+    with pytest.raises(ValueError, match="pass --host_gib"):
+        plan.asked("--host_gib", None, None)
+    assert plan.asked("--host_gib", 40.5, 60 * GIB) == 40.5 * GIB
+    assert plan.asked("--host_gib", None, 7) == 7 and plan.asked("--host_gib", 2, None) == 2 * GIB
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    with pytest.raises(ValueError, match="plan for less with --host_gib"):
+        memory.host_buffer(1001, pin=False)
+    assert len(memory.host_buffer(1000, pin=False)) == 1000
+
+
+@pytest.mark.parametrize("host_gradients", [False, True])
+def test_host_memory_is_free_before_the_export(
+    ckpt, tmp_path, small_memory, monkeypatch, host_gradients
+):
+    maps, alive, save = [], [], run.save_checkpoint
+
+    class Map(memory.mmap.mmap):
+        def __init__(self, file, *_, **__):
+            if file == -1:  # memory, not a file of tokens
+                maps.append(weakref.ref(self))
+
+    def save_then(*args, **kwargs):
+        gc.collect()
+        alive.extend(len(m()) for m in maps if m() is not None)
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(memory.mmap, "mmap", Map)
+    monkeypatch.setattr(run, "save_checkpoint", save_then)
+    small_memory["host_gradients"] = host_gradients
+    train(tiny_run(ckpt, tmp_path / "run", steps=1, eval_tokens=0))
+    # The state, the gradients, the blocks' inputs are gone; the teacher's came home: a CPU's.
+    assert len(maps) == 3 + host_gradients and len(alive) == 1
+    weights = sum(p.numel() for p in load_checkpoint(ckpt[0]).parameters())
+    assert 2 * weights <= alive[0] < 2.2 * weights
 
 
 # -------------------------------------------------------------------------------------------- races
