@@ -343,7 +343,7 @@ def micro_batches(c: Config, tokenizer) -> Callable[[StepStream, int], tuple[Ten
 
 def open_models(c: Config, run: machine.Run) -> tuple[Llama, Llama]:
     """The frozen teacher, and the student with its rotary rescaled."""
-    teacher = run.load().requires_grad_(False)
+    teacher = run.load(frozen=True).requires_grad_(False)
     student = run.load(c.rope_theta, machine.rope_scaling(c)).train()
     student.config.max_position_embeddings = c.target_len
     return teacher, student
@@ -421,7 +421,7 @@ def train(config: Config) -> Path:
                     weighted(stream, losses[stream.loss](batch), batch.share, means).backward()
             means = run.over_processes(means)
             total = sum(w * means[name] for s in reads for name, w in s.weights.items())
-            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), c.grad_clip or math.inf)
+            norm = torch.nn.utils.clip_grad_norm_(run.with_gradients(), c.grad_clip or math.inf)
             optimizer.param_groups[0]["lr"] = learning_rate(c, step)
             if run.may_update(total, means, norm):  # finite, and the last state is on disk
                 optimizer.step()

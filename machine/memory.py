@@ -4,6 +4,7 @@ Four mechanisms compose; machine/plan.py chooses among them and OneGPU is such a
 
     AdamW         bf16 weight + 16-bit remainder = the exact fp32 master; m and v; in host memory
                   where the GPU has no room, streamed through it once a step
+    HostGradients fp32 gradients, summed in host memory where the GPU has no room for them either
     apply_policy  how blocks run: recomputed in backward, attention outputs saved, some blocks left
                   alone, inputs waiting in host memory (Offload), the MLP in tiles (TiledMLP)
     Visitor       a frozen teacher, on the GPU only while it is needed
@@ -13,6 +14,7 @@ Everything here also runs on a CPU, where streams are empty words and every copy
 returns. Sizes in bytes unless said otherwise; GiB = 2^30.
 """
 
+import collections
 import gc
 import math
 import mmap
@@ -25,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from machine.plan import DISTANCE_ROWS, GIB, Plan, Policy
+import model as llama
+from machine.plan import DISTANCE_ROWS, GIB, IN_FLIGHT, Plan, Policy, available_memory
 from model import MLP, Llama, causal_attention, fp32_product
 
 # ------------------------------------------------------------------------------------- host memory
@@ -38,10 +41,17 @@ def host_buffer(nbytes: int, pin: bool) -> Tensor:
 
     nbytes: its size; no rounding, where torch's own pinned allocator goes to the next power of
         two (10% more on Llama-3-8B's shapes). pin: register it with CUDA, which takes a GPU.
-    Returns (nbytes,) uint8. Raises ValueError where the system refuses to lock that much.
+    Returns (nbytes,) uint8. Raises ValueError where there is not that much, or where the system
+    refuses to lock it.
     """
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8)
+    free = available_memory()
+    if free is not None and nbytes > free:  # else the system would kill us as the pages are touched
+        raise ValueError(
+            f"{nbytes / GIB:.1f} GiB of host memory were planned for, {free / GIB:.1f} are left; "
+            "what else runs here takes it: end that, or plan for less with --host_gib"
+        )
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # Big pages make locking 90 GB quick; a forked child must not get copies of locked pages.
     for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
@@ -103,8 +113,8 @@ class AdamW:
     The update is torch.optim.AdamW's for-loop variant (foreach=False, fused=False), operation for
     operation, so on a CPU masters, m and v equal its bits. Gradients are fp32 (Tensor.grad_dtype),
     allocated here once and zeroed in place, so memory is constant from the first step on;
-    torch.nn.utils.clip_grad_norm_ works on them. A gradient that is not finite is the caller's to
-    refuse before step: rounding turns some NaN masters into ordinary bf16 weights.
+    torch.nn.utils.clip_grad_norm_ works on with_gradients(). A gradient that is not finite is the
+    caller's to refuse before step: rounding turns some NaN masters into ordinary bf16 weights.
 
     State of a piece of n <= chunk numbers of one parameter, in one buffer: m | v | remainder, 10 n
     bytes with fp32 moments, 6 n with bf16. On the host all pieces lie in one flat locked buffer.
@@ -120,8 +130,10 @@ class AdamW:
         host: bool,
         moments_dtype: torch.dtype = torch.float32,
         chunk: int = 2**24,
+        host_gradients: bool = False,
     ):
-        """params: bf16, or fp32, which become bf16 + remainder here. host: keep the state there.
+        """params: bf16, or fp32, which become bf16 + remainder here. host: keep the state there,
+        and with host_gradients the gradients too.
 
         chunk: numbers updated at a time; 160 MiB of fp32 state, about 3.4 ms of PCIe at 50 GB/s.
         Raises ValueError for bf16 moments whose decay bf16 cannot express.
@@ -151,6 +163,10 @@ class AdamW:
         else:
             self.state = [torch.zeros(s, dtype=torch.uint8, device=self.device) for s in sizes]
         self._take_over(params)
+        self.gradients = HostGradients(params, chunk) if host_gradients else None
+        if not host_gradients:
+            for p in params:
+                p.grad = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
 
     @torch.no_grad()
     def _take_over(self, params: list[Tensor]) -> None:
@@ -162,7 +178,6 @@ class AdamW:
             assert p.dtype == torch.bfloat16 and p.is_contiguous(), (p.dtype, p.stride())
             p.grad = None
             p.grad_dtype = torch.float32
-            p.grad = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
         for (p, start, end), state in zip(self.pieces, self.state, strict=True):
             if id(p) in masters:
                 weight, remainder = split_master(masters[id(p)][start:end])
@@ -182,8 +197,8 @@ class AdamW:
     def step(self) -> None:
         """One update from the accumulated gradients."""
         self.steps += 1
-        for (p, start, end), state in self._streamed():
-            weight, grad = p.view(-1)[start:end], p.grad.view(-1)[start:end]
+        for (p, start, end), state, grad in self._streamed():
+            weight = p.view(-1)[start:end]
             m, v, remainder = self._fields(state, end - start)
             master = join_master(weight, remainder)
             self._update(master, grad, m, v)
@@ -207,13 +222,17 @@ class AdamW:
             v.copy_(v32)
 
     def _streamed(self):
-        """Each piece with its state where its weight is; the state goes home after the update.
+        """Each piece with its state and gradient where its weight is; the state then goes home.
 
         Three buffers rotate on two side streams: one is filled and one emptied while the third is
         updated, so both directions of PCIe are busy. Llama-3-8B, fp32 moments: 80.3 GB each way.
         """
+        if self.gradients:
+            grads = self.gradients.pieces()
+        else:
+            grads = [p.grad.view(-1)[start:end] for p, start, end in self.pieces]
         if not self.host:
-            yield from zip(self.pieces, self.state, strict=True)
+            yield from zip(self.pieces, self.state, grads, strict=True)
             return
         api = torch.get_device_module(self.device)
         compute, fill, empty = api.current_stream(), api.Stream(), api.Stream()
@@ -227,6 +246,8 @@ class AdamW:
                 if i >= 3:
                     fill.wait_event(emptied[i - 3])
                 buffers[i % 3][: len(self.state[i])].copy_(self.state[i], non_blocking=True)
+                if self.gradients:
+                    grads[i] = self.gradients.bring(i % 3, grads[i])
                 filled[i] = fill.record_event()
 
         start_filling(0)
@@ -235,16 +256,32 @@ class AdamW:
                 start_filling(i + 1)
             compute.wait_event(filled[i])
             state = buffers[i % 3][: len(self.state[i])]
-            yield piece, state
+            yield piece, state, grads[i]
             empty.wait_stream(compute)
             with api.stream(empty):
                 self.state[i].copy_(state, non_blocking=True)
                 emptied[i] = empty.record_event()
         compute.wait_stream(empty)  # before the buffers' memory goes to someone else
 
+    def with_gradients(self) -> list[Tensor]:
+        """What clip_grad_norm_ takes: the parameters, or where gradients are away their sums."""
+        return self.gradients.settled() if self.gradients else self.param_groups[0]["params"]
+
     def zero_grad(self) -> None:
+        if self.gradients:
+            self.gradients.begin()
+            return
         for p in self.param_groups[0]["params"]:
             p.grad.zero_()
+
+    def close(self) -> None:
+        """Let go of state and gradients, wherever they are."""
+        self.state = []
+        if self.gradients:
+            self.gradients.close()
+            self.gradients = None
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
 
     def state_dict(self) -> dict:
         """Everything but the bf16 weights, without a copy: the state's own buffers.
@@ -272,6 +309,105 @@ class AdamW:
         self.steps = saved["steps"]
         for mine, theirs in zip(self.state, saved["state"], strict=True):
             mine.copy_(theirs)
+
+
+class HostGradients:
+    """fp32 gradients that leave the GPU as backward makes them, and add up in host memory.
+
+    A hook on each parameter takes its gradient away. Piece by piece the sum so far comes up, on one
+    side stream, which adds the gradient to it; another takes it home, while backward goes on. Those
+    are the additions of gradients that stay, in the same order: the same bits. A pass moves 4 bytes
+    a parameter each way: 32 GB of Llama-3-8B, 0.64 s at an assumed 50 GB/s. Unmeasured.
+    """
+
+    def __init__(self, params: list[Tensor], chunk: int):
+        """chunk: numbers in a piece."""
+        device = params[0].device
+        sizes = [p.numel() for p in params]
+        self.flat = host_buffer(4 * sum(sizes), pin=device.type == "cuda").view(torch.float32)
+        self.sums = [
+            flat.view(p.shape) for flat, p in zip(self.flat.split(sizes), params, strict=True)
+        ]
+        self.chunk, self.api = chunk, torch.get_device_module(device)
+        size = min(chunk, max(sizes))
+        self.buffers = [torch.empty(size, dtype=torch.float32, device=device) for _ in range(3)]
+        self.fill, self.empty = self.api.Stream(), self.api.Stream()
+        self.fill.wait_stream(self.api.current_stream())  # the buffers' memory may be in use there
+        self.moved = 0  # pieces, so far
+        self.emptied, self.home = {}, {}  # events: by buffer, by parameter
+        self.leaving = collections.deque()  # (gradient, event after which it may go)
+        self.summed = set()  # which parameters have a gradient in this step
+        take = [partial(self._take, i) for i in range(len(params))]
+        self.hooks = [
+            p.register_post_accumulate_grad_hook(f) for p, f in zip(params, take, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _take(self, i: int, p: Tensor) -> None:
+        """The hook of parameter i, whose gradient is complete for this pass."""
+        compute, grad = self.api.current_stream(), p.grad
+        p.grad = None
+        if i in self.home:
+            self.fill.wait_event(self.home[i])  # the last pass's sum is there
+        parts = (t.reshape(-1).split(self.chunk) for t in (self.sums[i], grad))
+        for part, new in zip(*parts, strict=True):
+            b = self.moved % 3
+            self.moved += 1
+            buffer = self.buffers[b][: len(part)]
+            with self.api.stream(self.fill):
+                if b in self.emptied:
+                    self.fill.wait_event(self.emptied[b])
+                if i in self.summed:
+                    buffer.copy_(part, non_blocking=True)
+                    self.fill.wait_stream(compute)  # only now has the gradient to be there
+                    buffer.add_(new)
+                else:
+                    self.fill.wait_stream(compute)
+                    buffer.copy_(new)
+                added = self.fill.record_event()
+            with self.api.stream(self.empty):
+                self.empty.wait_event(added)
+                part.copy_(buffer, non_blocking=True)
+                self.emptied[b] = self.home[i] = self.empty.record_event()
+        self.summed.add(i)
+        self.leaving.append((grad, added))
+        while sum(g.nbytes for g, _ in self.leaving) > IN_FLIGHT:
+            compute.wait_event(self.leaving[0][1])  # then its memory may be used again
+            self.leaving.popleft()
+
+    def settled(self) -> list[Tensor]:
+        """The sums, once all have come home: tensors on the CPU, each its own .grad."""
+        compute = self.api.current_stream()
+        for stream in (self.fill, self.empty):
+            compute.wait_stream(stream)
+        self.leaving.clear()
+        self.api.synchronize()  # what follows is the CPU's
+        for i, total in enumerate(self.sums):
+            if i not in self.summed:  # nothing was read that it has a part in
+                total.zero_()
+            total.grad = total.detach()
+        self.summed = set(range(len(self.sums)))
+        return self.sums
+
+    def pieces(self) -> list[Tensor]:
+        """The settled sums in AdamW's pieces."""
+        return [part for total in self.settled() for part in total.view(-1).split(self.chunk)]
+
+    def bring(self, b: int, part: Tensor) -> Tensor:
+        """A piece of the sums on the GPU, in buffer b, by the current stream."""
+        return self.buffers[b][: len(part)].copy_(part, non_blocking=True)
+
+    def begin(self) -> None:
+        """A new step: each sum begins with its next gradient."""
+        self.fill.wait_stream(self.api.current_stream())  # AdamW had the buffers
+        self.summed = set()
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.api.synchronize()  # nothing is on its way
+        self.leaving.clear()
+        self.flat, self.sums, self.buffers = None, [], []
 
 
 # ------------------------------------------------------------------------------------- activations
@@ -594,12 +730,15 @@ class OneGPU:
         self.offload = None
         if plan.slot_bytes:
             self.offload = Offload(student.config.n_layers, plan.slot_bytes, device)
-        where = dict(host=plan.host_state, moments_dtype=plan.moments)
+        where = dict(host=plan.host_state, host_gradients=plan.host_gradients)
+        where |= dict(moments_dtype=plan.moments)
         self.optimizer = AdamW(student.parameters(), *adamw, **where)
 
     def ready(self, name: str) -> None:
         """Set up for the passes of unit `name`: the student's policy, the teacher here or not."""
-        apply_policy(self.student, self.plan.policies[name], self.offload)
+        policy = self.plan.policies[name]
+        apply_policy(self.student, policy, self.offload)
+        llama.LOSS_ROWS = policy.loss_rows
         units = self.plan.units
         if self.teacher and not units[name].teacher:
             self.teacher.leave()
@@ -614,9 +753,10 @@ class OneGPU:
 
         Export and report need the memory, of the GPU and of the host.
         """
-        self.student.zero_grad(set_to_none=True)
         self.student.run_block = None
-        self.optimizer.state, self.offload = [], None
+        llama.LOSS_ROWS = Policy().loss_rows
+        self.optimizer.close()
+        self.offload = None
         if self.teacher:
             self.teacher.come(lm_head=True)
             self.teacher = None

@@ -1,13 +1,16 @@
 """What a run needs, before anything is allocated: memory, disk, and the fastest plan that fits.
 
-What training keeps, per parameter: a bf16 weight and an fp32 gradient (6 B) that must be on the
-GPU, and AdamW's state (10 B), touched once a step, that need not be. What it keeps per token: a
-block's activations, most of which are cheaper to make again than to keep. `make_plan` weighs the
-mechanisms of machine/memory.py against each other and prints what it chose as a table.
+What training keeps, per parameter: a bf16 weight (2 B) that must be on the GPU; an fp32 gradient
+(4 B), touched in every pass, and AdamW's state (10 B), touched once a step, that need not be. What
+it keeps per token: a block's activations, most of which are cheaper to make again than to keep.
+`make_plan` weighs the mechanisms of machine/memory.py against each other and prints what it chose
+as a table.
 
 Sizes in bytes unless said otherwise; GiB = 2^30.
 """
 
+import bisect
+import math
 import os
 import shutil
 import sys
@@ -24,17 +27,53 @@ from model import LOSS_ROWS, Llama, ModelConfig, next_token_loss
 GIB = 2**30
 DISTANCE_ROWS = 8192  # tokens whose hidden states are compared at a time (memory.in_chunks)
 
-# Ceilings of one H200 (bf16 matmul on random data, device copies: measured, before this code was;
-# attention: FA3 on an H100 as published; PCIe: assumed). They rank plans, so their ratios matter;
-# measure/bench.py step times.
-MATMUL, ATTENTION_FORWARD, ATTENTION_BACKWARD = 790e12, 650e12, 540e12  # FLOP/s
-COPY, PCIE = 4.3e12, 50e9  # bytes/s
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU's ceilings. They rank plans, so their ratios matter; measure/bench.py step times."""
+
+    name: str
+    matmul: float  # FLOP/s, in bf16
+    attention_forward: float
+    attention_backward: float
+    copy: float  # bytes/s
+
+    @classmethod
+    def of(cls, name: str) -> "Card | None":
+        """The card that torch calls `name`, by its published peaks; None: not known here."""
+        for known, (matmul, copy) in PEAKS.items():
+            if known in name:
+                rates = (matmul / PEAKS["H200"][0] * x for x in H200_RATES[:3])
+                return cls(known, *rates, copy / PEAKS["H200"][1] * H200_RATES[3])
+        return None
+
+
+# bf16 matmul on random data and device copies: measured on an H200, before this code was;
+# attention: FA3 on an H100 as published; PCIe: assumed.
+H200_RATES = 790e12, 650e12, 540e12, 4.3e12
+H200 = Card("H200", *H200_RATES)
+# As makers publish them: dense bf16 with fp32 sums, memory. First match counts.
+PEAKS = {
+    "H200": (989e12, 4.8e12),
+    "H100 PCIe": (756e12, 2.0e12),
+    "H100": (989e12, 3.35e12),
+    "B200": (2250e12, 8.0e12),
+    "A100-SXM4-80GB": (312e12, 2.04e12),
+    "A100": (312e12, 1.56e12),
+    "L40S": (362e12, 0.86e12),
+    "RTX A6000": (155e12, 0.77e12),
+    "RTX 4090": (165e12, 1.01e12),
+    "RTX 3090": (71e12, 0.94e12),
+}
+PCIE = 50e9  # bytes/s
 ELEMENTWISE = 152  # bytes per token, block and d_model: norms, rotary, SwiGLU, residuals, if fused
 # Kept free: CUDA's context lies outside the allocator, fragments inside it. Unmeasured.
 GPU_SPARE, GPU_SPARE_FRACTION, HOST_SPARE = 1.0 * GIB, 0.03, 6 * GIB
 # Reserved beyond what is allocated, by replay (tests/test_replay.py): 20 MiB pages not full where
 # segments of the allocator expand, else what lives on in the midst of freed ones.
 PAGES, STRANDED_FRACTION = 0.5 * GIB, 0.13
+# Gradients bound for host memory that may still be on the GPU; three buffers of 2^24 fp32 beside.
+IN_FLIGHT, GRADIENT_BUFFERS = 2**29, 3 * 2**26
 
 
 @dataclass
@@ -50,6 +89,7 @@ class Policy:
     attention: int = 0  # recomputed blocks that keep the attention's output; 0.27 GB each there
     offload: bool = False  # the inputs of recomputed blocks wait in host memory
     mlp_rows: int = 8192  # tokens of one MLP tile
+    loss_rows: int = LOSS_ROWS  # tokens whose logits exist at a time
     compile: bool = False  # torch.compile, one graph for all blocks of a kind
 
 
@@ -91,34 +131,53 @@ class Plan:
     slot_bytes: int  # of Offload; 0: nothing is offloaded
     seconds: float  # of one optimizer step at the ceilings above: ranks plans, promises nothing
     expandable: bool = True  # whether the allocator's segments can expand
+    host_gradients: bool = False  # gradients are summed in host memory
+    card: Card | None = None  # None: not one whose ceilings are known; an H200's were taken
 
     def reserved(self, name: str) -> int:
         """Bytes that the allocator takes for a unit, about: allocated at the peak, and gaps."""
         peak = sum(self.gpu[name].values())
-        return int(peak + (PAGES if self.expandable else STRANDED_FRACTION * peak))
+        return int(peak + (self.gaps if self.expandable else STRANDED_FRACTION * peak))
+
+    @property
+    def gaps(self) -> float:
+        """Of segments that expand: wider where large gradients come and go among what stays."""
+        return 1.5 * PAGES if self.host_gradients else PAGES
 
     def table(self) -> str:
         """The memory table, GiB, one column a unit."""
-        names = list(self.gpu)
-        lines = ["memory plan, GiB".ljust(38) + "".join(n.rjust(9) for n in names)]
-        for term in dict.fromkeys(t for terms in self.gpu.values() for t in terms):
-            row = (self.gpu[n].get(term, 0) / GIB for n in names)
-            lines.append(f"  {term:<36}" + "".join(f"{x:9.2f}" for x in row))
-        total = (sum(self.gpu[n].values()) / GIB for n in names)
-        lines.append("  GPU peak, allocated".ljust(38) + "".join(f"{x:9.2f}" for x in total))
-        reserved = (self.reserved(n) / GIB for n in names)
-        row = "  GPU peak, reserved" + ("" if self.expandable else " (fixed segments)")
-        lines.append(row.ljust(38) + "".join(f"{x:9.2f}" for x in reserved))
-        lines += [f"  host: {term:<30}{x / GIB:9.2f}" for term, x in self.host.items() if x]
-        lines.append("  host".ljust(38) + f"{sum(self.host.values()) / GIB:9.2f}")
+        how = "" if self.expandable else " (fixed segments)"
+        reserved = {name: self.reserved(name) for name in self.gpu}
+        lines = memory_table("memory plan, GiB", self.gpu, reserved, how, self.host)
         for n, p in self.policies.items():
             lines.append(
                 f"  {n}: {self.units[n].batch} x {self.units[n].seq_len:,} tokens a pass, "
                 f"{p.unchecked} blocks unchecked, {p.attention} recomputed but for attention, "
-                f"MLP tiles of {p.mlp_rows}" + (", inputs offloaded" if p.offload else "")
+                f"MLP tiles of {p.mlp_rows}"
+                + (f", {p.loss_rows} rows of logits" if p.loss_rows < LOSS_ROWS else "")
+                + (", inputs offloaded" if p.offload else "")
             )
-        lines.append(f"  a step takes {self.seconds:.3g} s at least, every kernel at its ceiling")
+        if self.host_gradients:
+            lines.append("  gradients leave the GPU in every pass and add up in host memory")
+        which = f"on a {self.card.name}" if self.card else "were this an H200 (its own: not known)"
+        lines.append(
+            f"  a step takes {self.seconds:.3g} s at least {which}, every kernel at its ceiling"
+        )
         return "\n".join(lines)
+
+
+def memory_table(title: str, gpu: dict, reserved: dict, how: str, host: dict) -> list[str]:
+    """Lines: terms of each unit's peak on the GPU, what is reserved for it, terms of the host's."""
+    lines = [title.ljust(38) + "".join(name.rjust(9) for name in gpu)]
+    for term in dict.fromkeys(t for terms in gpu.values() for t in terms):
+        row = (terms.get(term, 0) / GIB for terms in gpu.values())
+        lines.append(f"  {term:<36}" + "".join(f"{x:9.2f}" for x in row))
+    total = (sum(terms.values()) / GIB for terms in gpu.values())
+    lines.append("  GPU peak, allocated".ljust(38) + "".join(f"{x:9.2f}" for x in total))
+    row = ("  GPU peak, reserved" + how).ljust(38)
+    lines.append(row + "".join(f"{x / GIB:9.2f}" for x in reserved.values()))
+    lines += [f"  host: {term:<30}{x / GIB:9.2f}" for term, x in host.items() if x]
+    return [*lines, "  host".ljust(38) + f"{sum(host.values()) / GIB:9.2f}"]
 
 
 def parameter_count(config: ModelConfig, lm_head: bool = True) -> int:
@@ -148,24 +207,27 @@ def model_flops(config: ModelConfig, unit: Unit) -> float:
     return config.n_layers * passes * (once["matmul"] + once["attention"]) + heads * once["head"]
 
 
-def unit_seconds(config: ModelConfig, unit: Unit, policy: Policy) -> float:
+def unit_seconds(config: ModelConfig, unit: Unit, policy: Policy, card: Card = H200) -> float:
     """Seconds of a unit if every kernel ran at its ceiling, recomputation included."""
     once, n = flops(config, unit), config.n_layers
-    matmul, attention = once["matmul"] / MATMUL, once["attention"] / ATTENTION_FORWARD
+    matmul, attention = once["matmul"] / card.matmul, once["attention"] / card.attention_forward
     recomputed = n - policy.unchecked
     block = parameter_count(replace(config, n_layers=1, vocab_size=0))
     down = config.d_ff * config.d_model / block  # early stop: down_proj is not run again
-    seconds = n * (3 * matmul + attention + 2.5 * once["attention"] / ATTENTION_BACKWARD)
+    seconds = n * (3 * matmul + attention + 2.5 * once["attention"] / card.attention_backward)
     seconds += recomputed * (1 - down) * matmul + (recomputed - policy.attention) * attention
-    seconds += (2 + unit.heads) * once["head"] / MATMUL
+    seconds += (2 + unit.heads) * once["head"] / card.matmul
     if unit.teacher:
         seconds += n * (matmul + attention)
     tiles = -(-unit.tokens // policy.mlp_rows)
     traffic = n * unit.tokens * config.d_model * ELEMENTWISE
     traffic += n * tiles * 3 * config.d_ff * config.d_model * 16  # fp32 sums: product, read, write
     traffic += 12 * parameter_count(config)  # a pass adds bf16 gradients to fp32 ones
+    if unit.heads:  # the head's fp32 sum, too
+        chunks = -(-unit.tokens * unit.heads // policy.loss_rows)
+        traffic += chunks * 16 * config.vocab_size * config.d_model
     # An offload hidden behind compute costs 1-2% (Unsloth's figure; unmeasured here).
-    return (seconds + traffic / COPY) * (1.02 if policy.offload else 1.0)
+    return (seconds + traffic / card.copy) * (1.02 if policy.offload else 1.0)
 
 
 def activation_memory(config: ModelConfig, unit: Unit, policy: Policy) -> dict[str, int]:
@@ -190,7 +252,7 @@ def activation_memory(config: ModelConfig, unit: Unit, policy: Policy) -> dict[s
     chunk = 40 * min(DISTANCE_ROWS, m) * d if unit.taps else 0  # ten fp32 copies
     if unit.heads:  # fp32 and bf16 logits (KL: three fp32 ones), then bf16 d(logits) and an fp32
         # product, beside the fp32 sum; of KL alone the teacher's last hidden state
-        rows, v = min(LOSS_ROWS // unit.heads, m), config.vocab_size
+        rows, v = min(policy.loss_rows // unit.heads, m), config.vocab_size
         logits = max(6 * unit.heads * rows * v, 2 * rows * v + 4 * v * d)
         chunk = max(chunk, 4 * v * d + logits)
         compared = compared or (unit.heads - 1) * x
@@ -215,23 +277,26 @@ def activation_memory(config: ModelConfig, unit: Unit, policy: Policy) -> dict[s
     return terms | {"working memory " + worst: moments[worst]}
 
 
-def best_policy(config: ModelConfig, unit: Unit, room: int, offload: bool):
+def best_policy(config, unit: Unit, room: int, offload: bool, card: Card, each_pass: float = 0):
     """The fastest (seconds a step, unit, policy) whose activations fit in `room` bytes, or None.
 
-    offload: whether inputs may wait in host memory, for units that gain by it.
+    offload: whether inputs may wait in host memory, for units that gain by it. each_pass: seconds
+    that a pass takes beside its work.
     """
     best = None
+    logits = (LOSS_ROWS, LOSS_ROWS // 4) if unit.heads else (LOSS_ROWS,)
     batches = sorted({max(1, unit.batch >> i) for i in range(6)})  # fewer a pass, more passes
-    for away, batch, rows in product((False, True)[: 1 + offload], batches, (8192, 16384, 32768)):
+    choices = (False, True)[: 1 + offload], batches, (8192, 16384, 32768), logits
+    for away, batch, rows, loss_rows in product(*choices):
         part = replace(unit, batch=batch, count=unit.count * -(-unit.batch // batch))
         for unchecked in range(config.n_layers + 1 - away):
-            policy = Policy(unchecked, 0, away, rows)
+            policy = Policy(unchecked, 0, away, rows, loss_rows)
             left = room - sum(activation_memory(config, part, policy).values())
             if left < 0:
                 break
             saved = 2 * part.tokens * config.n_heads * (config.head_dim + 2)
             policy.attention = min(config.n_layers - unchecked, left // saved)
-            seconds = part.count * unit_seconds(config, part, policy)
+            seconds = part.count * (unit_seconds(config, part, policy, card) + each_pass)
             if best is None or seconds < best[0]:
                 best = seconds, part, policy
     return best
@@ -245,52 +310,67 @@ def make_plan(
     moments: torch.dtype = torch.float32,
     compile: bool = False,
     expandable: bool = True,
+    card: str = "H200",
+    length: tuple[str, int] = ("--target_len", 0),
 ) -> Plan:
     """Choose the fastest plan that fits this model, these units, this GPU and this host.
 
     gpu_bytes, host_bytes: free now, for all of the run; a spare part of each is left alone.
     expandable: whether the allocator's segments expand; where not, more is left alone.
-    Raises ValueError where none fits, saying what is missing and which flags would save how much.
+    card: as torch names it, whose ceilings count. length: the flag of the longest unit's, and what
+    it has to be above.
+    Raises ValueError where none fits, saying what is missing and which changes would fit.
     """
     given = gpu_bytes
     if not expandable:
         gpu_bytes = int(gpu_bytes / (1 + STRANDED_FRACTION))
-    plan = _fastest(config, units, gpu_bytes, host_bytes, moments)
+    known = Card.of(card)
+    ceilings = known or H200
+    plan = _fastest(config, units, gpu_bytes, host_bytes, moments, ceilings)
     if plan is None:
-        advice = _advice(config, units, gpu_bytes, host_bytes, moments)
-        if not expandable and _fastest(config, units, given, host_bytes, moments):
-            advice += "; it would fit with PYTORCH_ALLOC_CONF=expandable_segments:True"
-        raise ValueError(advice)
-    plan.expandable = expandable
+        rest = gpu_bytes, host_bytes, moments, ceilings
+        advice = _advice(config, units, *rest, length)
+        if not expandable and _fastest(config, units, given, *rest[1:]):
+            advice.append("PYTORCH_ALLOC_CONF=expandable_segments:True")
+        raise ValueError(_refusal(config, units, gpu_bytes, host_bytes, moments, advice))
+    plan.expandable, plan.card = expandable, known
     for policy in plan.policies.values():
         policy.compile = compile
     return plan
 
 
-def _fastest(config, units, gpu_bytes, host_bytes, moments) -> Plan | None:
+# Whether AdamW's state and gradients are in host memory.
+PLACES = (False, False), (True, False), (True, True)
+
+
+def _fastest(config, units, gpu_bytes, host_bytes, moments, card: Card = H200) -> Plan | None:
     n = parameter_count(config)
     state_bytes = n * (2 + 2 * moments.itemsize)
     parked = 2 * n  # the teacher, with its LM head: the closing report needs it
     gpu_room = int(gpu_bytes * (1 - GPU_SPARE_FRACTION) - GPU_SPARE)
     best = None
-    for offload, swapped, host_state in product((False, True), repeat=3):
+    for offload, swapped, (host_state, away) in product((False, True), (False, True), PLACES):
         host = {
             "AdamW's state": state_bytes if host_state else 0,
+            "gradients, fp32": 4 * n if away else 0,
             "teacher": parked if swapped else 0,
             "block inputs": 0,
         }
-        seconds = state_bytes / PCIE if host_state else 12 * n * 12 / COPY
+        seconds = state_bytes / PCIE if host_state else 12 * n * 12 / card.copy
         visiting = 2 * parameter_count(config, lm_head=any(u.heads == 2 for u in units))
         seconds += visiting / PCIE if swapped and any(u.teacher for u in units) else 0
         parts, policies, gpu, slot_bytes = {}, {}, {}, 0
         for unit in units:
             fixed = {
                 "weights, bf16": 2 * n,
-                "gradients, fp32": 4 * n,
+                "gradients, fp32": IN_FLIGHT + GRADIENT_BUFFERS if away else 4 * n,
                 "AdamW's state": 0 if host_state else state_bytes,
                 "teacher, bf16": (visiting if unit.teacher else 0) if swapped else parked,
             }
-            found = best_policy(config, unit, gpu_room - sum(fixed.values()), offload)
+            # Counted in full, though backward may hide most of it.
+            each_pass = 4 * n / PCIE if away else 0
+            left = gpu_room - sum(fixed.values())
+            found = best_policy(config, unit, left, offload, card, each_pass)
             if found is None:
                 break
             cost, part, policy = found
@@ -305,33 +385,177 @@ def _fastest(config, units, gpu_bytes, host_bytes, moments) -> Plan | None:
             if fits and (best is None or seconds < best.seconds):
                 where = host_state, not swapped
                 best = Plan(*where, moments, parts, policies, gpu, host, slot_bytes, seconds)
+                best.host_gradients = away
     return best
 
 
-def _advice(config, units, gpu_bytes, host_bytes, moments) -> str:
+def _refusal(config, units, gpu_bytes, host_bytes, moments, advice: list[str]) -> str:
     """Why nothing fits, and what would."""
     n, longest = parameter_count(config), max(units, key=lambda u: u.seq_len)
-    lines = [
+    what = (
         f"this does not fit {gpu_bytes / GIB:.1f} GiB of GPU and {host_bytes / GIB:.1f} GiB of "
-        f"host memory: weights and gradients take {6 * n / GIB:.1f} GiB of the GPU, AdamW's state "
-        f"{n * (2 + 2 * moments.itemsize) / GIB:.1f} GiB of either, and a pass over "
-        f"{longest.seq_len} tokens its activations"
-    ]
+        f"host memory: weights take {2 * n / GIB:.1f} GiB of the GPU, gradients {4 * n / GIB:.1f} "
+        f"and AdamW's state {n * (2 + 2 * moments.itemsize) / GIB:.1f} GiB of either, and a pass "
+        f"over {longest.seq_len} tokens its activations"
+    )
+    fits = ", or ".join(advice)
+    return f"{what}; it fits with {fits}" if fits else f"{what}; no one change that was tried fits"
 
-    def fits(changed: list[Unit], m: torch.dtype = moments) -> bool:
-        return _fastest(config, changed, gpu_bytes, host_bytes, m) is not None
 
-    if moments == torch.float32:
-        verdict = "and fits" if fits(units, torch.bfloat16) else "which is not enough alone"
-        lines.append(f"--moments bf16 saves {4 * n / GIB:.1f} GiB, {verdict}")
-    for seq_len in range(longest.seq_len // 8192 * 8192, 0, -8192):
-        shorter = [replace(u, seq_len=min(u.seq_len, seq_len)) for u in units]
-        if seq_len < longest.seq_len and fits(shorter):
-            lines.append(f"--target_len {seq_len} fits")
+def _advice(config, units, gpu_bytes, host_bytes, moments, card, length) -> list[str]:
+    """Changes with each of which it fits: tried, every one, by the planner itself."""
+
+    def fits(changed=units, m=moments, gpu=gpu_bytes, host=host_bytes) -> bool:
+        return _fastest(config, changed, gpu, host, m, card) is not None
+
+    def longest(m: torch.dtype) -> list[int]:
+        i = bisect.bisect_left(shorter, True, key=lambda cut: fits(cut[1], m))
+        return [n for n, _ in shorter[i : i + 1]]
+
+    advice, half, shorter = [], moments == torch.float32, list(_shorter(units, length[1]))
+    if half and fits(m=torch.bfloat16):
+        advice.append("--moments bf16")
+    found = longest(moments)
+    advice += [f"{length[0]} {n}" for n in found]
+    if half and not advice:
+        advice += [f"--moments bf16 and {length[0]} {n}" for n in longest(torch.bfloat16)]
+    hosts = range(8, 2049, 8)
+    i = bisect.bisect_left(hosts, True, key=lambda gib: fits(host=gib * GIB))
+    advice += [f"{gib} GiB of free host memory" for gib in hosts[i : i + 1]]
+    sizes = (g for g in (24, 32, 48, 80, 96, 141, 180, 288) if g * 0.98 * GIB > gpu_bytes)
+    advice += [f"a GPU of {g} GB" for g in sizes if fits(gpu=int(g * 0.98 * GIB))][:1]
+    for processes, context in product((2, 4, 8, 16, 32, 64), (1, 2, 4, 8)):
+        if _shares_fit(config, units, processes, context, gpu_bytes, host_bytes):
+            more = f" and --context {context}" if context > 1 else ""
+            advice.append(f"{processes} such GPUs (torchrun){more}")
             break
-    else:
-        lines.append("no length fits: a bigger GPU, more host memory, or more GPUs with torchrun")
-    return "; ".join(lines)
+    return advice
+
+
+def _shorter(units: list[Unit], floor: int):
+    """(length, units): the longest cut, in steps of 8,192, but to more than `floor`."""
+    longest = max(u.seq_len for u in units)
+    floor = max([floor, *(u.seq_len for u in units if u.seq_len < longest)])
+    for length in range((longest - 1) // 8192 * 8192, floor, -8192):
+        yield length, [replace(u, seq_len=length) if u.seq_len == longest else u for u in units]
+
+
+# -------------------------------------------------------------------------------- several GPUs
+
+NCCL = 1.0 * GIB  # its buffers, outside the allocator. Unmeasured
+
+
+@dataclass
+class SharedPlan:
+    """What each of several GPUs holds of a run whose weights are spread over them (many.py)."""
+
+    processes: int
+    context: int  # processes to a sequence
+    units: dict[str, Unit]  # as one process reads them: its part of a sequence
+    gpu: dict[str, dict[str, int]]
+    host: dict[str, int]
+
+    def table(self) -> str:
+        reserved = {name: int(sum(terms.values()) + PAGES) for name, terms in self.gpu.items()}
+        title = f"memory plan of each of {self.processes}, GiB"
+        lines = memory_table(title, self.gpu, reserved, "", self.host)
+        for name, u in self.units.items():
+            whole = f" of {u.seq_len * self.context:,}" if self.context > 1 else ""
+            lines.append(
+                f"  {name}: {u.batch} x {u.seq_len:,}{whole} tokens a pass, every block recomputed"
+            )
+        return "\n".join(lines)
+
+
+def shared_plan(
+    config, units, processes, context, gpu_bytes, host_bytes, length=("--target_len", 0)
+) -> SharedPlan:
+    """What each process of torchrun takes of its GPU and of the host.
+
+    gpu_bytes, host_bytes: free on the fullest. Raises ValueError where that is not enough, saying
+    what would be. length: as make_plan's.
+    """
+    fewer = []  # sequences a pass
+    for unit in units:
+        parts = [replace(unit, batch=max(1, unit.batch >> i)) for i in range(8)]
+        held = (u for u in parts if _holds(_shares(config, [u], processes, context), gpu_bytes))
+        fewer.append(next(held, parts[-1]))
+    plan = _shares(config, fewer, processes, context)
+    if _holds(plan, gpu_bytes, host_bytes):
+        return plan
+    per, peak = parameter_count(config) * 18 / processes, _most(plan)
+    raise ValueError(
+        f"this does not fit {processes} GPUs with {gpu_bytes / GIB:.1f} GiB each and "
+        f"{host_bytes / GIB:.1f} GiB of host memory: {peak / GIB:.1f} GiB of each GPU are needed "
+        f"(weights, gradients, AdamW's state and teacher {per / GIB:.1f}), and the export takes "
+        f"{sum(plan.host.values()) / GIB:.1f} GiB of the first one's host; "
+        + _shared_advice(config, units, processes, context, gpu_bytes, host_bytes, length)
+    )
+
+
+def _shared_advice(config, units, processes, context, gpu_bytes, host_bytes, length) -> str:
+    advice = []
+    sizes = [processes * 2**i for i in range(10)]
+    for many, parts in product(sizes, (1, 2, 4, 8)):
+        fits = _shares_fit(config, units, many, parts, gpu_bytes, host_bytes)
+        if fits and (many, parts) != (processes, context):
+            other = f" and --context {parts}" if parts != context else ""
+            advice.append(f"{many} processes{other}" if many > processes else f"--context {parts}")
+            break
+    for n, changed in _shorter(units, length[1]):
+        if _shares_fit(config, changed, processes, context, gpu_bytes, host_bytes):
+            advice.append(f"{length[0]} {n}")
+            break
+    for moments in (torch.float32, torch.bfloat16):
+        if _fastest(config, units, gpu_bytes, host_bytes, moments):
+            bf16 = " and --moments bf16" if moments == torch.bfloat16 else ""
+            advice.append(f"one of these GPUs alone (python longred.py, no torchrun){bf16}")
+            break
+    if not advice:
+        return "no number of such GPUs that was tried fits"
+    return "it fits with " + ", or ".join(advice)
+
+
+def _shares(config, units, processes: int, context: int) -> SharedPlan:
+    """20 bytes a parameter, 18 with the teacher in bf16, spread; what is whole; activations."""
+    n, v, d = parameter_count(config), config.vocab_size, config.d_model
+    block = parameter_count(replace(config, n_layers=1, vocab_size=0))
+    rest = v * d * (1 if config.tie_embeddings else 2)  # gathered for all of a pass
+    own, gpu = {}, {}
+    for unit in units:
+        u = own[unit.name] = replace(unit, seq_len=unit.seq_len // context)
+        made = activation_memory(config, u, Policy())
+        gpu[u.name] = {
+            "weights, fp32": 4 * n // processes,
+            "gradients, fp32": 4 * n // processes,
+            "AdamW's state": 8 * n // processes,
+            "teacher, bf16": 2 * n // processes,
+            # Two blocks in bf16, one's gradient in bf16 and fp32.
+            "gathered blocks": 10 * block,
+            "gathered embeddings": 2 * rest * (2 if u.teacher else 1),
+            **made,
+            "gradient of the embeddings": max(0, 6 * rest - sum(made.values())),
+        }
+    # Student and teacher whole and in fp32, in the first process.
+    return SharedPlan(processes, context, own, gpu, {"export, first process": 8 * n})
+
+
+def _most(plan: SharedPlan) -> int:
+    return max(sum(terms.values()) for terms in plan.gpu.values())
+
+
+def _holds(plan: SharedPlan, gpu_bytes: int, host_bytes: float = math.inf) -> bool:
+    room = gpu_bytes * (1 - GPU_SPARE_FRACTION) - GPU_SPARE - NCCL
+    return _most(plan) <= room and sum(plan.host.values()) <= host_bytes - HOST_SPARE
+
+
+def _shares_fit(config, units, processes: int, context: int, gpu_bytes: int, host_bytes: int):
+    """Whether so many GPUs, `context` to a sequence, would hold it."""
+    lengths = [u.seq_len for u in units]
+    if processes % context or any(n % context for n in (*lengths, config.n_kv_heads)):
+        return False
+    units = [replace(u, batch=1) for u in units]
+    return _holds(_shares(config, units, processes, context), gpu_bytes, host_bytes)
 
 
 # ------------------------------------------------------------------------------- what there is
@@ -373,6 +597,15 @@ def segments_expand() -> bool:
         for segment in torch.cuda.memory_snapshot()
         if segment["address"] <= address < segment["address"] + segment["total_size"]
     )
+
+
+def asked(flag: str, gib: float | None, free: int | None) -> int:
+    """Bytes to plan for: what a flag asks for, no more than is free, else all that is free."""
+    if not gib and free is None:
+        raise ValueError(f"this system does not say how much memory is free; pass {flag}")
+    if gib and free is not None and gib * GIB > free:
+        raise ValueError(f"{flag} {gib:g}: {free / GIB:.1f} GiB are free; pass less, or free some")
+    return int(gib * GIB) if gib else free
 
 
 def gpu_room() -> int:
@@ -569,7 +802,12 @@ def forget_peak(device: str) -> None:
 
 def _group_room(group: Path, v1: bool) -> int:
     """A control group's limit less what it cannot give back: file pages it can, locked ones not."""
-    limit = int((group / ("memory.limit_in_bytes" if v1 else "memory.max")).read_text())
+    names = ["memory.limit_in_bytes"] if v1 else ["memory.max", "memory.high"]
+    limits = []  # "max", or no such file: none
+    for name in names:
+        with suppress(OSError, ValueError):
+            limits.append(int((group / name).read_text()))
+    limit = min(limits, default=2**63)
     stat = _fields(group / "memory.stat")
     kinds = ("total_rss", "total_shmem") if v1 else ("anon", "shmem", "slab_unreclaimable")
     return max(0, limit - sum(stat.get(kind, 0) for kind in kinds))

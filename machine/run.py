@@ -149,27 +149,32 @@ class Run:
             s.rows = min(s.batch, max(1, c.unit_tokens // s.seq_len))
         self.streams = streams
         self.once(lambda: plan.preflight(c, self.original, streams.values(), size))
-        self.plan = self.plan_memory() if size == 1 else None
-        if self.plan:
-            self.stored = torch.bfloat16
+        found = self.plan_memory() if c.device.startswith("cuda") else None
+        if found:
             for s in streams.values():
-                s.rows = self.plan.units[s.name].batch
-            print(self.plan.table(), flush=True)
+                s.rows = found.units[s.name].batch
+            print(found.table(), flush=True)
+        if found and size == 1:
+            self.plan, self.stored = found, torch.bfloat16
 
-    def plan_memory(self) -> plan.Plan | None:
-        """On one GPU: the memory table, and what follows from it."""
-        c = self.c
-        if not c.device.startswith("cuda"):
-            return None
+    def plan_memory(self) -> plan.Plan | plan.SharedPlan:
+        """On GPUs: the memory table, and what follows from it; the same in every process."""
+        c, processes = self.c, self.processes
         units = [
             plan.Unit(s.name, s.rows, s.seq_len, s.micro * -(-s.batch // s.rows), s.taps, s.heads)
             for s in self.streams.values()
         ]
-        room = int(c.gpu_gib * plan.GIB) if c.gpu_gib else plan.gpu_room()
+        room = plan.asked("--gpu_gib", c.gpu_gib, plan.gpu_room())
+        host = plan.asked("--host_gib", c.host_gib, plan.available_memory())
+        skipped = c.train_len < c.target_len
+        length = ("--train_len", 0) if skipped else ("--target_len", c.original_len)
+        if processes.size > 1:
+            room, host = processes.total([room, host], "MIN")
+            shares = processes.size, c.context, room, host
+            return plan.shared_plan(self.original, units, *shares, length)
         moments = torch.bfloat16 if c.moments == "bf16" else torch.float32
-        host = int(c.host_gib * plan.GIB) if c.host_gib else plan.available_memory()
-        expand = plan.segments_expand()
-        return plan.make_plan(self.original, units, room, host, moments, c.compile, expand)
+        rest = c.compile, plan.segments_expand(), torch.cuda.get_device_name(), length
+        return plan.make_plan(self.original, units, room, host, moments, *rest)
 
     def open_text(self, streams: dict):
         """Tokenise, once, on one process, and open every stream's text. Returns the tokenizer."""
@@ -239,8 +244,11 @@ class Run:
             n += check_export(self.source, tokenizer, texts)
         print(f"the export's tokenizer makes the same {n:,} tokens of this text's beginnings")
 
-    def load(self, theta=None, scaling=None, whole: bool = False) -> Llama:
-        """The checkpoint's model, its rotary rescaled; over many processes in shards, or whole."""
+    def load(self, theta=None, scaling=None, whole: bool = False, frozen: bool = False) -> Llama:
+        """The checkpoint's model, its rotary rescaled; over many processes in shards, or whole.
+
+        frozen: only read from, so that nothing is kept that its passes would round away.
+        """
 
         def prepare(model: Llama) -> None:  # while it is empty
             if self.c.device == "cpu":
@@ -249,7 +257,7 @@ class Run:
                 self.processes.shard(model)
 
         memory.empty_cache(self.c.device)  # of the layer choice's remains
-        dtype = self.compute if whole else self.stored
+        dtype = self.compute if whole or frozen else self.stored
         return load_checkpoint(self.source, theta, scaling, self.c.device, dtype, prepare)
 
     def optimizer(self, student: Llama, teacher: Llama):
@@ -369,6 +377,10 @@ class Run:
                 apart(ids[:, 1:], torch.stack(first)) if first else (ids[:, 1:], None)
             )
             yield data.Batch(ids[:, :-1], labels, indices, positions, share, documents)
+
+    def with_gradients(self):
+        """The student's parameters, or what holds their gradients in host memory."""
+        return self.adamw.with_gradients() if self.plan else self.student.parameters()
 
     def over_processes(self, means: dict[str, Tensor | None]) -> dict[str, float | None]:
         """Their means; the one moment of a step at which numbers come from the GPU."""

@@ -116,4 +116,4 @@ def _hours(config, each: int, length: int, device: str) -> float:
     if not device.startswith("cuda"):
         return work / CPU_FLOPS / 3600
     cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * each * length  # bytes, half
-    return length * (2 * plan.parameter_count(config) + cache) / plan.COPY / 3600
+    return length * (2 * plan.parameter_count(config) + cache) / plan.H200.copy / 3600

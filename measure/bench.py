@@ -419,7 +419,8 @@ def bench_step(args):
     gpu, host = rooms(args, device)
     expand = tiny or planner.segments_expand()
     moments = MOMENTS[args.moments]
-    plan = planner.make_plan(config, units, gpu, host, moments, args.compile, expand)
+    how = args.compile, expand, result["device"]
+    plan = planner.make_plan(config, units, gpu, host, moments, *how)
     if tiny:  # everything would fit, so make it use everything
         torch.set_num_threads(1)
         hard = planner.Policy(1, 2, offload=True, mlp_rows=100, compile=args.compile)

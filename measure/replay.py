@@ -232,12 +232,15 @@ def _free_from(block: Block | None) -> int:
 
 
 def order(plan: Plan, choose_layers: bool) -> list[str]:
-    """The sections of `record` as a run meets them: two steps, two passes of each unit."""
+    """The sections of `record` as a run meets them: two steps, two passes of each unit.
+
+    A pass takes and gives back the same in every step.
+    """
     chosen = choose_layers * ["choose layers"], choose_layers * ["choose layers, both loaded"]
     sections = [*chosen[0], "load", *chosen[1], "set up"]
     for step in range(2):
         for name in plan.units:
-            sections += [f"ready for {name}, step {step}", *[f"{name}, step {step}"] * 2]
+            sections += [f"ready for {name}, step {step}", *[f"{name}, a pass"] * 2]
         sections.append("update")
     return sections
 
@@ -372,7 +375,7 @@ def _stand_ins(recorder: Recorder, reviewed: bool) -> list[tuple]:
         return buffer
 
     kept_buffers = []
-    rows = functools.partial(llama.next_token_loss, chunk_rows=llama.LOSS_ROWS)
+    loss = llama.next_token_loss
     return [
         (llama, "apply_rope", lambda q, k, *_: _Kernel.apply((), q, k)),
         (F, "rms_norm", lambda x, *_: _Kernel.apply((x, x.new_empty(*x.shape[:-1], 2)), x)),
@@ -381,7 +384,7 @@ def _stand_ins(recorder: Recorder, reviewed: bool) -> list[tuple]:
         (memory, "host_buffer", host_buffer),
         (memory, "empty_cache", lambda *_: recorder.log.append((None, 0))),
         (memory, "Visitor", functools.partial(_Away, recorder)),
-        (longred, "next_token_loss", rows),
+        (longred, "next_token_loss", lambda *args: loss(*args, llama.LOSS_ROWS)),
     ]
 
 
@@ -390,7 +393,7 @@ def _fp32_product(a, b):
 
 
 def record(config, plan: Plan, original_len: int, reviewed: bool = False) -> dict[str, list]:
-    """The sections of two steps of a planned run, one pass of each unit in a step; see `order`.
+    """The sections of two steps of a planned run, one pass of each unit; see `order`.
 
     reviewed: as the review of commit a54fa9a recorded it, which is harsher than what runs: layers
     are chosen with teacher and student loaded, the models' shapes (on the meta device) count as
@@ -424,11 +427,12 @@ def record(config, plan: Plan, original_len: int, reviewed: bool = False) -> dic
             for unit in plan.units.values():
                 recorder.section(f"ready for {unit.name}, step {step}")
                 machine.ready(unit.name)
-                recorder.section(f"{unit.name}, step {step}")
-                _one_pass(student, teacher, unit)
+                if step == 0:
+                    recorder.section(f"{unit.name}, a pass")
+                    _one_pass(student, teacher, unit)
             if step == 0:
                 recorder.section("update")
-                torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+                torch.nn.utils.clip_grad_norm_(machine.optimizer.with_gradients(), 1.0)
                 machine.optimizer.step()
                 machine.optimizer.zero_grad()
         recorder.section("end")

@@ -3,18 +3,22 @@
 import collections
 import contextlib
 import functools
+import gc
 import os
+import re
 import sys
 import weakref
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longred import cosine_distance, main, train
-from machine import memory, run
+import model as model_module
+from longred import Config, cosine_distance, main, plan_streams, train
+from machine import memory, plan, run
 from machine.plan import (
     GIB,
     Policy,
@@ -24,9 +28,12 @@ from machine.plan import (
     available_memory,
     make_plan,
     model_flops,
+    parameter_count,
+    shared_plan,
 )
+from machine.settings import fill
 from measure import bench
-from model import Llama, ModelConfig, next_token_loss
+from model import Llama, ModelConfig, load_checkpoint, next_token_loss
 from tests.conftest import killed_after_two, read_log, same_run, tiny_config, tiny_run
 
 # -------------------------------------------------------------------------------------------- AdamW
@@ -144,6 +151,52 @@ def test_bf16_moments_stay_near_fp32_ones_and_refuse_decays_they_cannot_hold():
         assert (a - b).norm() / a.norm() < 5e-3 and not torch.equal(a, b)
     with pytest.raises(ValueError, match="betas"):
         memory.AdamW(exact[0], 0.1, (0.9, 0.999), 1e-8, 0.0, False, torch.bfloat16)
+
+
+def accumulated(model, host_gradients, steps=3):
+    """Steps of three micro-batches, clipped; the last step's train no LM head. Norms, bits."""
+    settings = dict(host=True, chunk=1000, host_gradients=host_gradients)
+    optimizer = memory.AdamW(model.parameters(), 0.01, (0.9, 0.95), 1e-8, 0.1, **settings)
+    norms = []
+    for step in range(steps):
+        for micro in range(3):
+            ids = torch.randint(96, (2, 21), generator=torch.Generator().manual_seed(micro))
+            hidden, _ = model(ids[:, :-1])
+            loss = hidden.float().square().mean() * (1 + micro)
+            if step + 1 < steps:
+                loss = next_token_loss(hidden, model.lm_head_weight, ids[:, 1:])[0] / 10
+            loss.backward()
+        assert all(p.grad is None for p in model.parameters()) == host_gradients
+        norms.append(torch.nn.utils.clip_grad_norm_(optimizer.with_gradients(), 1.0).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    bits = [p.detach().view(torch.int16) for p in model.parameters()]
+    return norms, bits + optimizer.state_dict()["state"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_summed_in_host_memory_have_the_bits_of_those_that_stay(tied):
+    (norms, stayed), (away_norms, away) = (
+        accumulated(tiny(dtype=torch.bfloat16, tie_embeddings=tied), host) for host in (False, True)
+    )
+    assert norms == away_norms and min(norms) > 1  # all were clipped
+    assert all(map(torch.equal, stayed, away))
+
+
+def test_no_more_than_a_bound_of_gradients_waits_on_its_way_to_the_host(monkeypatch):
+    monkeypatch.setattr(memory, "IN_FLIGHT", 4 * 48 * 96)
+    model = tiny(dtype=torch.bfloat16)
+    settings = dict(host=True, host_gradients=True)
+    optimizer = memory.AdamW(model.parameters(), 0.01, (0.9, 0.95), 1e-8, 0.1, **settings)
+    gradients = optimizer.gradients
+    for p in model.parameters():  # hooks run in order: after the gradient was taken
+        p.register_post_accumulate_grad_hook(
+            lambda _: held.append(sum(g.nbytes for g, _ in gradients.leaving))
+        )
+    held = []
+    model(torch.arange(20)[None])[0].sum().backward()
+    assert 0 < max(held) <= memory.IN_FLIGHT and len(held) == len([*model.parameters()]) - 1
+    assert all(p.grad is None for p in model.parameters())
 
 
 # -------------------------------------------------------------------------------------- activations
@@ -330,7 +383,11 @@ def test_a_visiting_teacher_lives_in_one_host_buffer(monkeypatch):
 
 @pytest.fixture
 def small_memory(monkeypatch):
-    """Makes train take the GPU's path on a CPU: bf16 weights, host state, visiting teacher."""
+    """Makes train take the GPU's path on a CPU: bf16 weights, host state, visiting teacher.
+
+    The dict that it gives may be filled: changes of the plan.
+    """
+    changes = {}
 
     def check_as_on_a_gpu(self, streams):
         check(self, streams)
@@ -340,12 +397,14 @@ def small_memory(monkeypatch):
         plan.policies = dict.fromkeys(plan.units, policy)
         plan.host_state, plan.teacher_resident = True, False
         plan.slot_bytes = 2 * self.original.d_model * max(u.tokens for u in units)
+        plan = replace(plan, **changes)
         self.plan, self.compute, self.stored = plan, torch.bfloat16, torch.bfloat16
         for s in streams.values():
             s.rows = plan.units[s.name].batch
 
     check = run.Run.check
     monkeypatch.setattr(run.Run, "check", check_as_on_a_gpu)
+    return changes
 
 
 def test_the_small_memory_path_logs_what_fp32_does(ckpt, tmp_path, request):
@@ -362,6 +421,18 @@ def test_the_small_memory_path_resumes_bit_for_bit(ckpt, tmp_path, small_memory)
     train(tiny_run(ckpt, tmp_path / "whole", save_every=2))
     main(["--resume", str(killed_after_two(tmp_path / "whole", tmp_path / "parts"))])
     assert same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_whose_gradients_go_to_the_host_is_the_same_run(ckpt, tmp_path, small_memory):
+    settings = dict(save_every=2, grad_clip=0.05, eval_tokens=0)
+    train(tiny_run(ckpt, tmp_path / "stay", **settings))
+    small_memory["host_gradients"] = True
+    train(tiny_run(ckpt, tmp_path / "leave", **settings))
+    assert min(line["grad_norm"] for line in read_log(tmp_path / "leave")) > 0.05  # all clipped
+    assert same_run(tmp_path / "stay", tmp_path / "leave")
+    # A state knows nothing of where gradients were.
+    main(["--resume", str(killed_after_two(tmp_path / "stay", tmp_path / "parts"))])
+    assert same_run(tmp_path / "stay", tmp_path / "parts")
 
 
 # ----------------------------------------------------------------------------------------- plan.py
@@ -413,14 +484,173 @@ def test_planner_meets_the_targets_and_more_memory_is_never_slower():
     assert all(p.unchecked == 32 for p in roomy.policies.values())
 
 
-def test_a_plan_that_does_not_fit_is_refused_with_what_would():
-    with pytest.raises(ValueError) as no_gpu:
-        make_plan(bench.LLAMA3_8B, units(32768), 40 * GIB, 120 * GIB)
-    assert "44.9 GiB of the GPU" in str(no_gpu.value) and "no length fits" in str(no_gpu.value)
-    with pytest.raises(ValueError) as no_host:
-        make_plan(bench.LLAMA3_8B, units(131072), 79 * GIB, 100 * GIB)
-    assert "--moments bf16 saves 29.9 GiB, and fits" in str(no_host.value)
-    assert "--target_len" in str(no_host.value)
+LLAMA_70B = replace(bench.LLAMA3_8B, d_model=8192, n_layers=80, n_heads=64, d_ff=28672)
+LLAMA_1B = replace(bench.LLAMA3_8B, d_model=2048, n_layers=16, head_dim=64, d_ff=8192)
+LLAMA_1B = replace(LLAMA_1B, tie_embeddings=True)
+
+
+def remedies(text: str) -> list[str]:
+    return text.partition("; it fits with ")[2].split(", or ")
+
+
+def shorter(length):
+    """The step with its long passes cut to this length."""
+    return [replace(units(131072)[0], seq_len=length), *bench.UNITS[1:]]
+
+
+def tried(remedy, config, length, gpu, host, processes=1) -> str:
+    """The table of the plan with a remedy taken, as its words say. ValueError: it does not fit."""
+    moments = torch.bfloat16 if "--moments bf16" in remedy else torch.float32
+    if found := re.search(r"--target_len (\d+)", remedy):
+        length = int(found[1])
+    if found := re.search(r"(\d+) GiB of free host memory", remedy):
+        host = int(found[1])
+    if found := re.search(r"a GPU of (\d+) GB", remedy):
+        gpu = int(found[1]) * 0.98
+    context = re.search(r"--context (\d+)", remedy)
+    many = re.search(r"(\d+) (such GPUs|processes)", remedy)
+    processes = int(many[1]) if many else 1 if "alone" in remedy else processes
+    room = int(gpu * GIB), host * GIB
+    if processes == 1:
+        return make_plan(config, shorter(length), *room, moments).table()
+    parts = int(context[1]) if context else 1
+    return shared_plan(config, shorter(length), processes, parts, *room).table()
+
+
+@pytest.mark.parametrize(
+    "gpu, host, length, some",
+    [
+        (20, 120, 32768, ["a GPU of 48 GB"]),
+        (79, 100, 131072, ["--moments bf16", "--target_len 90112", "112 GiB of free host memory"]),
+        (40, 60, 32768, ["120 GiB of free host memory"]),
+        (79, 60, 393216, []),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused_with_what_would(gpu, host, length, some):
+    with pytest.raises(ValueError, match="this does not fit") as refused:
+        make_plan(bench.LLAMA3_8B, shorter(length), gpu * GIB, host * GIB)
+    said = str(refused.value)
+    assert "weights take 15.0 GiB of the GPU" in said and "\n" not in said
+    assert set(some) <= set(remedies(said))
+    for remedy in remedies(said):
+        assert "GPU peak" in tried(remedy, bench.LLAMA3_8B, length, gpu, host)
+
+
+def test_no_length_is_advised_that_a_run_would_refuse():
+    with pytest.raises(ValueError) as refused:
+        make_plan(bench.LLAMA3_8B, [Unit("long", 1, 131072)], 60 * GIB, 48 * GIB)
+    assert "--target_len" not in str(refused.value) and "host memory" in str(refused.value)
+    only_long, room = [Unit("long", 1, 131072)], (47 * GIB, 104 * GIB)
+    with pytest.raises(ValueError, match=r"--train_len 8192\b|--train_len \d+"):
+        make_plan(bench.LLAMA3_8B, only_long, *room, length=("--train_len", 0))
+    with pytest.raises(ValueError) as refused:
+        make_plan(bench.LLAMA3_8B, only_long, *room, length=("--target_len", 131071))
+    assert "--target_len" not in str(refused.value)
+
+
+def test_several_gpus_get_a_table_of_what_each_holds():
+    plan = shared_plan(bench.LLAMA3_8B, units(32768), 8, 1, int(79.1 * GIB), 500 * GIB)
+    n, rows = 8.03e9, dict(re.findall(r"^  (.{36}) +([\d.]+)", plan.table(), re.M))
+    rows = {name.strip(): float(x) for name, x in rows.items()}
+    spread = ["weights, fp32", "gradients, fp32", "AdamW's state", "teacher, bf16"]
+    for name, each in zip(spread, (4, 4, 8, 2), strict=True):
+        assert rows[name] == pytest.approx(each * n / 8 / GIB, abs=0.01)
+    assert rows["inputs of recomputed blocks"] == 8.0 and "of each of 8" in plan.table()
+    assert 34 < rows["GPU peak, allocated"] < rows["GPU peak, reserved"] < 38
+    assert plan.host == {"export, first process": 8 * parameter_count(bench.LLAMA3_8B)}
+    halves = shared_plan(bench.LLAMA3_8B, units(32768), 8, 2, int(79.1 * GIB), 500 * GIB)
+    assert halves.gpu["long"]["inputs of recomputed blocks"] == 4 * GIB
+    assert "1 x 16,384 of 32,768 tokens a pass" in halves.table()
+    # Fewer sequences a pass, where it would not fit otherwise.
+    tight = shared_plan(bench.LLAMA3_8B, units(32768), 8, 1, 38 * GIB, 500 * GIB)
+    assert tight.units["short"].batch < plan.units["short"].batch
+
+
+def test_a_run_on_several_gpus_prints_its_plan_and_reads_as_it_says(monkeypatch, capsys):
+    machine = run.Run()
+    machine.processes = mock.Mock(size=8, total=lambda values, op: values)
+    machine.once, machine.original = lambda check: None, bench.LLAMA3_8B
+    machine.compute, machine.stored, machine.source = torch.bfloat16, torch.float32, "x"
+    c = Config(target_len=32768, original_len=8192, train_len=32768, device="cuda", context=1)
+    fill(c, long_micro=8, long_batch=4, s2l_batch=16, short_batch=128, short_len=1024)
+    fill(c, n_distill_layers=6, alpha_short=5.0, alpha_s2l=10.0)
+    machine.c, streams = c, plan_streams(c)
+    for gib, batch in ((79.1, 32), (38, 16)):
+        monkeypatch.setattr(plan, "gpu_room", lambda gib=gib: gib * GIB)
+        monkeypatch.setattr(plan, "available_memory", lambda: 500 * GIB)
+        machine.check(streams)
+        assert streams["short"].rows == batch and "each of 8" in capsys.readouterr().out
+    assert machine.plan is None  # of one GPU
+    loaded = []
+    monkeypatch.setattr(run, "load_checkpoint", lambda *args: loaded.append(args[4]))
+    monkeypatch.setattr(memory, "empty_cache", lambda device: None)
+    machine.load(frozen=True), machine.load(3000.0)
+    assert loaded == [torch.bfloat16, torch.float32]  # the teacher, and the student
+
+
+@pytest.mark.parametrize(
+    "config, gpu, host, remedy",
+    [
+        (bench.LLAMA3_8B, 23.5, 120, "16 processes and --context 4"),
+        (LLAMA_70B, 79.1, 1800, "32 processes and --context 4"),
+        (bench.LLAMA3_8B, 47.4, 128, "8 processes"),
+    ],
+)
+def test_what_does_not_fit_several_gpus_is_refused_with_what_would(config, gpu, host, remedy):
+    processes = 8 if config is LLAMA_70B else 2
+    with pytest.raises(ValueError, match=f"does not fit {processes} GPUs with {gpu}") as refused:
+        shared_plan(config, units(32768), processes, 1, int(gpu * GIB), host * GIB)
+    said = remedies(str(refused.value))
+    assert remedy in said
+    for remedy in said:
+        assert "GPU peak" in tried(remedy, config, 32768, gpu, host, processes)
+
+
+def test_a_tied_head_counts_twice_at_its_gradient_on_several_gpus():
+    room = 2, 1, int(23.5 * GIB), 60 * GIB
+    plan = shared_plan(LLAMA_1B, units(32768), *room)
+    assert max(sum(terms.values()) for terms in plan.gpu.values()) < 21 * GIB
+    once = 4 * LLAMA_1B.vocab_size * LLAMA_1B.d_model
+    long = Unit("long", 1, 262144)  # so long that a block's backward is the worst moment
+    tied, separate = (
+        activation_memory(replace(LLAMA_1B, tie_embeddings=tie), long, Policy())
+        for tie in (True, False)
+    )
+    assert {k for k in tied if "block's backward" in k} == {k for k in separate if "block's" in k}
+    assert sum(tied.values()) - sum(separate.values()) == once
+    with pytest.raises(ValueError, match="export takes 9.2 GiB"):
+        shared_plan(LLAMA_1B, units(32768), *room[:3], 12 * GIB)
+
+
+def test_the_floor_of_a_step_is_the_cards_own_where_it_is_known():
+    def plan(card):
+        return make_plan(LLAMA_1B, units(32768), 79 * GIB, 100 * GIB, card=card)
+
+    h200, a100, other = map(plan, ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "Quadro X"))
+    assert 2.5 < a100.seconds / h200.seconds < 989 / 312 + 0.1
+    assert "s at least on a A100-SXM4-80GB" in a100.table()
+    assert other.seconds == h200.seconds and "were this an H200" in other.table()
+
+
+def test_fewer_rows_of_logits_where_nothing_else_fits_and_the_loss_takes_them():
+    plan = make_plan(LLAMA_1B, units(32768), 9 * GIB, 60 * GIB)
+    assert plan.policies["long"].loss_rows == 1024 and "1024 rows of logits" in plan.table()
+    whole = replace(plan.policies["long"], loss_rows=4096)
+    room = 9 * GIB * 0.97 - GIB
+    for policy, fits in ((plan.policies["long"], True), (whole, False)):
+        made = activation_memory(LLAMA_1B, plan.units["long"], policy)
+        fixed = sum(plan.gpu["long"].values()) - sum(
+            activation_memory(LLAMA_1B, plan.units["long"], plan.policies["long"]).values()
+        )
+        assert (fixed + sum(made.values()) <= room) == fits
+    student, teacher = tiny(0, torch.bfloat16), tiny(1, torch.bfloat16).requires_grad_(False)
+    small = make_plan(student.config, [Unit("long", 1, 64)], 8 * GIB, 8 * GIB)
+    small = replace(small, policies={"long": Policy(loss_rows=1024)})
+    machine = memory.OneGPU(small, student, teacher, 1e-3, (0.9, 0.95), 1e-8, 0.1)
+    machine.ready("long")
+    assert model_module.LOSS_ROWS == 1024
+    machine.finish()
+    assert model_module.LOSS_ROWS == 4096
 
 
 def test_flops_are_those_of_the_roofline():
@@ -435,6 +665,121 @@ def test_the_memory_estimate_knows_recomputation_and_the_container():
     assert few < one / 2
     if sys.platform == "linux":
         assert 2**20 < available_memory() <= os.sysconf("SC_PHYS_PAGES") * 4096
+
+
+def control_groups(root, own: str, files: dict[str, str]):
+    """A system of 100 GiB, of which 90 are available, seen from the group `own`."""
+    files = {"proc/meminfo": f"MemTotal: {100 * 2**20} kB\nMemAvailable: {90 * 2**20} kB"} | files
+    for name, text in ({"proc/self/cgroup": own} | files).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    return available_memory(root) / GIB
+
+
+def stat(anon=0, **rest):
+    """A group's memory.stat, in GiB; what it has of files can be dropped."""
+    lines = {"anon": anon, "file": 50, "shmem": 0, "slab_unreclaimable": 0} | rest
+    return "\n".join(f"{name} {int(gib * GIB)}" for name, gib in lines.items())
+
+
+V2 = "sys/fs/cgroup"
+V1 = "sys/fs/cgroup/memory"
+SLICE = f"{V2}/user.slice"
+CONTAINERS = {  # /proc/self/cgroup, files, GiB that can still be taken
+    "no limit": ("0::/", {}, 90),
+    "v2, its own": (
+        "0::/job",
+        {f"{V2}/job/memory.max": str(64 * GIB), f"{V2}/job/memory.stat": stat(4, shmem=1)},
+        59,
+    ),
+    "v2, its parent's": (  # where a neighbour has taken 20
+        "0::/user.slice/job/step",
+        {f"{SLICE}/memory.max": str(40 * GIB), f"{SLICE}/memory.stat": stat(25)}
+        | {f"{SLICE}/job/memory.max": str(64 * GIB), f"{SLICE}/job/memory.stat": stat(5)}
+        | {f"{SLICE}/job/step/memory.max": "max", f"{SLICE}/job/step/memory.stat": stat(5)},
+        15,
+    ),
+    "v2, where it is throttled": (
+        "0::/job",
+        {f"{V2}/job/memory.max": "max", f"{V2}/job/memory.high": str(30 * GIB)}
+        | {f"{V2}/job/memory.stat": stat(10)},
+        20,
+    ),
+    "v2, a container's root": (  # its path is the host's, and not there
+        "0::/docker/1234",
+        {f"{V2}/memory.max": str(32 * GIB), f"{V2}/memory.stat": stat(2)},
+        30,
+    ),
+    "v1, nested": (
+        "5:cpu,cpuacct:/a/b\n4:memory:/a/b\n0::/a/b",
+        {f"{V1}/a/memory.limit_in_bytes": str(48 * GIB)}
+        | {f"{V1}/a/memory.stat": stat(total_rss=8, total_shmem=2)}
+        | {f"{V1}/a/b/memory.limit_in_bytes": str(2**63 - 4096)}
+        | {f"{V1}/a/b/memory.stat": stat(total_rss=1, total_shmem=0)},
+        38,
+    ),
+    "v1, a container's root": (
+        "4:memory:/kubepods/pod1",
+        {f"{V1}/memory.limit_in_bytes": str(16 * GIB)}
+        | {f"{V1}/memory.stat": stat(total_rss=3, total_shmem=0)},
+        13,
+    ),
+    "more than the system has": (
+        "0::/job",
+        {f"{V2}/job/memory.max": str(500 * GIB), f"{V2}/job/memory.stat": stat(4)},
+        90,
+    ),
+    "overdrawn": (
+        "0::/job",
+        {f"{V2}/job/memory.max": str(4 * GIB), f"{V2}/job/memory.stat": stat(6)},
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_free_host_memory_is_the_least_along_the_path_of_control_groups(name, tmp_path):
+    own, files, left = CONTAINERS[name]
+    assert control_groups(tmp_path, own, files) == pytest.approx(left)
+
+
+def test_more_host_memory_than_there_is_is_refused_before_it_is_touched(monkeypatch):
+    with pytest.raises(ValueError, match="--host_gib 120: 60.0 GiB are free"):
+        plan.asked("--host_gib", 120, 60 * GIB)
+    with pytest.raises(ValueError, match="pass --host_gib"):
+        plan.asked("--host_gib", None, None)
+    assert plan.asked("--host_gib", 40.5, 60 * GIB) == 40.5 * GIB
+    assert plan.asked("--host_gib", None, 7) == 7 and plan.asked("--host_gib", 2, None) == 2 * GIB
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    with pytest.raises(ValueError, match="plan for less with --host_gib"):
+        memory.host_buffer(1001, pin=False)
+    assert len(memory.host_buffer(1000, pin=False)) == 1000
+
+
+@pytest.mark.parametrize("host_gradients", [False, True])
+def test_host_memory_is_free_before_the_export(
+    ckpt, tmp_path, small_memory, monkeypatch, host_gradients
+):
+    maps, alive, save = [], [], run.save_checkpoint
+
+    class Map(memory.mmap.mmap):
+        def __init__(self, file, *_, **__):
+            if file == -1:  # memory, not a file of tokens
+                maps.append(weakref.ref(self))
+
+    def save_then(*args, **kwargs):
+        gc.collect()
+        alive.extend(len(m()) for m in maps if m() is not None)
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(memory.mmap, "mmap", Map)
+    monkeypatch.setattr(run, "save_checkpoint", save_then)
+    small_memory["host_gradients"] = host_gradients
+    train(tiny_run(ckpt, tmp_path / "run", steps=1, eval_tokens=0))
+    # The state, the gradients, the blocks' inputs are gone; the teacher's came home: a CPU's.
+    assert len(maps) == 3 + host_gradients and len(alive) == 1
+    weights = sum(p.numel() for p in load_checkpoint(ckpt[0]).parameters())
+    assert 2 * weights <= alive[0] < 2.2 * weights
 
 
 # -------------------------------------------------------------------------------------------- races
@@ -527,6 +872,21 @@ def test_streamed_optimizer_state_has_no_race(races):
         for _ in range(2):
             p.grad.fill_(1.0)
             optimizer.step()
+    assert races.accesses and not races.races
+
+
+def test_gradients_on_their_way_to_the_host_have_no_race(races, monkeypatch):
+    monkeypatch.setattr(memory, "IN_FLIGHT", 100)
+    weights = [torch.nn.Parameter(torch.ones(n, dtype=torch.bfloat16)) for n in (70, 5, 31)]
+    settings = dict(host=True, chunk=10, host_gradients=True)
+    optimizer = memory.AdamW(weights, 0.1, (0.9, 0.95), 1e-8, 0.0, **settings)
+    with races:
+        for _ in range(2):
+            for _ in range(3):
+                sum(w.sum() * w.sum() for w in weights).backward()
+            torch.nn.utils.clip_grad_norm_(optimizer.with_gradients(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
     assert races.accesses and not races.races
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from longred import Config, plan_streams
-from machine import plan as planner
 from machine.plan import GIB, Unit, make_plan
 from machine.settings import fill
 from measure import bench, replay
@@ -25,6 +24,10 @@ RUNS = {  # model, window, GiB that are free: a card of 24, 48, 80, 141 GB
     "8B 32K on 80 GB": ("8B", 32768, 79.1),
     "8B 32K on 141 GB": ("8B", 32768, 139.0),
     "8B 128K on 141 GB": ("8B", 131072, 139.0),
+}
+SMALL = {  # where gradients add up in host memory
+    "3B 16K on 24 GB": ("3B", 16384, 23.5),
+    "8B 16K on 48 GB": ("8B", 16384, 47.4),
 }
 
 
@@ -59,7 +62,7 @@ def unmended(record):
 def test_without_the_mend_8b_ends_in_its_first_long_pass(choose_layers, stranded):
     plan, record = recorded("8B", 32768, 79.1, reviewed=True)
     gpu = Allocator(int(79.1 * GIB), expandable=False)
-    with pytest.raises(MemoryError, match="^long, step 0"):
+    with pytest.raises(MemoryError, match="^long, a pass"):
         replay.replay(unmended(record), replay.order(plan, choose_layers), gpu)
     assert (gpu.reserved - gpu.allocated) / GIB == pytest.approx(stranded, abs=0.5)
     # The same allocations fit where segments expand.
@@ -68,23 +71,25 @@ def test_without_the_mend_8b_ends_in_its_first_long_pass(choose_layers, stranded
     assert gpu.retries == 0 and gpu.peak_reserved < 76 * GIB
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", RUNS | SMALL)
 @pytest.mark.parametrize("large_page", [2 * MIB, 20 * MIB], ids=["2 MiB", "20 MiB"])
 @pytest.mark.parametrize("choose_layers", [True, False], ids=["layers chosen", "given"])
 def test_a_planned_run_fits_without_a_retry_where_segments_expand(name, large_page, choose_layers):
-    plan, record = recorded(*RUNS[name])
-    gpu = Allocator(int(RUNS[name][2] * GIB), True, large_page)
+    case = (RUNS | SMALL)[name]
+    plan, record = recorded(*case)
+    assert plan.host_gradients == (name in SMALL)
+    gpu = Allocator(int(case[2] * GIB), True, large_page)
     rows = replay.replay(record, replay.order(plan, choose_layers), gpu)
     assert gpu.retries == 0
     allocated = max(row["allocated"] for row in rows)
     reserved = max(map(plan.reserved, plan.units))
-    assert gpu.peak_reserved - allocated < planner.PAGES
+    assert gpu.peak_reserved - allocated < plan.gaps
     assert 0.95 < gpu.peak_reserved / reserved < 1.02
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", RUNS | SMALL)
 def test_where_segments_cannot_expand_the_plan_leaves_room_for_what_is_stranded(name):
-    model, target_len, gib = RUNS[name]
+    model, target_len, gib = (RUNS | SMALL)[name]
     plan = planned(model, target_len, gib, expandable=False)
     assert max(map(plan.reserved, plan.units)) < gib * GIB
     assert "fixed segments" in plan.table()
