@@ -389,8 +389,7 @@ def contrast(logits: Tensor, local: Tensor, beta: float, gamma: int) -> Tensor:
 
 # ------------------------------------------------------------------------- loss and attention drift
 
-# Tokens whose logits exist at a time on a GPU: 2 GiB in fp32 at V = 128256; a plan may set fewer.
-LOSS_ROWS = 4096
+LOSS_ROWS = 4096  # logits that exist at a time on a GPU: 2 GiB at V = 128256; a plan may set fewer
 KL_NUMBERS = 2**26  # numbers of an attention map that exist at a time
 
 

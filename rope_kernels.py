@@ -259,38 +259,41 @@ def _rope_kernel(
 ):  # fmt: skip
     """Rotate BLOCK_T tokens of one sequence, every head of q and of k; sign -1 rotates back.
 
-    Grid: B * ceil(T / BLOCK_T). Reads q and k once, writes out_q and out_k once, (B, T, heads, H)
-    without gaps; arithmetic in float32. Ids and sin/cos: once per token, for all heads. BLOCK_* are
-    the powers of two that Triton wants, masks cut the rest. Offsets are int64: Llama-3-8B passes
-    2^31 numbers at 524,288 tokens. 16-byte loads need last stride 1 and everything else in whole
-    16 bytes; other layouts are only slower.
+    Grid: B * ceil(T / BLOCK_T). Outputs are (B, T, heads, H) without gaps, arithmetic in float32.
+    BLOCK_* are the powers of two that Triton wants, masks cut the rest. Offsets are int64: a Llama
+    of 8B passes 2^31 numbers at 524,288 tokens. 16-byte loads need last stride 1 and everything
+    else in whole 16 bytes; other layouts are only slower.
     """
     blocks = (n_tokens + BLOCK_T - 1) // BLOCK_T
     row = (tl.program_id(0) // blocks).to(tl.int64)
     token = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    plane = tl.arange(0, BLOCK_H)
+    token, plane = token[:, None], tl.arange(0, BLOCK_H).to(tl.int64)[None, :]
+    mask = (token < n_tokens) & (plane < HALF)  # (BLOCK_T, BLOCK_H)
+    n = tl.arange(0, BLOCK_N).to(tl.int64)[None, :, None]
+    m = tl.arange(0, BLOCK_K).to(tl.int64)[None, :, None]
+    q_mask, k_mask = mask[:, None, :] & (n < N), mask[:, None, :] & (m < K)
 
-    # Word for word what apply_rope_torch does.
-    fraction = tl.load(inv_freq + plane, mask=plane < HALF, other=0.0) * 0.15915494309189535
-    fraction = fraction - tl.floor(fraction + 0.5)
-    frequency = (fraction * 2.0**64).to(tl.int64)
+    q += row * q_stride_b + token * q_stride_t
+    k += row * k_stride_b + token * k_stride_t
+    q_first, q_second = _load_kernel(q, n, plane, q_mask, q_stride_n, q_stride_h, HALF)
+    k_first, k_second = _load_kernel(k, m, plane, k_mask, k_stride_n, k_stride_h, HALF)
+    tl.debug_barrier()  # all of them are under way before any may be waited for
+
+    # Word for word what apply_rope_torch does. Ids and frequencies are loaded as a whole tile: what
+    # comes of fewer numbers than threads, Triton computes again in every thread that wants it.
     position_ids += row * ids_stride_b + token * ids_stride_t
-    position = tl.load(position_ids, mask=token < n_tokens, other=0).to(tl.int64)
-    turns = position[:, None, None] * frequency[None, None, :]  # (BLOCK_T, 1, BLOCK_H), wraps
+    position = tl.load(tl.broadcast_to(position_ids, mask.shape), mask=mask, other=0).to(tl.int64)
+    fraction = tl.load(tl.broadcast_to(inv_freq + plane, mask.shape), mask=mask, other=0.0)
+    fraction = fraction * 0.15915494309189535
+    fraction = fraction - tl.floor(fraction + 0.5)
+    turns = position * (fraction * 2.0**64).to(tl.int64)  # wraps
     cos = _cos_kernel(turns) * attention_factor
     sin = _cos_kernel(turns - (1 << 62)) * attention_factor * sign
-
-    out_token = row * n_tokens + token
-    q += row * q_stride_b
-    _rotate_kernel(
-        q, q_stride_t, q_stride_n, q_stride_h, out_q,
-        token, out_token, n_tokens, cos, sin, N, HALF, BLOCK_N, BLOCK_H,
-    )  # fmt: skip
-    k += row * k_stride_b
-    _rotate_kernel(
-        k, k_stride_t, k_stride_n, k_stride_h, out_k,
-        token, out_token, n_tokens, cos, sin, K, HALF, BLOCK_K, BLOCK_H,
-    )  # fmt: skip
+    token += row * n_tokens
+    out_q += token[:, None, :] * (2 * N * HALF) + n * (2 * HALF)
+    out_k += token[:, None, :] * (2 * K * HALF) + m * (2 * HALF)
+    _rotate_kernel(q_first, q_second, cos, sin, out_q, plane, q_mask, HALF)
+    _rotate_kernel(k_first, k_second, cos, sin, out_k, plane, k_mask, HALF)
 
 
 @jit
@@ -303,20 +306,17 @@ def _cos_kernel(turns):
 
 
 @jit
-def _rotate_kernel(
-    x, stride_t, stride_n, stride_h, out, token, out_token, n_tokens, cos, sin,
-    HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """_rotate for a tile of (tokens, heads, planes)."""
-    token, out_token = token[:, None, None], out_token[:, None, None]
-    head = tl.arange(0, BLOCK_HEADS).to(tl.int64)[None, :, None]
-    plane = tl.arange(0, BLOCK_H).to(tl.int64)[None, None, :]
-    mask = (token < n_tokens) & (head < HEADS) & (plane < HALF)
+def _load_kernel(x, head, plane, mask, stride_n, stride_h, HALF: tl.constexpr):
+    """Both halves of a tile of (tokens, heads, planes); x points at its tokens."""
+    x = x[:, None, :] + head * stride_n + plane[:, None, :] * stride_h
+    return tl.load(x, mask=mask), tl.load(x + HALF * stride_h, mask=mask)
 
-    x += token * stride_t + head * stride_n
-    first = tl.load(x + plane * stride_h, mask=mask).to(tl.float32)
-    second = tl.load(x + (plane + HALF) * stride_h, mask=mask).to(tl.float32)
-    out += (out_token * HEADS + head) * (2 * HALF) + plane
+
+@jit
+def _rotate_kernel(first, second, cos, sin, out, plane, mask, HALF: tl.constexpr):
+    """_rotate for such a tile; out points at its tokens and heads."""
+    first, second = first.to(tl.float32), second.to(tl.float32)
+    cos, sin, out = cos[:, None, :], sin[:, None, :], out + plane[:, None, :]
     tl.store(out, (first * cos - second * sin).to(out.dtype.element_ty), mask=mask)
     tl.store(out + HALF, (second * cos + first * sin).to(out.dtype.element_ty), mask=mask)
 
@@ -333,12 +333,12 @@ def _launch(q, k, position_ids, inv_freq, attention_factor, sign):
     batch, n_tokens, n_heads, head_dim = q.shape
     n_kv_heads, half = k.shape[2], head_dim // 2
     out_q, out_k = q.new_empty(q.shape), k.new_empty(k.shape)
-    block_n, block_k, block_h = map(_power_of_2, (n_heads, n_kv_heads, half))
-    # 2048 planes of q a program, one token of Llama-3-8B, and 32 a thread: 8 loads of 16 bytes in
-    # flight. An interpreted program costs about the same whatever its size, so it takes more.
-    planes = 2**15 if INTERPRETED else 2048
-    block_t = min(_power_of_2(n_tokens), max(1, planes // (block_n * block_h)))
-    n_warps = min(16, max(1, block_t * block_n * block_h // (32 * 32)))
+    block_n, block_k, block_h = map(triton.next_power_of_2, (n_heads, n_kv_heads, half))
+    # 32 planes of q a thread: 8 loads of 16 bytes in flight. 64 beyond 32 heads, or there would be
+    # more threads than angles. (An interpreted program costs about the same whatever its size.)
+    planes = 2**15 if INTERPRETED else 1024
+    block_t = max(1, min(triton.next_power_of_2(n_tokens), planes // (block_n * block_h)))
+    n_warps = block_t * block_n * block_h // (1024 if block_n <= 32 else 2048)
     grid = (batch * -(-n_tokens // block_t),)
     # Triton launches on the current GPU, which need not be q's. (On the CPU this does nothing.)
     with torch.cuda.device_of(q):
@@ -347,13 +347,9 @@ def _launch(q, k, position_ids, inv_freq, attention_factor, sign):
             position_ids, *position_ids.expand(batch, -1).stride(), inv_freq.double().contiguous(),
             n_tokens, attention_factor, sign,
             n_heads, n_kv_heads, half, block_t, block_n, block_k, block_h,
-            num_warps=n_warps, enable_fp_fusion=False,
+            num_warps=min(16, max(1, n_warps)), enable_fp_fusion=False,
         )  # fmt: skip
     return out_q, out_k
-
-
-def _power_of_2(n):
-    return 1 << (n - 1).bit_length()
 
 
 # The launch as an operator: one opaque node to torch.compile, which traces neither device guard nor

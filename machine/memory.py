@@ -564,9 +564,26 @@ def _swiglu_backward(grad_out: Tensor, gate: Tensor, up: Tensor, down_weight: Te
     return torch.ops.aten.silu_backward(grad_act.mul_(up), gate), grad_up
 
 
+@cache
+def matmul_adds(device: torch.device) -> bool:
+    """Whether a matmul of bf16 adds to an fp32 sum in place there: on a GPU, from torch 2.10 on."""
+    try:  # asked, as a refusal has many types and a version number says little of a build
+        total = torch.ones(16, 16, device=device)
+        ones = total.bfloat16()
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+        return (total == 17).all().item()
+    except Exception:
+        return False
+
+
 def _add_product(sums: list, i: int, a: Tensor, b: Tensor) -> None:
-    product = fp32_product(a.T, b)
-    sums[i] = product if sums[i] is None else sums[i].add_(product)
+    """sums[i] += a.T @ b in fp32: 8 bytes of traffic a weight inside the matmul, 16 after it."""
+    if sums[i] is None:
+        sums[i] = fp32_product(a.T, b)
+    elif matmul_adds(a.device) and not torch.compiler.is_compiling():  # not known to its graphs
+        torch.addmm(sums[i], a.T, b, out_dtype=torch.float32, out=sums[i])
+    else:
+        sums[i].add_(fp32_product(a.T, b))
 
 
 @contextmanager

@@ -401,6 +401,10 @@ def peak_bytes(device):
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
+def allocated_bytes(device):
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 def reserved_row(device):
     """Most GiB that the allocator reserved since reset_peak, and allocations tried again."""
     if device.type != "cuda":
@@ -421,11 +425,8 @@ def bench_step(args):
     moments = MOMENTS[args.moments]
     how = args.compile, expand, result["device"]
     plan = planner.make_plan(config, units, gpu, host, moments, *how)
-    if tiny:  # everything would fit, so make it use everything
-        torch.set_num_threads(1)
-        hard = planner.Policy(1, 2, offload=True, mlp_rows=100, compile=args.compile)
-        plan.host_state, plan.teacher_resident, plan.slot_bytes = True, False, 2 * 256 * 64
-        plan.policies = dict.fromkeys(plan.units, hard)
+    if tiny:
+        use_everything(plan, args.compile)
     print(plan.table(), flush=True)
     name = "step" + (f"-{args.gpu_gib:g}gib" if args.gpu_gib else "")
     save = functools.partial(write_result, result, args.out_dir, name, quiet=True)
@@ -441,6 +442,16 @@ def bench_step(args):
         if "seconds" in theirs and not tiny:
             print(f"  ours is {theirs['seconds'] / ours:.2f}x as fast")
     write_result(result, args.out_dir, name)
+
+
+def use_everything(plan, compile_=False):
+    """A smoke test's plan, which has room for all, made to use every mechanism there is."""
+    torch.set_num_threads(1)
+    hard = planner.Policy(1, 2, offload=True, mlp_rows=100, compile=compile_)
+    longest = max(u.tokens for u in plan.units.values())
+    plan.host_state, plan.teacher_resident = True, False
+    plan.slot_bytes = 2 * longest * TINY.d_model
+    plan.policies = dict.fromkeys(plan.units, hard)
 
 
 def our_step(config, plan, rounds, device, result, save):
@@ -460,6 +471,7 @@ def our_step(config, plan, rounds, device, result, save):
     for unit in units:
         trainer.machine.ready(unit.name)
         reset_peak(device)
+        held = allocated_bytes(device)
         run = functools.partial(trainer.unit, unit)
         try:
             seconds, first = timed(run, rounds, device)
@@ -478,6 +490,7 @@ def our_step(config, plan, rounds, device, result, save):
         shares = kernel_shares(run) if device.type == "cuda" else {}
         settings = {"unit": asdict(unit), "policy": asdict(policy)}
         numbers |= reserved_row(device) | {"reserved_planned_gib": plan.reserved(unit.name) / GIB}
+        numbers["activations_gib"] = (peak_bytes(device) - held) / GIB
         result["units"][unit.name] = numbers | settings | {"gpu_time_percent": shares}
         save()
         parts[unit.name] = unit.count * seconds
@@ -545,7 +558,8 @@ def peer_step(name, config, unit, rounds, device):
         return {"out of memory": f"at {unit.batch} x {unit.seq_len}"}
     return speed(config, unit, seconds) | {
         "peak_gib": peak_bytes(device) / GIB,
-        "static_gib": static,
+        "static_gib": static,  # weights and gradients, in bf16
+        "activations_gib": max(0.0, peak_bytes(device) / GIB - static),
         "version": transformers.__version__,
     }
 
@@ -598,22 +612,29 @@ def bench_memory(args):
 
 
 def bench_loss(args):
-    """Time and peak above its inputs of KL(teacher || student), against the cross-entropy's.
+    """Time and peak above its inputs of KL(teacher || student), against the cross-entropy's."""
+    device = torch.device(args.device)
+    result = describe(device)
+    loss_rows(device, args.rounds, result)
+    write_result(result, args.out_dir, "loss")
+
+
+def loss_rows(device, rounds, result):
+    """Into result: both losses' seconds and peaks, and their ratios.
 
     On a GPU Llama-3-8B's head over a pass of 8,192 tokens, bf16; on a CPU a small head in fp32 for
     the time. The peak is counted on fake tensors at Llama-3-8B's size, in a GPU's chunks; on a GPU
     the allocator's own stands beside it.
     """
-    device = torch.device(args.device)
     small = device.type == "cpu"
     tokens, v, d = (512, 4096, 256) if small else (8192, LLAMA3_8B.vocab_size, LLAMA3_8B.d_model)
     dtype = torch.float32 if small else torch.bfloat16
     calls, inputs = loss_calls(tokens, v, d, dtype, device)
-    result = describe(device) | {"shape": [tokens, v, d], "rows": {}}
+    result |= {"shape": [tokens, v, d], "rows": {}}
     for name, run in calls.items():
         reset_peak(device)
         held = 0 if small else sum(t.nbytes for t in inputs)
-        row = {"seconds": timed(run, args.rounds, device)[0]}
+        row = {"seconds": timed(run, rounds, device)[0]}
         if not small:
             row["peak_gib"] = peak_bytes(device) / GIB - held / GIB
         row["counted_gib"] = counted_peak(name) / GIB
@@ -622,7 +643,6 @@ def bench_loss(args):
     kl, nll = result["rows"]["next_token_kl"], result["rows"]["next_token_loss"]
     result["ratios"] = {key: kl[key] / nll[key] for key in nll}
     print("KL / cross-entropy:", {k: round(x, 3) for k, x in result["ratios"].items()})
-    write_result(result, args.out_dir, "loss")
 
 
 def loss_calls(tokens, v, d, dtype, device):
@@ -657,16 +677,17 @@ def counted_peak(name, tokens=8192):
 
 def pcie_rates(device, nbytes=2**30):
     """GB/s between locked host memory and the GPU: up, down, and each way with both at once."""
-    host = memory.host_buffer(2 * nbytes, pin=True).view(2, nbytes)
+    host = memory.host_buffer(2 * nbytes, pin=device.type == "cuda").view(2, nbytes)
     gpu = torch.empty(2, nbytes, dtype=torch.uint8, device=device)
-    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    api = torch.get_device_module(device)
+    streams = api.Stream(), api.Stream()
 
     def up():
-        with torch.cuda.stream(streams[0]):
+        with api.stream(streams[0]):
             gpu[0].copy_(host[0], non_blocking=True)
 
     def down():
-        with torch.cuda.stream(streams[1]):
+        with api.stream(streams[1]):
             host[1].copy_(gpu[1], non_blocking=True)
 
     def both():
@@ -913,6 +934,7 @@ def main(argv=None):
 
     add = command("prove", prove, 1, "all that is claimed of a GPU, 8 minutes, against the targets")
     add("--more", action="store_true", help="also peers, 128K and 256K")
+    add("--ckpt", help="a small checkpoint to train (default: the demo's, else one trained first)")
     add = command("data", bench_data, 3, "tokenising against the tokenizer library alone; best")
     add("--data", nargs="*", help="text (default: the standard library's sources)")
     add("--ckpt", help="folder with a tokenizer (default: a BPE trained on that text)")

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -21,7 +22,9 @@ import torch
 
 from machine import memory
 from machine import plan as planner
-from measure import bench
+from machine.hf_config import original_window
+from measure import bench, demo, evaluate
+from model import load_config
 
 GIB = planner.GIB
 HERE = Path(__file__).resolve().parent.parent
@@ -64,13 +67,15 @@ def _rotary(field: str, against: str | None = None):
     return value
 
 
-def _ratio(field: str):
-    """transformers' number over ours for the same long pass."""
+def _against_peer(field: str, ours_first: bool = False):
+    """transformers' number over ours for the same long pass, or ours over its."""
 
     def value(stages):
         ours = _get(stages, "8B", "units", "long", field)
         theirs = _get(stages, "peers", "transformers", field)
-        return theirs / ours if ours and theirs else None
+        if not ours or not theirs:
+            return None
+        return ours / theirs if ours_first else theirs / ours
 
     return value
 
@@ -89,6 +94,12 @@ def _of_units(field: str):
         return max((u[field] for u in units if field in u), default=None)
 
     return value
+
+
+def _longest(stages):
+    """Tokens of the longest text that a long pass of 8B took."""
+    units = [_get(stages, name, "units", "long") or {} for name in ("8B", "128K", "256K")]
+    return max((u["unit"]["seq_len"] for u in units if "tokens_per_s" in u), default=None)
 
 
 TARGETS = [  # ../shared/performance.md's, as README's table shows them
@@ -115,7 +126,14 @@ TARGETS = [  # ../shared/performance.md's, as README's table shows them
     Target("8B 32K reserved memory", _of_units("reserved_gib"), {"H100": 76}, "GiB", True),
     Target("allocation retries", _of_units("alloc_retries"), {"any": 0}, "", True),
     Target("planned against measured reserved", _planned, {"any": 10}, "% apart", True),
-    Target("transformers' time for a long pass", _ratio("seconds"), {"any": 1.3}, "x ours", False),
+    Target("transformers' long pass", _against_peer("seconds"), {"any": 1.3}, "x our time", False),
+    Target(
+        "activations, long pass",
+        _against_peer("activations_gib", ours_first=True),
+        {"any": 0.5},
+        "x transformers'",
+        True,
+    ),
     Target(
         "128K long pass",
         lambda s: _get(s, "128K", "units", "long", "tokens_per_s"),
@@ -123,12 +141,12 @@ TARGETS = [  # ../shared/performance.md's, as README's table shows them
         "tok/s",
         False,
     ),
+    Target("longest long pass of 8B", _longest, {"H200": 262144}, "tokens", False),
     Target(
-        "256K long pass, 8B, fits",
-        lambda s: _get(s, "256K", "units", "long", "tokens_per_s"),
-        {"H200": 1},
-        "tok/s",
-        False,
+        "KL's peak", lambda s: _get(s, "loss", "ratios", "peak_gib"), {"any": 1.1}, "x loss's", True
+    ),
+    Target(
+        "KL's time", lambda s: _get(s, "loss", "ratios", "seconds"), {"any": 2.2}, "x loss's", True
     ),
 ]
 
@@ -175,32 +193,40 @@ def print_verdicts(rows: list[dict]) -> None:
 # -------------------------------------------------------------------------------------- the stages
 
 
-def machine_stage(device, seconds: float) -> dict:
+# On a CPU each runs at a toy's size: it shows that the command works, and measures nothing.
+
+
+def machine_stage(device, seconds: float, args) -> dict:
     """Copy and GEMM rates, PCIe, how much host memory can be locked."""
-    bytes_moved, size = 2 * 2**30, 8192
-    source = torch.randint(256, (2**30,), dtype=torch.uint8, device=device)
+    gpu = device.type == "cuda"
+    nbytes, size, piece = (2**30, 8192, 8 * GIB) if gpu else (2**20, 64, 2**20)
+    source = torch.randint(256, (nbytes,), dtype=torch.uint8, device=device)
     copy, _ = bench.timed(functools.partial(torch.empty_like(source).copy_, source), 9, device)
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     gemm, _ = bench.timed(lambda: [torch.mm(a, b) for _ in range(10)], 9, device)
-    found = {"copy_gb_s": bytes_moved / copy / 1e9, "gemm_tflops": 20 * size**3 / gemm / 1e12}
-    found |= {"memory_gib": torch.cuda.mem_get_info(device)[1] / GIB}
-    found |= {"expandable_segments": planner.segments_expand()}
-    found["pcie_gb_s"] = bench.pcie_rates(device)
+    found = {"copy_gb_s": 2 * nbytes / copy / 1e9, "gemm_tflops": 20 * size**3 / gemm / 1e12}
+    if gpu:
+        found |= {"memory_gib": torch.cuda.mem_get_info(device)[1] / GIB}
+        found |= {"expandable_segments": planner.segments_expand()}
+    found["pcie_gb_s"] = bench.pcie_rates(device, nbytes)
     memory.free_host_buffers()
     room, began, locked = planner.available_memory() or 0, time.monotonic(), 0
-    while locked + 8 * GIB <= room - planner.HOST_SPARE and time.monotonic() - began < seconds / 2:
+    most = room - planner.HOST_SPARE if gpu else 3 * piece
+    while locked + piece <= most and time.monotonic() - began < seconds / 2:
         try:
-            memory.host_buffer(8 * GIB, pin=True)
+            memory.host_buffer(piece, pin=gpu)
         except ValueError as e:
             found["lock_refused"] = str(e)
             break
-        locked += 8 * GIB
+        locked += piece
     memory.free_host_buffers()
     return found | {"lockable_gib": locked / GIB, "host_free_gib": room / GIB}
 
 
-def tests_stage(device, seconds: float) -> dict:
+def tests_stage(device, seconds: float, args) -> dict:
     """tests/test_gpu.py in a process of its own, on this device."""
+    if device.type != "cuda":
+        return {"not run": "no GPU; python -m pytest runs the same tests on a CPU"}
     if importlib.util.find_spec("pytest") is None:
         return {"not run": "pytest is not installed"}
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "tests/test_gpu.py"]
@@ -208,106 +234,135 @@ def tests_stage(device, seconds: float) -> dict:
     return {"passed": done.returncode == 0, "output": done.stdout[-3000:]}
 
 
-def rotary_stage(device, seconds: float) -> dict:
+def rotary_stage(device, seconds: float, args) -> dict:
     """The rotary kernel at 8K and 32K against a copy and its peers."""
     rows, began = [], time.monotonic()
-    for n_tokens in (32768, 8192):
+    lengths, rounds = ((32768, 8192), 15) if device.type == "cuda" else ((32, 8), 1)
+    for n_tokens in lengths:
         if rows and time.monotonic() - began > seconds:
             return {"rows": rows, "not run": f"{n_tokens}: out of time"}
-        rows += bench.rope_at(n_tokens, 15, device)
+        rows += bench.rope_at(n_tokens, rounds, device)
         bench.print_rope(rows[-len(rows) :], n_tokens)
     return {"rows": rows}
 
 
-def step_stage(device, seconds: float, length: int = 32768) -> dict:
+def loss_stage(device, seconds: float, args) -> dict:
+    """KL of the next token against the cross-entropy, with Llama-3-8B's head."""
+    result = {}
+    bench.loss_rows(device, 5 if device.type == "cuda" else 1, result)
+    return result
+
+
+def step_stage(device, seconds: float, args, length: int = 32768) -> dict:
     """Llama-3-8B, random weights: a pass of each kind and the optimizer, against the plan."""
-    units = [replace(bench.UNITS[0], seq_len=length, count=2**20 // length), *bench.UNITS[1:]]
-    room, host = planner.gpu_room(), planner.available_memory()
-    expand, result = planner.segments_expand(), {}
+    gpu = device.type == "cuda"
+    config, units = (bench.LLAMA3_8B, bench.UNITS) if gpu else (bench.TINY, bench.TINY_UNITS)
+    length, count = length if gpu else length // 1024, 2**20 // length
+    units = [replace(units[0], seq_len=length, count=count), *units[1:]]
+    room, host = 139 * GIB, 120 * GIB
+    if gpu:
+        room, host = planner.gpu_room(), planner.available_memory()
+    expand, result = not gpu or planner.segments_expand(), {}
     for moments in (torch.float32, torch.bfloat16):
         try:
-            config = bench.LLAMA3_8B
             plan = planner.make_plan(config, units, room, host, moments, expandable=expand)
             break
         except ValueError as e:
             result["refused"] = str(e)
     else:
         return result
+    if not gpu:
+        bench.use_everything(plan)
     print(plan.table(), flush=True)
     result["moments"] = str(moments)
     try:
-        bench.our_step(bench.LLAMA3_8B, plan, 1, device, result, lambda: None)
+        bench.our_step(config, plan, 1, device, result, lambda: None)
     finally:
         memory.free_host_buffers()
     return result
 
 
-def run_stage(device, seconds: float) -> dict:
+TEXT = sysconfig.get_paths()["stdlib"] + "/*.py"  # real text that is everywhere
+DEMO = Path("out/demo/original")  # where `python longred.py` leaves it
+DEMO_STEPS = 150
+
+
+def small_checkpoint(root: Path, ckpt: str | None) -> tuple[Path, str]:
+    """A folder with a real small checkpoint, and which it is: --ckpt, the demo's, one made now."""
+    if ckpt:
+        return Path(ckpt), ckpt
+    if (DEMO / "config.json").is_file():
+        return DEMO, f"the demo's original, {DEMO}"
+    topics = root / "prose.jsonl"
+    demo.write_demo_text(topics, root / "code.jsonl")
+    demo.train_demo_model(0, root / "original", topics, steps=DEMO_STEPS)
+    return root / "original", f"the demo's original, {DEMO_STEPS} of its 600 steps, trained here"
+
+
+def stopped_and_resumed(command: list, out: Path, until: float) -> dict:
+    """Run, SIGTERM after the first state, resume. passed is True where both went as they should."""
+    # Tests without a GPU run kernels in Triton's interpreter, a run does not.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    with open(out.with_name("said"), "w+") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment)
+        while process.poll() is None and time.monotonic() < until:
+            if (out / "checkpoints" / "step-000002").exists():
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        try:
+            stopped = process.wait(timeout=max(1, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            stopped = "not stopped in time"
+        said.seek(0)
+        printed = said.read()[-2000:]
+    if stopped != 128 + signal.SIGTERM:
+        return {"passed": False, "stopped": stopped, "output": printed}
+    resume, left = [*command[:2], "--resume", str(out)], max(1, until - time.monotonic())
+    done = subprocess.run(resume, capture_output=True, text=True, timeout=left, env=environment)
+    if done.returncode:
+        return {"passed": False, "resumed": done.returncode, "output": done.stderr[-2000:]}
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    whole = [x["step"] for x in log] == list(range(1, len(log) + 1))
+    return {"passed": whole, "stopped": stopped, "loss": [log[0]["loss"], log[-1]["loss"]]}
+
+
+def run_stage(device, seconds: float, args) -> dict:
     """A small checkpoint as a user runs it: train, SIGTERM, resume, export, reopen, evaluate."""
     from transformers import AutoModelForCausalLM
-
-    from measure.demo import write_byte_tokenizer
-    from model import Llama, ModelConfig, save_checkpoint
 
     until = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        shape = dict(d_model=128, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=64, d_ff=256)
-        config = ModelConfig(**shape, vocab_size=256, max_position_embeddings=128, rope_theta=1e4)
-        model = Llama(config).init_weights(generator=torch.Generator().manual_seed(0))
-        write_byte_tokenizer(root / "tokenizer")
-        save_checkpoint(model, root / "original", tokenizer_from=root / "tokenizer")
-        text, out = str(HERE / "machine" / "*.py"), root / "run"
-        flags = {"ckpt": root / "original", "target_len": 512, "out_dir": out, "device": device}
-        flags |= {"long_data": text, "short_data": text, "cache_dir": root / "tokens", "steps": 12}
+        original, which = small_checkpoint(root, args.ckpt)
+        window, out = original_window(load_config(original)), root / "run"
+        flags = {"ckpt": original, "target_len": 2 * window, "out_dir": out, "device": device}
+        flags |= {"long_data": TEXT, "short_data": TEXT, "cache_dir": root / "tokens", "steps": 4}
         flags |= {"long_micro": 1, "long_batch": 2, "short_micro": 1, "short_batch": 4}
-        flags |= {"s2l_micro": 1, "s2l_batch": 4, "short_len": 128, "eval_tokens": 2048}
-        flags |= {"save_every": 2, "lr": 1e-3}
+        flags |= {"s2l_micro": 1, "s2l_batch": 2, "eval_tokens": 4 * window, "save_every": 2}
         given = [x for key, value in flags.items() for x in (f"--{key}", str(value))]
-        command = [sys.executable, str(HERE / "longred.py")]
-        # Tests without a GPU run kernels in Triton's interpreter, a run does not.
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        with open(root / "said", "w") as said:
-            process = subprocess.Popen(
-                [*command, *given], stdout=said, stderr=subprocess.STDOUT, env=environment
-            )
-            while process.poll() is None and time.monotonic() < until:
-                if (out / "checkpoints" / "step-000002").exists():
-                    break
-                time.sleep(0.05)
-            process.send_signal(signal.SIGTERM)
-            try:
-                stopped = process.wait(timeout=max(1, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                stopped = f"not stopped within {seconds:.0f} s"
-        if stopped != 128 + signal.SIGTERM:
-            return {
-                "passed": False,
-                "stopped": stopped,
-                "output": (root / "said").read_text()[-2000:],
-            }
-        resume = [*command, "--resume", str(out)]
-        left = max(1, until - time.monotonic())
-        done = subprocess.run(resume, capture_output=True, text=True, timeout=left, env=environment)
-        if done.returncode:
-            return {"passed": False, "resumed": done.returncode, "output": done.stderr[-2000:]}
-        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        command = [sys.executable, str(HERE / "longred.py"), *given]
+        found = {"checkpoint": which} | stopped_and_resumed(command, out, until)
+        if not found["passed"]:
+            return found
         reopened = AutoModelForCausalLM.from_pretrained(out / "hf")
-        return {
-            "passed": [x["step"] for x in log] == list(range(1, 13)),
-            "stopped": stopped,
-            "loss": [log[0]["loss"], log[-1]["loss"]],
-            "reopened_parameters": sum(p.numel() for p in reopened.parameters()),
-            "report": (out / "report.md").read_text()[:2000],
-        }
+        found["reopened_parameters"] = sum(p.numel() for p in reopened.parameters())
+        found["report"] = (out / "report.md").read_text()[:2000]
+        wanted = ["--tasks", "kept", "position", "--lengths", f"{window},{2 * window}"]
+        wanted += ["--eval_tokens", str(4 * window), "--device", str(device)]
+        places = ["--out_dir", str(root / "evaluated"), "--cache_dir", str(root / "tokens")]
+        evaluate.main(["--base", str(original), "--ckpt", str(out), *wanted, *places])
+        return found | {"evaluated": (root / "evaluated" / "report.md").read_text()[:4000]}
 
 
-def peers_stage(device, seconds: float) -> dict:
+def peers_stage(device, seconds: float, args) -> dict:
     """The same long pass by transformers with checkpointing, and under Liger-Kernel."""
-    found = {}
+    found, gpu = {}, device.type == "cuda"
+    config, unit = (bench.LLAMA3_8B, bench.UNITS[0]) if gpu else (bench.TINY, bench.TINY_UNITS[0])
     for peer in ("transformers", "liger"):
-        found[peer] = bench.peer_step(peer, bench.LLAMA3_8B, bench.UNITS[0], 1, device)
+        found[peer] = bench.peer_step(peer, config, unit, 1, device)
         bench.reset_peak(device)
     return found
 
@@ -318,6 +373,7 @@ STAGES = {  # name -> (what it runs, seconds it may take)
     "rotary": (rotary_stage, 40),
     "8B": (step_stage, 150),
     "run": (run_stage, 150),
+    "loss": (loss_stage, 20),
 }
 MORE = {
     "peers": (peers_stage, 200),
@@ -326,7 +382,7 @@ MORE = {
 }
 
 
-def fenced(stage, seconds: float, device) -> dict:
+def fenced(stage, seconds: float, device, args=None) -> dict:
     """A stage's result, or its error as the result. Limits are the stages' own to keep; on Linux an
     alarm ends what does not."""
 
@@ -338,7 +394,7 @@ def fenced(stage, seconds: float, device) -> dict:
         previous = signal.signal(signal.SIGALRM, too_late)
         signal.alarm(int(2 * seconds))
     try:
-        result = stage(device, seconds)
+        result = stage(device, seconds, args)
     except Exception as e:  # out of memory, a compiler, a bug: whatever it is, others go on
         lines = str(e).splitlines() or [""]
         result = {"error": f"{type(e).__name__}: {lines[0][:500]}"}
@@ -357,11 +413,7 @@ def prove(args) -> None:
     print(f"{result['device']}, {result['date']}, {result['versions']}", flush=True)
     save = functools.partial(bench.write_result, result, args.out_dir, "prove")
     for name, (stage, seconds) in (STAGES | (MORE if args.more else {})).items():
-        if device.type != "cuda":
-            result["stages"][name] = {"not run": "no GPU"}
-        else:
-            result["stages"][name] = fenced(stage, seconds, device)
-        found = result["stages"][name]
+        found = result["stages"][name] = fenced(stage, seconds, device, args)
         short = {k: v for k, v in found.items() if not isinstance(v, dict | list)}
         print(f"stage {name}: {short}", flush=True)
         result["targets"] = verdicts(result["stages"], result["device"], device.type != "cuda")

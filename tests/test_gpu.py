@@ -94,6 +94,29 @@ def test_products_of_bf16_come_out_in_fp32():
     assert (product - exact).norm() < limit * exact.norm()
 
 
+def test_products_add_up_in_fp32_inside_the_matmul_where_torch_can(monkeypatch):
+    """Small whole numbers, of which every product and sum is exact in bf16 and in fp32."""
+    assert memory.matmul_adds(torch.device(DEVICE)) == ON_GPU  # torch 2.10 or later
+    pairs = [(random(48, 24, seed=s).sign(), random(48, 40, seed=s + 9).sign()) for s in range(3)]
+    exact = sum(a.double().T @ b.double() for a, b in pairs)
+    addmm, inside = torch.addmm, []
+
+    def spy(total, a, b, *, out_dtype, out):
+        inside.append((a.dtype, out_dtype, out is total))
+        if ON_GPU:
+            return addmm(total, a, b, out_dtype=out_dtype, out=out)
+        return out.add_(a.float() @ b.float())
+
+    monkeypatch.setattr(torch, "addmm", spy)
+    for can in (False, True):
+        monkeypatch.setattr(memory, "matmul_adds", lambda device, can=can: can)
+        sums = [None]
+        for a, b in pairs:
+            memory._add_product(sums, 0, a, b)
+        assert sums[0].dtype == torch.float32 and torch.equal(sums[0].double(), exact)
+        assert inside == [(torch.bfloat16, torch.float32, True)] * 2 * can
+
+
 @pytest.mark.parametrize("backend", ["CUDNN_ATTENTION", "FLASH_ATTENTION", "chosen"])
 @pytest.mark.parametrize("start", [0, 128])
 def test_attention_and_its_gradients_are_those_of_the_formula(backend, start):
