@@ -27,7 +27,7 @@ from machine import checkpoints, corpus, log, memory, plan, samples, states
 from machine.checkpoints import hf_name, open_tensors, resolve_checkpoint
 from machine.command_line import parse_args  # noqa: F401, for longred.py
 from machine.corpus import beginnings
-from machine.keeper import Keeper, refuse_taken
+from machine.keeper import Keeper, refuse_in_the_way, refuse_taken
 from machine.log import outlive_readers  # noqa: F401, for longred.py
 from machine.many import Processes, after_restart, whole_number
 from machine.memory import in_chunks  # noqa: F401, for longred.py
@@ -130,6 +130,8 @@ class Run:
         """
         if not self.resumed:
             refuse_taken(self.out_dir)
+        else:
+            refuse_in_the_way(self.out_dir)
         with torch.device("meta"):
             empty = Llama(self.original)
         shapes = {hf_name(name): p.shape for name, p in empty.named_parameters()}
@@ -283,7 +285,7 @@ class Run:
         first = keeper.load(c, config, before, self.student, self.adamw)
         self.note_changed_code(first)
         self.write_record()
-        logged = self.once(lambda: log.trim_log(self.out_dir / "log.jsonl", first))
+        logged = self.once(lambda: states.trim_log(self.out_dir / "log.jsonl", first))
         self.watch = log.Watch(logged, c.max_bad_steps)
         after = plan.report_steps(c, self.original, self.streams.values())
         began, path = time.monotonic(), self.out_dir / "log.jsonl"
