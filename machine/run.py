@@ -106,6 +106,7 @@ class Run:
         config = after_restart(config)
         if config.resume:
             self.resumed = states.read_run(config.resume)
+            states.refuse_older(Path(config.resume))
             config = resumed_config(self.resumed["config"], config)
         self.processes.join(config.device, config.context or 1)
         if self.resumed:

@@ -385,6 +385,24 @@ def newest_state(out_dir: Path) -> Path | None:
     return None
 
 
+OLDER = "state.pt", ".metadata"  # beside a manifest.json, up to the version before this format
+
+
+def refuse_older(out_dir: Path) -> None:
+    """ValueError where all states of a run are of a format that this version does not read."""
+    saved = states_in(out_dir / "checkpoints", copies=True)
+    if any(path for folder in saved for path in folder.glob("shard-*")):
+        return
+    for folder in reversed(saved):
+        if older := [name for name in OLDER if (folder / name).is_file()]:
+            raise ValueError(
+                f"--resume {out_dir}: {folder.name} is of an older format ({older[0]}) that this "
+                "version cannot resume: go on with the version of longred that wrote it, evaluate "
+                f"its export in {out_dir / 'hf'} if there is one, or train anew into another "
+                "--out_dir"
+            )
+
+
 def read_manifest(folder: Path) -> dict:
     return read_json(folder / "manifest.json")
 

@@ -411,6 +411,15 @@ def test_a_file_that_its_user_put_beside_an_export_stays_there(at_two, whole, tm
     assert not (at_two / "hf" / "model-00001-of-00002.safetensors").exists()
 
 
+@pytest.mark.parametrize("name", ["state.pt", ".metadata"])
+def test_a_state_of_an_older_format_is_named_before_anything_is_done(at_two, name, capsys):
+    folder = at_two / "checkpoints" / "step-000002"
+    (folder / SHARD).rename(folder / name)
+    with pytest.raises(SystemExit, match=f"step-000002 is of an older format .{name}.*evaluate "):
+        main(["--resume", str(at_two)])
+    assert (folder / name).is_file() and not capsys.readouterr().out
+
+
 FORGED = {
     "a pickle": lambda path: path.write_bytes(pickle.dumps(Code())),
     "other shapes": lambda path: save_file(
