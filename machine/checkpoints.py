@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -520,18 +520,26 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return [p for p in found if p.is_file() and (p.name in names or weights.fullmatch(p.name))]
 
 
-def drop_checkpoint(folder: Path) -> None:
-    """Remove an export's files, and the folder where nothing else is in it."""
+def drop_checkpoint(folder: Path, but: Iterable[str] = ()) -> None:
+    """Remove an export's files, but those, and the folder where nothing else is in it."""
     for path in checkpoint_files(folder):
-        path.unlink()
+        if path.name not in but:
+            path.unlink()
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
 
-def _free_name(path: Path) -> Path:
+def free_name(path: Path) -> Path:
     """path, or one like it that is free: somebody's files may lie there."""
     names = (path.with_name(f"{path.name}{i or ''}") for i in range(1000))
-    return next(p for p in names if not p.exists())
+    return next(p for p in names if not os.path.lexists(p))
+
+
+def unfinished(out_dir: Path) -> list[Path]:
+    """The folders that killed processes left beside out_dir while they wrote a checkpoint there."""
+    ours = re.compile(re.escape(out_dir.name) + r"\.\d+\.(partial|previous)\d*")
+    found = out_dir.parent.iterdir() if out_dir.parent.is_dir() else ()
+    return [p for p in found if ours.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
 
 
 @contextmanager
@@ -543,24 +551,26 @@ def new_folder(out_dir: Path) -> Iterator[Path]:
     """
     if out_dir.exists() and not (out_dir / "config.json").is_file() and any(out_dir.iterdir()):
         raise ValueError(f"{out_dir} exists and is no checkpoint; pass another folder or remove it")
-    partial = out_dir.with_name(out_dir.name + ".partial")
-    drop_checkpoint(partial)  # of a killed run
-    partial = _free_name(partial)
+    for left in unfinished(out_dir):
+        drop_checkpoint(left)
+    mine = f"{out_dir.name}.{os.getpid()}"
+    partial = free_name(out_dir.with_name(f"{mine}.partial"))
     partial.mkdir(parents=True)
     yield partial
     for shard in partial.glob("*.safetensors"):  # written for the owner's eyes only by safetensors
         shutil.copymode(partial / "config.json", shard)
-    previous = out_dir.with_name(out_dir.name + ".previous")
-    drop_checkpoint(previous)
-    previous = _free_name(previous)
+    previous = free_name(out_dir.with_name(f"{mine}.previous"))
     if out_dir.exists():
         out_dir.rename(previous)
     partial.rename(out_dir)
-    drop_checkpoint(previous)
-    if previous.is_dir():  # somebody's files
-        for path in previous.iterdir():
-            path.rename(out_dir / path.name)
-        previous.rmdir()
+    new = {path.name for path in out_dir.iterdir()}
+    weights = {p.name for p in checkpoint_files(previous) if p.name.startswith("model")}
+    others = {p.name for p in checkpoint_files(previous)} - weights - new
+    drop_checkpoint(previous, but=others)  # a tokenizer.model, say, that its user put there
+    for left in unfinished(out_dir):
+        for path in left.iterdir():  # somebody's files
+            path.rename(free_name(out_dir / path.name))
+        left.rmdir()
 
 
 def carry_over(source: Path, out_dir: Path, hf: dict) -> dict:

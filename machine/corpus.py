@@ -27,7 +27,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import time
 import zlib
 from collections import deque
@@ -43,7 +42,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from data import Corpus
-from machine.checkpoints import LFS, LFS_REMEDY
+from machine.checkpoints import LFS, LFS_REMEDY, free_name
 from machine.tokenizer import Tokenizer, optional
 
 FORMAT = 3  # part of the cache key: raise it when the files' layout or the cutting rule changes
@@ -605,12 +604,20 @@ def tokenize(
 
 
 def _read_memo(path: Path) -> dict:
-    """seen_files.json, without the entries that are damaged: a memo may be lost, never fatal."""
+    """seen_files.json, without the entries that are damaged: a memo may be lost, never fatal.
+
+    One without a sound entry may be somebody's file: it is set aside under another name.
+    """
+    memo = found = None
     try:
         memo = json.loads(path.read_text(encoding="utf-8"))
-        return {key: value for key, value in memo.items() if _is_memo(key, value)}
+        found = {key: value for key, value in memo.items() if _is_memo(key, value)}
     except (OSError, ValueError, AttributeError, RecursionError):
-        return {}
+        pass
+    if not found and memo != {} and path.is_file():
+        with contextlib.suppress(OSError):  # another process was at it
+            path.rename(free_name(path.with_name(f"{path.name}.damaged")))
+    return found or {}
 
 
 def _is_memo(key: str, value: object) -> bool:
@@ -642,7 +649,8 @@ def _complete(folder: Path, log: Callable = lambda _: None) -> dict | None:
     """
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        if all(os.path.getsize(folder / name) == meta[name] for name in FILES):
+        known = _kinds(meta) == _kinds(FRESH)
+        if known and all(os.path.getsize(folder / name) == meta[name] for name in FILES):
             stats = tuple(_stat(folder / name) for name in FILES)
             if meta["dtype"] in DTYPES and len(meta["checksums"]) == len(FILES):
                 return _same_bytes(folder, stats, meta)
@@ -654,6 +662,12 @@ def _complete(folder: Path, log: Callable = lambda _: None) -> dict | None:
 
 
 DTYPES = "uint16", "uint32"
+# A cache's description before anything is in it; sizes in bytes.
+FRESH = dict.fromkeys(FILES, 0) | {"checksums": [0, 0], "dtype": "", "pieces": 0, "bad": 0, "cr": 0}
+
+
+def _kinds(description: dict) -> dict[str, type]:
+    return {key: type(value) for key, value in description.items()}
 
 
 class Damaged(Exception):
@@ -682,13 +696,20 @@ def _checksums(folder: Path, stats: tuple) -> list[int]:
     return found
 
 
+def _drop(folder: Path) -> None:
+    """Remove a cache's files, its description first, and the folder if nothing else is in it."""
+    for name in ("meta.json", *FILES):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 def _build(folder, files, tokenizer, name, skip_bad, log) -> dict:
     """Tokenise into folder.part, shard by shard; rename when done. Returns the description."""
     part, began = Path(f"{folder}.part"), time.perf_counter()
     part.mkdir(exist_ok=True)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    fresh = dict.fromkeys(FILES, 0) | {"checksums": [0, 0], "dtype": dtype}  # bytes
-    fresh |= {"pieces": 0, "bad": 0, "cr": 0}
+    fresh = FRESH | {"checksums": [0, 0], "dtype": dtype}
     total, item = sum(file.stat[0] for file in files), np.dtype(dtype).itemsize
     with contextlib.ExitStack() as stack:
         bar = tqdm(None, f"tokenising {name}", total, unit="B", unit_scale=True, disable=None)
@@ -722,12 +743,17 @@ def _build(folder, files, tokenizer, name, skip_bad, log) -> dict:
         finish_shard()
     for file in files:
         if not file.hub and _stat(file.path) != file.stat:
-            shutil.rmtree(part)
+            _drop(part)
             raise ValueError(f"{file.path} changed while it was read: run again")
     if not state[FILES[0]]:
         raise ValueError(f"{name}: no text in {len(files)} files; name files that hold some")
-    shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-    os.replace(part, folder)
+    _drop(folder)  # a damaged one
+    if folder.exists():  # somebody's files are in it
+        for file in (*FILES, "meta.json"):
+            os.replace(part / file, folder / file)
+        _drop(part)
+    else:
+        os.replace(part, folder)
     size, seconds = size / 1e6, time.perf_counter() - began
     log(f"{name}: tokenised {size:,.1f}M characters in {seconds:,.1f} s, {size / seconds:,.2f}M/s")
     return state
@@ -740,7 +766,7 @@ def _unfinished(part: Path, fresh: dict) -> dict:
     """
     try:
         state = json.loads((part / "meta.json").read_text())
-        if {k: type(v) for k, v in state.items()} != {k: type(v) for k, v in fresh.items()}:
+        if _kinds(state) != _kinds(fresh):
             return fresh
         for file, checksum in zip(FILES, state["checksums"], strict=True):
             left, found = state[file], 0

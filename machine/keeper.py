@@ -7,6 +7,7 @@ and training waits: they have to agree that all is written.
 """
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from machine import states
-from machine.checkpoints import checkpoint_files
+from machine.checkpoints import checkpoint_files, drop_checkpoint, unfinished
 from machine.many import Processes
 
 try:
@@ -87,6 +88,7 @@ def lock(folder: Path, what: str):
 
 # What a run makes in its OUT_DIR, beside the states and the lock.
 MADE = ("longred.json", "log.jsonl", "report.md", "hf", "checkpoints")
+OURS = r"(longred\.json|log\.jsonl|report\.md)(\.\d+\.partial\d*)?"  # killed while writing it
 
 
 def clear_run(out_dir: Path, ckpt: str) -> None:
@@ -100,10 +102,11 @@ def clear_run(out_dir: Path, ckpt: str) -> None:
         record = out_dir / "longred.json"
         if record.exists() and not same_place(states.read_run(out_dir)["config"], out_dir, ckpt):
             raise ValueError(f"{out_dir} holds another run, which stays: pass another --out_dir")
-        states_, export = out_dir / "checkpoints", out_dir / "hf"
-        ours = [out_dir / "lock", *(out_dir / name for name in MADE)]
+        states_, exports = out_dir / "checkpoints", [out_dir / "hf", *unfinished(out_dir / "hf")]
+        files = [p for p in out_dir.iterdir() if re.fullmatch(OURS, p.name) and p.is_file()]
+        ours = [out_dir / "lock", *files, states_, *exports]
         ours += [p for state in states_.glob("step-*") for p in (state, *states.parts_of(state))]
-        ours += [*checkpoint_files(export)]
+        ours += [path for export in exports for path in checkpoint_files(export)]
         if others := sorted(set(out_dir.rglob("*")) - set(ours)):
             raise ValueError(
                 f"{others[0]} is in the way, and not of the run in {out_dir}: move it, or pass "
@@ -111,13 +114,12 @@ def clear_run(out_dir: Path, ckpt: str) -> None:
             )
         for state in states_.glob("step-*"):
             states.drop(state)
-        for path in checkpoint_files(export):
+        if states_.is_dir():
+            states_.rmdir()
+        for export in exports:
+            drop_checkpoint(export)
+        for path in files:
             path.unlink()
-        for path in (states_, export):
-            if path.is_dir():
-                path.rmdir()
-        for name in MADE[:3]:
-            (out_dir / name).unlink(missing_ok=True)
     finally:
         holder.close()
 
@@ -149,6 +151,23 @@ def refuse_taken(out_dir: Path) -> None:
     for name in MADE:
         if (out_dir / name).exists():
             raise ValueError(f"{out_dir} holds another's {name}; pass another --out_dir")
+
+
+def refuse_in_the_way(out_dir: Path) -> None:
+    """ValueError where somebody's file stands where a resumed run will write its export or report.
+
+    It would be refused at the end too, and by then all steps would wait for it.
+    """
+    hf, report = out_dir / "hf", out_dir / "report.md"
+    others = hf.exists() and not (hf / "config.json").is_file()
+    if others and (not hf.is_dir() or any(hf.iterdir())):
+        raise ValueError(f"{hf} is in the way, and no export: move it, then go on")
+    first = b""
+    if report.is_file():
+        with open(report, "rb") as f:
+            first = f.readline(200)
+    if os.path.lexists(report) and not re.match(rb"# \w+: [\d,]+ -> [\d,]+\s", first):
+        raise ValueError(f"{report} is in the way, and no run wrote it: move it, then go on")
 
 
 def check_steps(done: int, c, before: dict) -> None:

@@ -9,7 +9,6 @@ import sys
 import threading
 from contextlib import contextmanager
 from itertools import takewhile
-from pathlib import Path
 
 import torch
 
@@ -113,27 +112,6 @@ def read_line(line: bytes, steps: int) -> dict | None:
         return found if step <= steps else {}
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-
-
-def trim_log(path: Path, steps: int) -> list[dict]:
-    """Drop the log lines after `steps`, about to be run once more; returns those before.
-
-    A damaged line costs itself alone, and is named.
-    """
-    raw = path.read_bytes().splitlines() if path.is_file() else []
-    found = [read_line(line, steps) for line in raw]
-    lines = {line["step"]: line for line in found if line}
-    torn = [i + 1 for i, line in enumerate(found) if line is None]
-    if torn and (torn != [len(raw)] or len(lines) < steps):  # the last one: a kill's, run anew
-        print(f"warning: {path}: line {', '.join(map(str, torn))} damaged, left out of the log")
-    lines = [lines[step] for step in sorted(lines)]
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as f:
-        f.writelines(json_line(line) for line in lines)
-        f.flush()
-        os.fsync(f.fileno())
-    partial.replace(path)
-    return lines
 
 
 WATCHED = "loss", "grad_norm"

@@ -28,7 +28,7 @@ from machine.checkpoints import hf_name, open_tensors, resolve_checkpoint
 from machine.command_line import parse_args  # noqa: F401, for longred.py
 from machine.corpus import beginnings
 from machine.hf_config import longrope
-from machine.keeper import Keeper, refuse_taken
+from machine.keeper import Keeper, refuse_in_the_way, refuse_taken
 from machine.log import outlive_readers  # noqa: F401, for longred.py
 from machine.many import Processes, after_restart, whole_number
 from machine.memory import in_chunks  # noqa: F401, for longred.py
@@ -107,6 +107,7 @@ class Run:
         config = after_restart(config)
         if config.resume:
             self.resumed = states.read_run(config.resume)
+            states.refuse_older(Path(config.resume))
             config = resumed_config(self.resumed["config"], config)
         self.processes.join(config.device, config.context or 1)
         if self.resumed:
@@ -131,6 +132,8 @@ class Run:
         """
         if not self.resumed:
             refuse_taken(self.out_dir)
+        else:
+            refuse_in_the_way(self.out_dir)
         with torch.device("meta"):
             empty = Llama(self.original)
         shapes = {hf_name(name): p.shape for name, p in empty.named_parameters()}
@@ -292,7 +295,7 @@ class Run:
         first = keeper.load(c, config, before, self.student, self.adamw)
         self.note_changed_code(first)
         self.write_record()
-        logged = self.once(lambda: log.trim_log(self.out_dir / "log.jsonl", first))
+        logged = self.once(lambda: states.trim_log(self.out_dir / "log.jsonl", first))
         self.watch = log.Watch(logged, c.max_bad_steps)
         after = plan.report_steps(c, self.original, self.streams.values())
         began, path = time.monotonic(), self.out_dir / "log.jsonl"

@@ -98,9 +98,8 @@ def own_samples(
     whole = folder / f"{n}.jsonl"
     if not whole.exists():  # under torchrun the first process has written it
         lines = [json.dumps({"text": text}) + "\n" for part in made for text in part["texts"]]
-        partial = whole.with_suffix(".partial")
-        partial.write_text("".join(lines[:n]), encoding="utf-8")
-        partial.replace(whole)
+        with states.whole_file(whole) as f:
+            f.writelines(lines[:n])
     cost = {"texts": n, "tokens": sum(part["tokens"] for part in made)}
     return str(whole), cost | {"seconds": round(sum(part["seconds"] for part in made), 1)}
 

@@ -22,6 +22,7 @@ import re
 import shutil
 import sys
 import zlib
+from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -30,8 +31,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from machine import memory
-from machine.checkpoints import read_json
-from machine.log import finite
+from machine.checkpoints import free_name, read_json
+from machine.log import finite, json_line, read_line
 from machine.plan import GIB
 
 # ----------------------------------------------------------------------------------- small files
@@ -48,16 +49,66 @@ def writing(path: Path):
         raise ValueError(f"cannot write {path}: {e.strerror or e}; {cure} and go on") from e
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write under a temporary name, flush to disk, rename: readers see the old or the new file."""
-    partial = path.with_name(path.name + ".partial")
+@contextmanager
+def whole_file(path: str | Path):
+    """A text file to write, which takes its name when it is complete and on disk.
+
+    Readers see the old or the new file. Until then it has a name that was free.
+    """
+    path = Path(path)
     with writing(path):
-        with open(partial, "w", encoding="utf-8") as f:
-            json.dump(finite(content), f, indent=2, allow_nan=False)
-            f.flush()
-            os.fsync(f.fileno())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = free_name(path.with_name(f"{path.name}.{os.getpid()}.partial"))
+        with open(partial, "x", encoding="utf-8") as f:
+            try:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            except BaseException:
+                partial.unlink()
+                raise
         partial.replace(path)
         sync_folder(path.parent)
+
+
+def write_json(path: Path, content: dict) -> None:
+    with whole_file(path) as f:
+        json.dump(finite(content), f, indent=2, allow_nan=False)
+
+
+def refuse_foreign(path: Path, keys: set[str], maker: str, beside: Iterable[Path] = ()) -> None:
+    """ValueError where `path` or a file beside it is there, and no `maker` wrote it.
+
+    path: of JSON that holds these keys where it is the maker's; beside: what is written with it.
+    """
+    there = [p for p in (path, *beside) if os.path.lexists(p)]
+    if not there:
+        return
+    try:
+        ours = keys <= json.loads(path.read_bytes()).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        ours = False
+    if not ours:
+        raise ValueError(
+            f"{there[0]} is in the way, and no {maker} wrote it: pass another --out_dir"
+        )
+
+
+def trim_log(path: Path, steps: int) -> list[dict]:
+    """Drop the log lines after `steps`, about to be run once more; returns those before.
+
+    A damaged line costs itself alone, and is named.
+    """
+    raw = path.read_bytes().splitlines() if path.is_file() else []
+    found = [read_line(line, steps) for line in raw]
+    lines = {line["step"]: line for line in found if line}
+    torn = [i + 1 for i, line in enumerate(found) if line is None]
+    if torn and (torn != [len(raw)] or len(lines) < steps):  # the last one: a kill's, run anew
+        print(f"warning: {path}: line {', '.join(map(str, torn))} damaged, left out of the log")
+    lines = [lines[step] for step in sorted(lines)]
+    with whole_file(path) as f:
+        f.writelines(json_line(line) for line in lines)
+    return lines
 
 
 def sync_folder(folder: Path) -> None:
@@ -74,16 +125,19 @@ def read_run(out_dir: str | os.PathLike) -> dict:
     if not path.exists():
         raise ValueError(f"--resume {out_dir}: no {path.name} there, so no run to resume")
     record = read_json(path)
-    parts = {name: {} for name in ("data", "weights", "code")} | {"code_changes": []} | record
+    parts = {name: kind() for name, kind in RECORD.items()} | record
     for name, kind in {"config": dict, **RECORD}.items():
-        if not isinstance(parts.get(name), kind):
+        sound = isinstance(parts.get(name), kind)
+        if sound and name == "own_samples":
+            sound = all(type(own) is dict and "file" in own for own in parts[name].values())
+        if not sound:
             raise ValueError(
                 f"{path} is damaged: {name} is missing or wrong; take it from a backup"
             )
     return record
 
 
-RECORD = {"data": dict, "weights": dict, "code": dict, "code_changes": list}
+RECORD = {"data": dict, "weights": dict, "code": dict, "code_changes": list, "own_samples": dict}
 
 
 # -------------------------------------------------------------------------- what a run depends on
@@ -230,12 +284,12 @@ def publish(partial: Path, manifest: dict, keep: int) -> None:
     sync_folder(final.parent)
     newest = states_in(final.parent)[-keep:]
     for old in final.parent.iterdir():
-        if STATE.fullmatch(old.name) and old not in newest:
+        if STATE.fullmatch(old.name) and old not in newest and not is_copy(old):
             drop(old)
 
 
 STATE = re.compile(r"step-\d{6,}(\.partial|\.damaged)?")
-PART = re.compile(r"shard-\d{5}\.safetensors|manifest\.json(\.partial)?")
+PART = re.compile(r"shard-\d{5}\.safetensors|manifest\.json(\.\d+\.partial\d*)?")
 
 
 def parts_of(folder: Path) -> list[Path]:
@@ -253,11 +307,22 @@ def drop(folder: Path) -> None:
         folder.rmdir()
 
 
-def states_in(folder: Path) -> list[Path]:
+def states_in(folder: Path, copies: bool = False) -> list[Path]:
     """Saved states by number of steps, sound or not; folders of other names are not ours."""
     found = folder.iterdir() if folder.is_dir() else ()
     found = [p for p in found if re.fullmatch(r"step-\d{6,}", p.name) and parts_of(p)]
+    found = [p for p in found if copies or not is_copy(p)]
     return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def is_copy(folder: Path) -> bool:
+    """Whether somebody put a state there under the number of another: it is theirs, and stays."""
+    try:
+        manifest = read_manifest(folder)
+        sound = manifest == signed(manifest) and type(manifest["step"]) is int
+    except (ValueError, KeyError):
+        return False
+    return sound and folder.name.split(".")[0] != f"step-{manifest['step']:06d}"
 
 
 def cannot_save(folder: Path, step: int, need: int, e: OSError) -> ValueError:
@@ -299,8 +364,11 @@ def newest_state(out_dir: Path) -> Path | None:
 
     Raises ValueError where states were saved and none is sound.
     """
-    saved = states_in(out_dir / "checkpoints")
+    saved = states_in(out_dir / "checkpoints", copies=True)
     for folder in reversed(saved):
+        if is_copy(folder):
+            print(f"warning: {folder} holds another step's state: left alone", file=sys.stderr)
+            continue
         wrong = damage(folder)
         if wrong is None:
             return folder
@@ -315,6 +383,24 @@ def newest_state(out_dir: Path) -> Path | None:
             f"step-* folders in {out_dir / 'checkpoints'} to begin again at step 1"
         )
     return None
+
+
+OLDER = "state.pt", ".metadata"  # beside a manifest.json, up to the version before this format
+
+
+def refuse_older(out_dir: Path) -> None:
+    """ValueError where all states of a run are of a format that this version does not read."""
+    saved = states_in(out_dir / "checkpoints", copies=True)
+    if any(path for folder in saved for path in folder.glob("shard-*")):
+        return
+    for folder in reversed(saved):
+        if older := [name for name in OLDER if (folder / name).is_file()]:
+            raise ValueError(
+                f"--resume {out_dir}: {folder.name} is of an older format ({older[0]}) that this "
+                "version cannot resume: go on with the version of longred that wrote it, evaluate "
+                f"its export in {out_dir / 'hf'} if there is one, or train anew into another "
+                "--out_dir"
+            )
 
 
 def read_manifest(folder: Path) -> dict:

@@ -52,6 +52,7 @@ from longred import cosine_distance, short_text_distillation
 from machine import corpus, memory
 from machine import plan as planner
 from machine.command_line import integer
+from machine.states import refuse_foreign, whole_file
 from machine.tokenizer import LLAMA3_PATTERN, read_ranks
 from model import LOSS_ROWS, Attention, Llama, ModelConfig, next_token_kl, next_token_loss
 from rope_kernels import apply_rope, rope_backend, rope_frequencies
@@ -102,13 +103,22 @@ def describe(device) -> dict:
     }
 
 
+def result_name(args) -> str:
+    """What a subcommand's JSON is called: by what was asked where that may differ."""
+    if args.name == "step" and args.gpu_gib:
+        return f"step-{args.gpu_gib:g}gib"
+    return "-".join(["memory", *map(str, args.lengths)]) if args.name == "memory" else args.name
+
+
+def result_path(out_dir, name, smoke_test) -> Path:
+    return Path(out_dir) / f"{name}{'-cpu-smoke' if smoke_test else ''}.json"
+
+
 def write_result(result, out_dir, name, quiet=False):
     """Write the JSON whole, over what an earlier row left: a kill costs one row, not all."""
-    path = Path(out_dir) / f"{name}{'-cpu-smoke' if result['smoke_test'] else ''}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(path)
+    path = result_path(out_dir, name, result["smoke_test"])
+    with whole_file(path) as f:
+        f.write(json.dumps(result, indent=1) + "\n")
     if quiet:
         return
     if result["smoke_test"]:
@@ -428,7 +438,7 @@ def bench_step(args):
     if tiny:
         use_everything(plan, args.compile)
     print(plan.table(), flush=True)
-    name = "step" + (f"-{args.gpu_gib:g}gib" if args.gpu_gib else "")
+    name = result_name(args)
     save = functools.partial(write_result, result, args.out_dir, name, quiet=True)
     our_step(config, plan, args.rounds, device, result, save)
     ours = result["units"]["long"].get("seconds", math.nan)
@@ -568,7 +578,7 @@ def bench_memory(args):
     """Planned against measured peak of one long unit at each length; on a CPU against a trace."""
     device = torch.device(args.device)
     result = describe(device) | {"rows": []}
-    name = "-".join(["memory", *map(str, args.lengths)])
+    name = result_name(args)
     gpu, host = rooms(args, device)
     print(f"{result['device']}: plans for {gpu / GIB:.1f} GiB of GPU, {host / GIB:.1f} of host")
     if device.type == "cuda":
@@ -909,7 +919,7 @@ def main(argv=None):
     def command(name, run, rounds, text):
         """Add a subcommand with the flags that all have; returns its add_argument."""
         new = commands.add_parser(name, help=text)
-        new.set_defaults(run=run)
+        new.set_defaults(run=run, name=name)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         add = new.add_argument
         add("--device", default=device, help=f"cuda or cpu (default: {device})")
@@ -940,7 +950,13 @@ def main(argv=None):
     add("--ckpt", help="folder with a tokenizer (default: a BPE trained on that text)")
     args = parser.parse_args(argv)
     planner.expand_segments()  # before anything asks for the GPU
-    args.run(args)
+    try:
+        for smoke_test in (False, True):
+            path = result_path(args.out_dir, result_name(args), smoke_test)
+            refuse_foreign(path, {"device", "smoke_test", "command"}, "benchmark")
+        args.run(args)
+    except (ValueError, OSError) as e:
+        raise SystemExit(f"bench: {e}") from None
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ alone, once by LongReD.
 
 import json
 import math
+import os
 import sysconfig
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 import data
 from longred import Config, long_text_loss, train
+from machine.checkpoints import read_json
 from machine.keeper import clear_run, lock
 from machine.settings import check_device, whole_path
 from machine.states import read_run, write_json
@@ -39,18 +41,19 @@ def demo(config: Config) -> Path:
 MADE = "prose.jsonl code.jsonl original tokenizer tokens long_cpt longred".split()
 MADE += [f"{name}.png" for name in evaluate.PICTURES]
 MARK = "demo.json"  # the folder is a demo's, and what is in MADE its own
+MAKER = "python longred.py"
 
 
 def take_folder(out_dir: Path) -> None:
     """Mark a folder as the demo's; ValueError where somebody's files have the demo's names."""
     mark = out_dir / MARK
-    if not mark.is_file():
-        if there := [name for name in MADE if (out_dir / name).exists()]:
+    if not mark.is_file() or read_json(mark).get("made by") != MAKER:
+        if there := [name for name in (MARK, *MADE) if os.path.lexists(out_dir / name)]:
             raise ValueError(
                 f"{out_dir / there[0]} is in the demo's way, and no demo made it: pass another "
                 "--out_dir (for an older demo's folder too), or --ckpt for a run of your own"
             )
-        write_json(mark, {"made by": "python longred.py"})
+        write_json(mark, {"made by": MAKER})
 
 
 def tell(out_dir: Path, seed: int, device: str | None) -> Path:

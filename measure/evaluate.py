@@ -27,12 +27,10 @@ task's settings: a stopped command continues, and one more --ckpt costs only its
 """
 
 import argparse
-import contextlib
 import functools
 import hashlib
 import json
 import math
-import os
 import re
 import statistics
 import sys
@@ -60,8 +58,8 @@ from machine.log import finite, outlive_readers
 from machine.memory import pad_heads
 from machine.plan import available_memory, parameter_count
 from machine.samples import sample_texts
-from machine.settings import check_device
-from machine.states import read_run, writing
+from machine.settings import check_device, fits
+from machine.states import read_run, refuse_foreign, whole_file
 from machine.tokenizer import Tokenizer
 from measure.pictures import draw
 from model import (
@@ -556,21 +554,6 @@ def fingerprint(folder: Path) -> str:
             with open(path, "rb") as f:
                 digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()[:24]
-
-
-@contextlib.contextmanager
-def whole_file(path: str | Path):
-    """A text file to write, which gets its name when it is complete."""
-    partial = Path(f"{path}.{os.getpid()}.partial")
-    with writing(Path(path)):
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", encoding="utf-8") as f:
-            try:
-                yield f
-            except BaseException:
-                partial.unlink()
-                raise
-        partial.replace(path)
 
 
 def remember(folder: Path, key: dict, compute: Callable[[], dict]) -> dict:
@@ -1085,28 +1068,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 PICTURES = "overview", "drift", "training", "needles", "repeat"
-
-
-def refuse_foreign(out_dir: Path) -> None:
-    """ValueError where a report or picture lies in out_dir that no evaluation wrote."""
-    names = ["report.md", "results.json", *(f"{name}.png" for name in PICTURES)]
-    there = [out_dir / name for name in names if (out_dir / name).exists()]
-    if not there:
-        return
-    try:
-        content = json.loads((out_dir / "results.json").read_bytes())
-        ours = {"settings", "tables", "runs"} <= content.keys()
-    except (OSError, ValueError, AttributeError, RecursionError):
-        ours = False
-    if not ours:
-        raise ValueError(
-            f"{there[0]} is in the way, and no evaluation wrote it: pass another --out_dir"
-        )
+RESULTS = {"settings", "tables", "runs"}  # what results.json holds, by which it is known
 
 
 def compare(a: Namespace) -> None:
     """Measure the original and every checkpoint, then leave report, JSON and pictures."""
-    refuse_foreign(Path(a.out_dir))
+    beside = [Path(a.out_dir) / name for name in ("report.md", *(f"{x}.png" for x in PICTURES))]
+    refuse_foreign(Path(a.out_dir) / "results.json", RESULTS, "evaluation", beside)
     base = resolve_checkpoint(a.base)
     found = [find_run(spec) for spec in a.ckpt]
     seen = Counter(["original", *(name for name, _, _ in found)])
@@ -1118,6 +1086,9 @@ def compare(a: Namespace) -> None:
         if run and run.is_file() and not a.data:
             record = read_run(run.parent)
             config, own = record["config"], record.get("own_samples", {})
+            for name in ("long_data", "short_data"):
+                if not fits(config.get(name) or [], list[str]):
+                    raise ValueError(f"{run} is damaged: its {name} is no list; pass --data")
             files = [own.get(s, {"file": s})["file"] for s in config.get("short_data") or ()]
             a.data, a.short_data = config.get("long_data"), a.short_data or files or None
             a.add_eos = config.get("add_eos") if a.add_eos is None else a.add_eos

@@ -25,7 +25,8 @@ import data
 from longred import Config, plan_streams
 from machine import plan
 from machine.memory import pad_heads
-from measure.evaluate import remember, short_text_drift, whole_file
+from machine.states import refuse_foreign, whole_file
+from measure.evaluate import remember, short_text_drift
 from measure.far_context import (
     brings,
     far_losses,
@@ -325,6 +326,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cache_dir", default="out/tokens")
     parser.add_argument("--train", action=argparse.BooleanOptionalAction, default=True)
     a = parser.parse_args(argv)
+    try:
+        board = [a.out_dir / f"leaderboard.{name}" for name in ("json", "md", "png")]
+        refuse_foreign(board[0], {"original", "runs"}, "leaderboard", board[1:])
+        score_all(a)
+    except (ValueError, OSError, subprocess.CalledProcessError) as e:
+        raise SystemExit(f"leaderboard: {e}") from None
+
+
+def score_all(a) -> None:
+    """Train what is missing where a.train says so, score what there is, print who leads."""
     seeds, texts, runs = [int(s) for s in a.seeds.split(",")], open_texts(a), {}
     base = pad_heads(load_checkpoint(a.base))
     digest = {name: len(ids) for name, ids in texts.items()}

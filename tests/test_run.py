@@ -390,6 +390,36 @@ def test_strangers_files_stay_in_every_folder_of_a_run(at_two, whole):
     assert [p.parent.name for p in shards] == ["step-000004"]
 
 
+def test_a_copy_of_a_state_under_another_number_stays_and_is_not_taken(at_two, whole, capsys):
+    states_, copies = at_two / "checkpoints", []
+    for name in ("step-000001", "step-000777"):
+        copies.append(shutil.copytree(states_ / "step-000002", states_ / name))
+    main(["--resume", str(at_two), "--keep", "1"])
+    assert "step-000777 holds another step's state: left alone" in capsys.readouterr().err
+    assert all((copy / SHARD).is_file() for copy in copies)
+    assert same_run(whole, at_two) and not (states_ / "step-000002").exists()
+
+
+def test_a_file_that_its_user_put_beside_an_export_stays_there(at_two, whole, tmp_path):
+    main(["--resume", str(at_two)])
+    for name in ("tokenizer.model", "special_tokens_map.json", "model-q8.safetensors"):
+        (at_two / "hf" / name).write_text(f"mine: {name}")
+    (at_two / "hf" / "model-00001-of-00002.safetensors").write_text("of an older export")
+    main(["--resume", str(at_two)])
+    mine = [p.name for p in (at_two / "hf").iterdir() if p.read_bytes().startswith(b"mine")]
+    assert sorted(mine) == ["model-q8.safetensors", "special_tokens_map.json", "tokenizer.model"]
+    assert not (at_two / "hf" / "model-00001-of-00002.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["state.pt", ".metadata"])
+def test_a_state_of_an_older_format_is_named_before_anything_is_done(at_two, name, capsys):
+    folder = at_two / "checkpoints" / "step-000002"
+    (folder / SHARD).rename(folder / name)
+    with pytest.raises(SystemExit, match=f"step-000002 is of an older format .{name}.*evaluate "):
+        main(["--resume", str(at_two)])
+    assert (folder / name).is_file() and not capsys.readouterr().out
+
+
 FORGED = {
     "a pickle": lambda path: path.write_bytes(pickle.dumps(Code())),
     "other shapes": lambda path: save_file(
@@ -440,7 +470,7 @@ def test_a_torn_log_line_costs_itself_alone(tmp_path, capsys):
     lines = [json.dumps(line).encode() for line in good]
     lines[1], lines[3] = lines[1][:20], b"\xff[" * 9
     (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines) + b"\n[[[")
-    kept_ = log.trim_log(tmp_path / "log.jsonl", 5)
+    kept_ = states.trim_log(tmp_path / "log.jsonl", 5)
     assert [line["step"] for line in kept_] == [1, 3, 5] == [x["step"] for x in read_log(tmp_path)]
     assert "line 2, 4, 7 damaged" in capsys.readouterr().out
 
