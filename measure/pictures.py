@@ -174,14 +174,14 @@ def draw_overview(plt, results: list, style: dict, original_len: int, target_len
                    ha="right", va="top", color=style[n]["color"], fontsize=9)  # fmt: skip
     right.set(title="long text by position", xlabel="position, tokens", ylabel="nats a token")
     points = {n: (short[n].mean(), runs.mean()) for n, runs in long.items()}
-    _draw_points(left, points, short, long, style, first)
+    draw_points(left, points, short, long, style, first)
     left.set_xlabel(f"kept: loss on short text at {original_len:,}, nats a token")
     left.set_ylabel(f"gained: loss on long text at {target_len:,}, nats")
     left.set_title("both at once (lower left is better)")
     return figure
 
 
-def _draw_points(axes, points: dict, short: dict, long: dict, style: dict, first: str) -> None:
+def draw_points(axes, points: dict, short: dict, long: dict, style: dict, first: str) -> None:
     """A point a name, bars from the least to the most run, the name beside it."""
     ys = [y for n, (_, y) in points.items() if n != first] or [points[first][1]]
     low, height = min(ys), max(max(ys) - min(ys), 0.05)
@@ -280,6 +280,7 @@ def draw_training(plt, results: list, style: dict):
         axes.set(title=STREAMS[stream], xlabel="step", ylabel=unit)
         whole_steps(axes)
     figure.suptitle("Training losses, unweighted")
+    figure.get_layout_engine().set(w_pad=0.15)  # a name and the next panel's unit
     return figure
 
 
@@ -304,7 +305,7 @@ def draw_maps(plt, results: list, task: str, title: str):
     )  # fmt: skip
     lengths = sorted({int(n) for runs in grids.values() for _, cells in runs for n in cells})
     means = {}
-    for key, runs in grids.items():  # a length that was not asked stays blank
+    for key, runs in grids.items():  # not a number: not asked
         means[key] = np.full((len(runs[0][0]), len(lengths)), np.nan)
         asked = [lengths.index(int(n)) for n in runs[0][1]]
         means[key][:, asked] = np.mean([grid for grid, _ in runs], axis=0)
@@ -316,6 +317,7 @@ def draw_maps(plt, results: list, task: str, title: str):
         image = axes.imshow(grid, aspect="auto", **look)
         for (y, x), value in np.ndenumerate(grid):
             if np.isnan(value):
+                axes.text(x, y, "not asked", ha="center", va="center", fontsize=9)
                 continue
             dark = abs(value) > 0.65 * most if task != "niah_" else value < 0.5
             color = "w" if dark else "k"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from measure.leaderboard import holm, leaderboard, paired_t, verdicts
+from measure.leaderboard import draw, holm, leaderboard, paired_t, verdicts
 
 
 def test_three_pairs_give_the_t_interval_and_p_of_a_table():
@@ -50,3 +50,21 @@ def test_a_cell_without_a_run_says_so():
     assert sum("NOT RUN" in row for row in rows) == 11
     (row,) = (row for row in rows if row.startswith("| Mix CPT | own"))
     assert "| 1 | 1.5" in row and "NOT RUN" not in row
+
+
+def test_the_picture_promises_a_line_only_where_one_can_be_seen(tmp_path, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(plt.Figure, "savefig", lambda figure, *a, **k: drawn.append(figure))
+    runs, drawn = {("own", "mix_cpt", 1): made(1.5, 3.0, 1)}, []
+    original = made(1.4, 4.0, 2)
+    draw(runs, original, tmp_path / "alone.png")
+    runs["own", "longred", 1] = made(1.6, 2.9, 3)  # worse on stories, better on books
+    draw(runs, original, tmp_path / "two.png")
+    titles, lines = zip(*((f.axes[0].get_title(), f.axes[0].lines) for f in drawn), strict=True)
+    assert ["line joins" in title for title in titles] == [False, True]
+    black = [[line for line in found if line.get_color() == "black"] for found in lines]
+    assert [len(found) for found in black] == [0, 1]
+    said = [text.get_text().strip() for text in drawn[1].axes[0].texts]
+    assert said[0] == "original, at 4.00" and len(said) == len(set(said)) == 3
+    for figure in drawn:
+        plt.close(figure)

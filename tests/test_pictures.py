@@ -103,14 +103,15 @@ def test_a_run_that_ended_early_is_named_where_it_ended(tmp_path):
     log = short[1].parent / "log.jsonl"
     log.write_text("".join(log.read_text().splitlines(True)[:7]))
     results = [("original", None, {}), short, long]
-    figure = pictures.draw_training(plt, results, pictures.styles(results))
+    with plt.rc_context({"figure.constrained_layout.use": True}):
+        figure = pictures.draw_training(plt, results, pictures.styles(results))
     said = {text.get_text(): text for text in figure.axes[0].texts}
     assert said.keys() == {"longred, so far", "long_cpt"}
     assert said["longred, so far"].xy == (7, 3.0)
     plt.close(figure)
 
 
-def test_maps_share_their_lengths_and_what_was_not_asked_is_blank():
+def test_maps_share_their_lengths_and_what_was_not_asked_says_so():
     from matplotlib import pyplot as plt
 
     few, many = ({n: {"by_depth": [0.5], "depths": [0]} for n in ns} for ns in (["1024"],
@@ -120,7 +121,8 @@ def test_maps_share_their_lengths_and_what_was_not_asked_is_blank():
     a, b = (axes.images[0].get_array() for axes in figure.axes[:2])
     assert np.isnan(np.ma.filled(a, np.nan)).tolist() == [[True, False, True]]
     assert np.isfinite(np.ma.filled(b, np.nan)).all()
-    assert [len(axes.texts) for axes in figure.axes[:2]] == [1, 3]
+    said = [[text.get_text() for text in axes.texts] for axes in figure.axes[:2]]
+    assert said == [["not asked", "0.50", "not asked"], 3 * ["0.50"]]
     plt.close(figure)
 
 
