@@ -83,15 +83,15 @@ class Config(machine.Config):
         "outputs on short; long_cpt: cross-entropy on long text; mix_cpt: on all streams; "
         "longrecipe: on text of --train_len with gaps between sentences",
     )
-    alpha_short: float | None = opt(None, "weight of the short loss (default: 5; 128K: 2)", 0)
-    alpha_s2l: float | None = opt(None, "weight of short-to-long (default: 10; 128K: 15)", 0)
+    alpha_short: float | None = opt(None, "weight of the short loss (default: 5; at 128K 2)", 0)
+    alpha_s2l: float | None = opt(None, "weight of short-to-long (default: 10; at 128K 15)", 0)
     alpha_kl: float | None = opt(None, "weight of KL on short text (default: 0; soft_replay: 1)", 0)
     short_rope: Literal["new", "original"] = opt(
         "new", "rotary under which the short stream is read (original: see --export_longrope)"
     )
     distill_layers: list[int] | None = opt(None, "hidden states to distil (default: by drift)")
     n_distill_layers: int | None = opt(
-        None, "how many (default: 6; 3 from 128K on, if that is over 8 times the window)", 1
+        None, "how many (default: 6; 3 from 128K on where the old window is under an eighth)", 1
     )
     position_scheme: Literal["uniform", "cream", "cream_truncated"] | None = opt(
         None, "skipped positions of short-to-long (default: cream; uniform from 128K on)"
@@ -100,7 +100,7 @@ class Config(machine.Config):
         None, "positions of long text (default: ordinary; method longrecipe: longrecipe)"
     )
     train_len: int | None = opt(
-        None, "tokens in a long text (default: target_len; if positions are skipped 0.3 of it)", 1
+        None, "tokens in a long text (default: target_len; 0.3 of it where positions skip)", 1
     )
     # Text
     long_data: list[str] | None = opt(
@@ -120,7 +120,7 @@ class Config(machine.Config):
     document_mask: bool = opt(False, "attention stays within documents (the paper's does not)")
     # A step: the paper's 16 micro-batches, 131,072 tokens in each
     steps: int = opt(512, "optimizer steps", least=1)
-    long_micro: int | None = opt(None, "long micro-batches a step (default: 8; alone: 16)", 1)
+    long_micro: int | None = opt(None, "long micro-batches a step (default: 8; 16 if alone)", 1)
     long_batch: int | None = opt(None, "sequences in each (default: 131072 / target_len)", least=1)
     short_micro: int = opt(6, "short-text micro-batches a step; 0 drops the loss", least=0)
     short_batch: int | None = opt(None, "sequences in each (default: 131072 / short_len)", least=1)

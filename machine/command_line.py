@@ -20,6 +20,10 @@ GROUPS = {
 }
 
 
+# What stands for a text in --help, by the end of the flag's name.
+METAVARS = {"_data": "TEXT", "_dir": "DIR", "resume": "OUT_DIR", "weights": "SOURCE=SHARE"}
+
+
 def integer(text: str) -> int:
     """A whole number; 4K is 4,096 and 1M 1,048,576."""
     found = re.fullmatch(r"([+-]?[\d_]+)([KkMm]?)", text)
@@ -62,7 +66,9 @@ def parse_args(kind: type[Config], argv: list[str] | None, description: str) -> 
         elif value is bool:
             more["action"] = argparse.BooleanOptionalAction
         else:
-            kinds = {int: (integer, "N"), float: (float, "X"), str: (str, f.name.upper())}
+            word = [shown for end, shown in METAVARS.items() if f.name.endswith(end)]
+            word = word or [f.name.upper()]
+            kinds = {int: (integer, "N"), float: (float, "X"), str: (str, word[0])}
             more["type"], more["metavar"] = kinds[value]
         text, shown = f.metadata["help"].replace("%", "%%"), f.default
         if shown is not None and "default:" not in text:

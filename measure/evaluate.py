@@ -872,6 +872,13 @@ JOBS = {
     "samples": "write short text sampled from a model itself, as a .jsonl",
     "corpus": "write LongRecipe's training text, by what extending changed most, as a .jsonl",
 }
+# The first flag of each group -> what the group is about, for --help.
+GROUPS = {
+    "--data": "text",
+    "--tasks": "what is asked",
+    "--keep": "what is written",
+    "--out_dir": "the run and its machine",
+}
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
@@ -907,18 +914,22 @@ def _parser(job: str | None) -> argparse.ArgumentParser:
     def error(message: str):
         raise SystemExit(f"evaluate: {message}; all flags: {command} {job or 'compare'} --help")
 
+    group = parser.add_argument_group("needed")
+
     def add(jobs: str, *names, help: str = "", **more) -> None:
+        nonlocal group
+        group = parser.add_argument_group(GROUPS[names[0]]) if names[0] in GROUPS else group
         if job is None:  # every flag is known, and a job's own help tells of them
             help = argparse.SUPPRESS
         if job is None or job in jobs.split():
-            parser.add_argument(*names, help=help, **more)
+            group.add_argument(*names, help=help, **more)
 
     parser.error = error
-    _add_flags(add)
     if job == "samples":
-        parser.add_argument("write_samples", metavar="FILE.jsonl", help="what to write")
+        group.add_argument("write_samples", metavar="FILE.jsonl", help="what to write")
     if job == "corpus":
-        parser.add_argument("select_corpus", metavar="FILE.jsonl", help="what to write")
+        group.add_argument("select_corpus", metavar="FILE.jsonl", help="what to write")
+    _add_flags(add)
     return parser
 
 
@@ -937,27 +948,35 @@ def _add_flags(add: Callable) -> None:
     add(both, "--data", nargs="+", metavar="TEXT", help=long)
     short = "short text, for what was kept (default: the first run's, else --data)"
     add("compare", "--short_data", nargs="+", metavar="TEXT", help=short)
-    lengths = "tokens (default: original window, doubled to target)"
-    add("compare", "--lengths", type=numbers(integer), metavar="N,N", help=lengths)
-    add("compare", "--original_len", **integers, help="tokens (default: the original's window)")
+    many = "held-out tokens of long and of short text (default: 65536)"
+    add(both, "--eval_tokens", default=65536, help=many, **integers)
+    eos = "documents end with EOS (default: where the tokenizer has one)"
+    add(both, "--add_eos", action=argparse.BooleanOptionalAction, default=None, help=eos)
+    tokens = "where tokenised text is kept (default: out/tokens)"
+    add(both, "--cache_dir", default="out/tokens", metavar="DIR", help=tokens)
     tasks = f"of {' '.join(TASKS_ALL)} (default: all but some of niah)"
     tasks = {"default": TASKS, "choices": TASKS_ALL, "metavar": "TASK", "help": tasks}
     add("compare", "--tasks", nargs="+", **tasks)
-    pcd = "repeat and RULER's tasks again, by contrast, PCD (default: no)"
-    add("compare", "--pcd", action="store_true", help=pcd)
-    merge = "shares of the original to average each extension with, a row each (default: none)"
-    add("compare", "--merge", type=numbers(float), default=[], metavar="W,W", help=merge)
+    lengths = "in tokens (default: the original window, doubled up to the target)"
+    add("compare", "--lengths", type=numbers(integer), metavar="N,N", help=lengths)
+    window = "the original window, in tokens (default: the original's own)"
+    add("compare", "--original_len", **integers, help=window)
     depths = {"default": [0.0, 0.25, 0.5, 0.75, 1.0], "metavar": "X,X"}
     where = "of needles and passages, 0 to 1 (default: 0,0.25,0.5,0.75,1)"
     add("compare", "--depths", type=numbers(float), help=where, **depths)
     ask = "questions or passages a depth (default: 10)"
     add("compare", "--samples", default=10, help=ask, **integers)
-    many = "of long and of short text (default: 65536)"
-    add(both, "--eval_tokens", default=65536, help=many, **integers)
-    add("compare", "--out_dir", default="out/evaluate", help="default: out/evaluate")
-    eos = "documents end with EOS (default: where the tokenizer has one)"
-    add(both, "--add_eos", action=argparse.BooleanOptionalAction, default=None, help=eos)
-    add(both, "--cache_dir", default="out/tokens", help="tokenised text (default: out/tokens)")
+    merge = "shares of the original to average each extension with, a row each (default: none)"
+    add("compare", "--merge", type=numbers(float), default=[], metavar="X,X", help=merge)
+    pcd = "ask repeat and RULER's tasks again, by contrast, PCD (default: no)"
+    add("compare", "--pcd", action="store_true", help=pcd)
+    real = {"type": float, "metavar": "X"}
+    add("corpus", "--keep", default=0.3, help="of a document's tokens (default: 0.3)", **real)
+    add("samples", "--n_samples", default=400, help="texts (default: 400)", **integers)
+    longest = "tokens in a text at most (default: the window)"
+    add("samples corpus", "--length", help=longest, **integers)
+    add("samples", "--temperature", default=1.0, help="of sampling (default: 1.0)", **real)
+    add("compare", "--out_dir", default="out/evaluate", metavar="DIR", help="default: out/evaluate")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add(every, "--device", default=device, help="cuda or cpu (default: cuda where there is one)")
     dtypes = ["float32", "bfloat16"]
@@ -965,15 +984,6 @@ def _add_flags(add: Callable) -> None:
     add(every, "--seed", default=2024, help="of every draw (default: 2024)", **integers)
     add("", "--write_samples", metavar="FILE")  # a job's FILE, as it was written before
     add("", "--select_corpus", metavar="FILE")
-    add("corpus", "--keep", type=float, default=0.3, help="of a document's tokens (default: 0.3)")
-    add("samples", "--n_samples", default=400, help="texts (default: 400)", **integers)
-    add(
-        "samples corpus",
-        "--length",
-        help="tokens in a text at most (default: the window)",
-        **integers,
-    )
-    add("samples", "--temperature", type=float, default=1.0, help="of sampling (default: 1.0)")
 
 
 def open_weights(folder: Path, config) -> None:

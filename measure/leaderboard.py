@@ -35,6 +35,7 @@ from measure.far_context import (
     shuffled,
     tail_losses,
 )
+from measure.pictures import COLORS, GREY, draw_points
 from model import load_checkpoint
 
 METHODS = {  # name in folders -> name in print, flags
@@ -289,28 +290,30 @@ def draw(runs: dict, original: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
-    colors = {"own": "#0072b2", "foreign": "#d55e00", "none": "#777777"}
+    colors = {"own": COLORS[1], "foreign": COLORS[0], "none": COLORS[2]}
     words = {"own": "own samples", "foreign": "War and Peace", "none": "no short text"}
-    points = []
+    marks = {"original": {"color": GREY, "ls": "-"}}
+    losses = {"original": [np.array([np.mean(original[k][1::2])]) for k in ("stories", "books")]}
     drawn = [cell for cell in CELLS if "_without_" not in cell[1]]  # those read another text
     for text, name in drawn:
         group = [r for (t, n, _), r in runs.items() if (t, n) == (text, name)]
         if group:
-            xs, ys = ([np.mean(r[k][1::2]) for r in group] for k in ("stories", "books"))
-            error = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in (xs, ys)]
-            x, y = np.mean(xs), np.mean(ys)
-            points.append((x, y))
-            axes.errorbar(x, y, error[1], error[0], "o", color=colors[text], capsize=3)
             label = f"{METHODS[name][0]}, {words[text]}" + ("" if len(group) > 1 else ", one seed")
-            axes.annotate(label, (x, y), (6, 5), textcoords="offset points", color=colors[text])
-    best = [p for p in points if not any(q[0] <= p[0] and q[1] <= p[1] for q in points if q != p)]
-    axes.plot(*zip(*sorted(best), strict=True), color="black", lw=0.8, zorder=0)
-    axes.axvline(np.mean(original["stories"][1::2]), color="#777777", lw=0.8, ls=":")
-    axes.annotate(" original", (np.mean(original["stories"][1::2]), axes.get_ylim()[1]), va="top")
-    axes.set_xlim(right=axes.get_xlim()[1] + 0.3 * np.ptp(axes.get_xlim()))
+            marks[label] = {"color": colors[text], "ls": "-"}
+            pairs = [[np.mean(r[k][1::2]) for r in group] for k in ("stories", "books")]
+            losses[label] = [np.array(values) for values in pairs]
+    figure, axes = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
+    short, long = ({name: pair[i] for name, pair in losses.items()} for i in (0, 1))
+    points = {name: (short[name].mean(), long[name].mean()) for name in losses}
+    draw_points(axes, points, short, {n: v[:, None] for n, v in long.items()}, marks, "original")
+    found = [p for name, p in points.items() if name != "original"]
+    best = [p for p in found if not any(q[0] <= p[0] and q[1] <= p[1] for q in found if q != p)]
+    title = "Lower left is better"
+    if len(best) > 1:
+        axes.plot(*zip(*sorted(best), strict=True), color="black", lw=0.8, zorder=0)
+        title += "; the line joins what nothing beats on both"
     axes.set(xlabel="loss on stories, nats a token", ylabel="loss on books, nats a token")
-    axes.set_title("Lower left is better; the line joins what nothing beats on both")
+    axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 

@@ -16,6 +16,8 @@ GREY = "#777777"
 COLORS = ["#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 COLORS += ["#7f3b08", "#5e3c99", "#8c0d2c", "#4d7c0f", "#b8a100"]
 STREAMS = {"long": "long text", "short": "short text", "s2l": "short to long", "replay": "replay"}
+CE, KL, COS = "cross-entropy, nats a token", "KL, nats a token", "distance, 1 - cos"
+UNITS = {"longred": COS, "soft_replay": KL}  # of short text and short to long, by method
 SMOOTH = 5  # values in a moving average
 
 
@@ -87,18 +89,25 @@ def plot(axes, x, runs: np.ndarray, style: dict, marker: str = "", smooth: bool 
     if len(runs) > 1:
         low, high = (smoothed(f(0)) if smooth else f(0) for f in (runs.min, runs.max))
         axes.fill_between(x, low, high, color=style["color"], alpha=0.2, lw=0)
-    axes.plot(x, line, color=style["color"], ls=style["ls"], lw=1.8, marker=marker, ms=4)
-    return line
+    return axes.plot(x, line, color=style["color"], ls=style["ls"], lw=1.8, marker=marker, ms=4)[0]
 
 
-def name_lines(axes, lines: dict[str, np.ndarray], style: dict, height: float = 0.06) -> None:
+def name_lines(axes, lines: dict, style: dict, height: float = 0.06) -> None:
     """Each line's name to the right of its end, moved apart where they would overlap.
 
-    Lines nearer than 1% of the axis' height everywhere look like one and share a name.
+    lines: {name: Line2D}. Lines nearer than 1% of the axis' height everywhere look like one and
+    share a name; one that ends early has its name there, on white.
     """
     low, high = axes.get_ylim()
     groups = []  # [names, line]
-    for name, line in lines.items():
+    last = max((line.get_xdata()[-1] for line in lines.values()), default=0)
+    for name, drawn in lines.items():
+        line, end = drawn.get_ydata(), drawn.get_xdata()[-1]
+        if end < 0.9 * last:
+            axes.annotate(f"{name}, so far", (end, line[-1]), xytext=(4, 0),
+                          textcoords="offset points", color=style[name]["color"], va="center",
+                          fontsize=9, bbox={"fc": "white", "ec": "none", "pad": 1})  # fmt: skip
+            continue
         for group in groups:
             same = len(group[1]) == len(line)
             if same and np.abs(group[1] - line).max() < 0.01 * (high - low):
@@ -152,25 +161,27 @@ def draw_overview(plt, results: list, style: dict, original_len: int, target_len
     x = (np.arange(parts[first].shape[1]) + 0.5) * target_len / parts[first].shape[1]
     lines = {n: plot(right, x, runs, style[n]) for n, runs in parts.items()}
     right.set(xlim=(0, target_len), ylim=(low - 0.08 * span, top))
-    outside = {n for n, line in lines.items() if line[-1] > top}
+    outside = {n for n, line in lines.items() if line.get_ydata()[-1] > top}
     name_lines(right, {n: line for n, line in lines.items() if n not in outside}, style)
+    ticks = np.linspace(0, target_len, 5)  # where a tick is a whole token
+    right.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
     right.axvline(original_len, color="black", lw=0.8, ls=":")
     right.annotate("original window", (original_len, low - 0.06 * span), xytext=(4, 0),
-                   textcoords="offset points", fontsize=8)  # fmt: skip
+                   textcoords="offset points", fontsize=9)  # fmt: skip
     for n in outside:
         mean = parts[n].mean()
         right.text(0.99, 0.99, f"{n}: {mean:.2f}, above this picture", transform=right.transAxes,
                    ha="right", va="top", color=style[n]["color"], fontsize=9)  # fmt: skip
     right.set(title="long text by position", xlabel="position, tokens", ylabel="nats a token")
     points = {n: (short[n].mean(), runs.mean()) for n, runs in long.items()}
-    _draw_points(left, points, short, long, style, first)
+    draw_points(left, points, short, long, style, first)
     left.set_xlabel(f"kept: loss on short text at {original_len:,}, nats a token")
     left.set_ylabel(f"gained: loss on long text at {target_len:,}, nats")
     left.set_title("both at once (lower left is better)")
     return figure
 
 
-def _draw_points(axes, points: dict, short: dict, long: dict, style: dict, first: str) -> None:
+def draw_points(axes, points: dict, short: dict, long: dict, style: dict, first: str) -> None:
     """A point a name, bars from the least to the most run, the name beside it."""
     ys = [y for n, (_, y) in points.items() if n != first] or [points[first][1]]
     low, height = min(ys), max(max(ys) - min(ys), 0.05)
@@ -197,7 +208,7 @@ def _draw_points(axes, points: dict, short: dict, long: dict, style: dict, first
     for name, y_name in zip(inside, heights, strict=True):
         x, y = points[name]
         place = x + 0.035 * (right - left), bottom + y_name * (top - bottom)
-        axes.annotate(name, (x, y), place, color=style[name]["color"], va="center", fontsize=8.5)
+        axes.annotate(name, (x, y), place, color=style[name]["color"], va="center", fontsize=9)
 
 
 def draw_drift(plt, results: list, style: dict):
@@ -222,8 +233,15 @@ def draw_drift(plt, results: list, style: dict):
 
 
 def training_curves(results: list) -> dict[tuple[str, str], list]:
-    """{(stream, unit): [(name, losses)]} from the logs beside the checkpoints."""
+    """{(stream, unit): [(name, losses)]} from the logs beside the checkpoints: long text first,
+    replay last, between them unit by unit."""
     curves = {}
+
+    def add(stream: str, unit: str, name: str, values: list) -> None:
+        values = [x for x in values if x is not None]
+        if values:
+            curves.setdefault((stream, unit), []).append((name, values))
+
     for name, folder, _ in results:
         log = folder.parent / "log.jsonl" if folder and folder.name == "hf" else Path("none")
         if not log.is_file():
@@ -232,12 +250,14 @@ def training_curves(results: list) -> dict[tuple[str, str], list]:
         run = log.with_name("longred.json")
         method = json.loads(run.read_text())["config"]["method"] if run.is_file() else "longred"
         for stream in STREAMS:
-            values = [x for line in lines if (x := line.get(f"loss_{stream}")) is not None]
-            compared = method == "longred" and stream in ("short", "s2l")
-            if values:
-                unit = "1 - cos" if compared else "nats a token"
-                curves.setdefault((stream, unit), []).append((name, values))
-    return curves
+            unit = UNITS.get(method, CE) if stream in ("short", "s2l") else CE
+            add(stream, unit, name, [line.get(f"loss_{stream}") for line in lines])
+        if method == "longred":  # soft replay's short loss is this KL already
+            add("short", KL, name, [line.get("loss_kl") for line in lines])
+    streams, units = ["long", "short", "s2l", "replay"], [COS, CE, KL]
+    place = {stream: (i > 0) + (i > 2) for i, stream in enumerate(streams)}  # the two in the middle
+    order = {(s, u): (place[s], units.index(u), streams.index(s)) for s, u in curves}
+    return {key: curves[key] for key in sorted(curves, key=order.get)}
 
 
 def draw_training(plt, results: list, style: dict):
@@ -245,8 +265,9 @@ def draw_training(plt, results: list, style: dict):
     curves = training_curves(results)
     if not curves:
         return None
-    # No hole: five panels are a tall one and four, seven a tall one and six.
-    layout = {4: ["01", "23"], 5: ["012", "034"], 6: ["012", "345"], 7: ["0123", "0456"]}
+    # No hole: five panels are a tall one and four, seven a tall one and six; a column has a unit.
+    layout = {4: ["01", "23"], 5: ["013", "024"], 6: ["013", "524"]}
+    layout |= {7: ["0135", "0246"], 8: ["0135", "7246"]}
     layout = layout.get(len(curves), ["".join(map(str, range(len(curves))))])
     size = (4.6 * len(layout[0]), 3.6 * len(layout))
     figure, panels = plt.subplot_mosaic("\n".join(layout), figsize=size)
@@ -256,8 +277,10 @@ def draw_training(plt, results: list, style: dict):
         for name, rows in by_name(runs).items():
             lines[name] = plot(axes, np.arange(1, rows.shape[1] + 1), rows, style[name])
         name_lines(axes, lines, style)
-        axes.set(title=STREAMS[stream], xlabel="step", ylabel=f"training loss, {unit}")
+        axes.set(title=STREAMS[stream], xlabel="step", ylabel=unit)
         whole_steps(axes)
+    figure.suptitle("Training losses, unweighted")
+    figure.get_layout_engine().set(w_pad=0.15)  # a name and the next panel's unit
     return figure
 
 
@@ -280,19 +303,27 @@ def draw_maps(plt, results: list, task: str, title: str):
         len(rows), len(columns), squeeze=False, sharey=True,
         figsize=(1.8 + 2.5 * len(columns), 1.2 + 2.2 * len(rows)),
     )  # fmt: skip
-    means = {key: np.mean([grid for grid, _ in runs], axis=0) for key, runs in grids.items()}
-    most = 1.0 if task == "niah_" else max(1e-3, *(np.abs(m).max() for m in means.values()))
+    lengths = sorted({int(n) for runs in grids.values() for _, cells in runs for n in cells})
+    means = {}
+    for key, runs in grids.items():  # not a number: not asked
+        means[key] = np.full((len(runs[0][0]), len(lengths)), np.nan)
+        asked = [lengths.index(int(n)) for n in runs[0][1]]
+        means[key][:, asked] = np.mean([grid for grid, _ in runs], axis=0)
+    most = 1.0 if task == "niah_" else max(1e-3, *(np.nanmax(np.abs(m)) for m in means.values()))
     signed = {"cmap": "PuOr", "vmin": -most, "vmax": most}
     look = {"cmap": "cividis", "vmin": 0, "vmax": 1} if task == "niah_" else signed
     for (key, name), grid in means.items():
         axes = panels[rows.index(key)][columns.index(name)]
         image = axes.imshow(grid, aspect="auto", **look)
         for (y, x), value in np.ndenumerate(grid):
+            if np.isnan(value):
+                axes.text(x, y, "not asked", ha="center", va="center", fontsize=9)
+                continue
             dark = abs(value) > 0.65 * most if task != "niah_" else value < 0.5
             color = "w" if dark else "k"
             axes.text(x, y, f"{round(value, 2) + 0.0:.2f}", ha="center", va="center", color=color)
         cells = grids[key, name][0][1]
-        axes.set_xticks(range(len(cells)), [f"{int(n):,}" for n in cells])
+        axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
         axes.set_yticks(range(len(grid)), [f"{d:g}" for d in next(iter(cells.values()))["depths"]])
         label = name if len(rows) == 1 else f"{name}: {key}"
         axes.set_title(textwrap.fill(label, 24), fontsize=10)

@@ -541,6 +541,20 @@ def test_the_mean_of_rulers_tasks_is_over_tasks_that_are_named():
     assert means[0] == (50.0, 10.0) and means[1] == (75.0, pytest.approx(math.hypot(10, 10) / 2))
 
 
+@pytest.mark.parametrize("job", evaluate.JOBS)
+def test_a_jobs_help_begins_with_what_it_needs_and_tells_every_default(job, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main([job, "--help"])
+    text = capsys.readouterr().out
+    groups = re.findall(r"^(\w.*):$", text, re.M)
+    assert groups[:2] == ["options", "needed"] and groups[-1] == "the run and its machine"
+    flags = dict(re.findall(r"^  --(\w+)(.*?)(?=^  --|^\S|\Z)", text, re.M | re.S))
+    assert text.index("needed:") < text.index("  --base") < text.index("  --device")
+    assert flags.keys() >= {"base", "device", "seed"} and "--write_samples" not in text
+    for flag, said in flags.items():
+        assert flag == "base" or "default:" in said, flag
+
+
 def test_jobs_are_subcommands_and_the_form_without_one_is_compare(capsys):
     with pytest.raises(SystemExit):
         evaluate.main(["--help"])

@@ -5,7 +5,16 @@ import argparse
 import numpy as np
 import pytest
 
-from measure.leaderboard import CELLS, holm, leaderboard, paired_t, sequences, unread, verdicts
+from measure.leaderboard import (
+    CELLS,
+    draw,
+    holm,
+    leaderboard,
+    paired_t,
+    sequences,
+    unread,
+    verdicts,
+)
 
 
 def test_three_pairs_give_the_t_interval_and_p_of_a_table():
@@ -62,3 +71,21 @@ def test_a_held_out_book_is_scored_whole_and_not_trained_on():
     assert found.shape == (9, 101) and found[0, 0] == 0 and found[-1, -1] == 999
     assert (found.diff(dim=1) == 1).all() and (found[1:, 0] >= found[:-1, -1]).all()
     assert sequences(tokens, 100, 2).shape == (2, 101)
+
+
+def test_the_picture_promises_a_line_only_where_one_can_be_seen(tmp_path, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(plt.Figure, "savefig", lambda figure, *a, **k: drawn.append(figure))
+    runs, drawn = {("own", "mix_cpt", 1): made(1.5, 3.0, 1)}, []
+    original = made(1.4, 4.0, 2)
+    draw(runs, original, tmp_path / "alone.png")
+    runs["own", "longred", 1] = made(1.6, 2.9, 3)  # worse on stories, better on books
+    draw(runs, original, tmp_path / "two.png")
+    titles, lines = zip(*((f.axes[0].get_title(), f.axes[0].lines) for f in drawn), strict=True)
+    assert ["line joins" in title for title in titles] == [False, True]
+    black = [[line for line in found if line.get_color() == "black"] for found in lines]
+    assert [len(found) for found in black] == [0, 1]
+    said = [text.get_text().strip() for text in drawn[1].axes[0].texts]
+    assert said[0] == "original, at 4.00" and len(said) == len(set(said)) == 3
+    for figure in drawn:
+        plt.close(figure)

@@ -63,14 +63,67 @@ def test_every_picture_is_drawn_without_a_legend_and_every_name_stands_once(figu
 def test_training_never_mixes_nats_and_cosines(figures):
     panels = {(a.get_title(), a.get_ylabel()): a for a in figures["training"].axes}
     assert panels.keys() == {
-        ("long text", "training loss, nats a token"),
-        ("short text", "training loss, nats a token"),
-        ("short text", "training loss, 1 - cos"),
+        ("long text", pictures.CE),
+        ("short text", pictures.CE),
+        ("short text", pictures.COS),
     }
     for (title, unit), axes in panels.items():
         highest = max(max(line.get_ydata()) for line in axes.lines)
-        assert title == "long text" or (highest < 1) == unit.endswith("cos")
+        assert title == "long text" or (highest < 1) == (unit == pictures.COS)
         assert all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
+def test_a_divergence_is_no_cross_entropy(tmp_path):
+    curves = pictures.training_curves(runs_of(tmp_path) + logged(tmp_path, "soft_replay", 0.4))
+    assert [*curves] == [
+        ("long", pictures.CE),
+        ("short", pictures.COS),
+        ("short", pictures.CE),
+        ("short", pictures.KL),
+    ]
+    assert curves["short", pictures.KL] == [("soft_replay", [0.4] * 20)]
+    both = logged(tmp_path, "longred", 0.1, loss_kl=0.3)
+    assert pictures.training_curves(both)["short", pictures.KL] == [("longred", [0.3] * 20)]
+
+
+def logged(tmp_path, method, short, **more):
+    """[(method, folder, {})]: a run of 20 steps with its log."""
+    folder = tmp_path / f"{method}-alone" / "hf"
+    folder.mkdir(parents=True)
+    line = {"loss_long": 3.0, "loss_short": short, "loss_s2l": None, **more}
+    (folder.parent / "log.jsonl").write_text((json.dumps(line) + "\n") * 20)
+    (folder.parent / "longred.json").write_text(json.dumps({"config": {"method": method}}))
+    return [(method, folder, {})]
+
+
+def test_a_run_that_ended_early_is_named_where_it_ended(tmp_path):
+    from matplotlib import pyplot as plt
+
+    (short,), (long,) = (logged(tmp_path, method, 0.1) for method in ("longred", "long_cpt"))
+    log = short[1].parent / "log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(True)[:7]))
+    results = [("original", None, {}), short, long]
+    with plt.rc_context({"figure.constrained_layout.use": True}):
+        figure = pictures.draw_training(plt, results, pictures.styles(results))
+    said = {text.get_text(): text for text in figure.axes[0].texts}
+    assert said.keys() == {"longred, so far", "long_cpt"}
+    assert said["longred, so far"].xy == (7, 3.0)
+    plt.close(figure)
+
+
+def test_maps_share_their_lengths_and_what_was_not_asked_says_so():
+    from matplotlib import pyplot as plt
+
+    few, many = ({n: {"by_depth": [0.5], "depths": [0]} for n in ns} for ns in (["1024"],
+                 ["512", "1024", "2048"]))  # fmt: skip
+    results = [("a", None, {"niah_x": few}), ("b", None, {"niah_x": many})]
+    figure = pictures.draw_maps(plt, results, "niah_", "share")
+    a, b = (axes.images[0].get_array() for axes in figure.axes[:2])
+    assert np.isnan(np.ma.filled(a, np.nan)).tolist() == [[True, False, True]]
+    assert np.isfinite(np.ma.filled(b, np.nan)).all()
+    said = [[text.get_text() for text in axes.texts] for axes in figure.axes[:2]]
+    assert said == [["not asked", "0.50", "not asked"], 3 * ["0.50"]]
+    plt.close(figure)
 
 
 def test_seeds_are_their_mean_and_a_band(figures):
