@@ -42,6 +42,7 @@ def test_every_stage_runs_to_its_end_on_a_cpu_and_every_target_is_not_run(
     assert run["passed"] and run["stopped"] == 143 and run["checkpoint"] == str(ckpt[0])
     assert run["reopened_parameters"] > 0 and "| run |" in run["evaluated"]
     assert stages["loss"]["ratios"]["counted_gib"] < 1.1
+    assert any("seconds" in row for row in stages["kernels"]["rows"])
     assert stages["peers"]["transformers"]["seconds"] > 0
     assert {row["verdict"] for row in result["targets"]} == {"NOT RUN"}
     assert len(result["targets"]) == len(prove.TARGETS)
