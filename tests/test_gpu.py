@@ -5,6 +5,7 @@ python -m pytest tests/test_gpu.py    on a rented machine; measure.bench prove r
 
 import json
 import os
+import shutil
 import signal
 from unittest import mock
 
@@ -21,7 +22,7 @@ from machine.plan import Policy
 from measure import bench
 from model import causal_attention, fp32_product
 from rope_kernels import rope_backend
-from tests.conftest import DEVICE, tiny_llama, tiny_run
+from tests.conftest import DEVICE, NO_TRITON, tiny_llama, tiny_run
 
 ON_GPU = DEVICE == "cuda"
 BF16 = dict(rtol=2e-2, atol=2e-2)  # two or three roundings to 2^-8
@@ -181,6 +182,36 @@ def test_the_trial_passes_here_and_names_what_is_missing():
     )
     with old, pytest.raises(ValueError, match="Tesla T4 has compute capability 7.5; need 8.0"):
         plan.trial("cuda")
+
+
+@NO_TRITON
+@pytest.mark.parametrize(
+    "missing, words", [("gcc", "install gcc or set CC"), ("Python.h", "python3-dev")]
+)
+def test_what_tritons_own_compilation_lacks_is_told_in_one_line(
+    missing, words, monkeypatch, tmp_path
+):
+    """Triton's launcher, compiled as before a first kernel, on a machine without one thing."""
+    from triton.runtime import build
+
+    source = tmp_path / "launcher.c"
+    source.write_text("#include <Python.h>\n")
+    if missing == "gcc":
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CC", raising=False)
+    elif shutil.which("gcc") is None:
+        pytest.skip("no gcc, so nothing looks for Python's headers")
+    else:
+        nowhere = lambda *_, **__: {"include": str(tmp_path)}  # noqa: E731
+        monkeypatch.setattr(build.sysconfig, "get_paths", nowhere)
+
+    def first_kernel(*_, **__):
+        build._build("launcher", str(source), str(tmp_path), [], [], [], [])
+
+    monkeypatch.setattr(plan, "next_token_loss", first_kernel)
+    with pytest.raises(ValueError, match=words) as said:
+        plan.trial(DEVICE)
+    assert "\n" not in str(said.value) and str(said.value).startswith("a trial of one tiny block")
 
 
 def test_the_gpu_runs_the_kernel_it_is_told_to():
