@@ -236,6 +236,40 @@ def test_an_out_of_memory_error_is_a_row_and_the_rows_before_it_are_on_disk(tmp_
     assert rows[1]["out of memory"] == "CUDA out of memory. Tried to allocate 9 GiB"
 
 
+def test_a_pass_without_memory_is_a_row_of_step_and_its_sum_is_not_whole(tmp_path, monkeypatch):
+    run, written = bench.Trainer.unit, []
+
+    def unit(self, unit):
+        if unit.name == "short":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
+        run(self, unit)
+
+    def spy(result, out_dir, name, quiet=False):
+        written.append((name, list(result["units"]), "step" in result))
+
+    monkeypatch.setattr(bench.Trainer, "unit", unit)
+    monkeypatch.setattr(bench, "write_result", spy)
+    given = ["--device", "cpu", "--rounds", "1", "--no-peers", "--gpu_gib", "60"]
+    bench.main(["step", *given, "--out_dir", str(tmp_path)])
+    names = ["long", "short", "s2l"]
+    rows = [("step-60gib", names[:i], False) for i in (1, 2, 3)]
+    assert written[:3] == rows and written[-1] == ("step-60gib", names, True)
+
+
+def test_inputs_of_rope_at_128k_leave_room_on_a_card_of_80_gib(monkeypatch):
+    """Four peers that save nothing, as Liger and we do; each set of inputs is 2.7 GB."""
+
+    def peers(n_tokens, device):
+        return dict.fromkeys("abcd", lambda q, k: (q * 1.0, k * 1.0))
+
+    monkeypatch.setattr(bench, "rope_peers", peers)
+    monkeypatch.setattr(bench, "rope_errors", lambda rotate, one_set: (0.0, 0.0))
+    monkeypatch.setattr(bench, "microseconds", lambda run, sets, device: 1.0)
+    with FakeTensorMode(), bench.CountBytes([], set()) as count:
+        bench.rope_at(131072, 1, torch.device("cpu"))
+    assert 20e9 < count.peak < 60e9
+
+
 def test_a_limit_on_the_gpus_memory_goes_to_a_device_by_number(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
