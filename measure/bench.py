@@ -392,8 +392,8 @@ def speed(config, unit, seconds):
 
 
 def reset_peak(device):
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
