@@ -308,7 +308,11 @@ def check_device(c: Config, parameters: int) -> None:
         raise ValueError(f"--device {c.device}: need cpu or cuda (one of many: cuda:1)")
     if c.device and c.device != "cpu":
         if not torch.cuda.is_available():
-            raise ValueError(f"--device {c.device}: torch sees no GPU; pass --device cpu")
+            raise ValueError(
+                f"--device {c.device}: torch sees no GPU, for want of one or of a new enough "
+                f"driver: compare {torch.version.cuda or 'no CUDA'}, which torch "
+                f"{torch.__version__} was built for, with nvidia-smi's, or pass --device cpu"
+            )
         if int(c.device.partition(":")[2] or 0) >= torch.cuda.device_count():
             raise ValueError(
                 f"--device {c.device}: torch sees {torch.cuda.device_count()} GPUs, counted from 0"

@@ -3,6 +3,7 @@
     python -m measure.bench rope          one GPU: the rotary kernel against its peers and a copy
     python -m measure.bench step          one GPU: a LongReD step of Llama-3-8B, part by part
     python -m measure.bench memory        one GPU: planned against measured peaks, PCIe
+    python -m measure.bench kernels       one GPU: attention backends, weight sums, fusions
     python -m measure.bench loss          any machine: KL of the next token against cross-entropy
     python -m measure.bench prove         one GPU: all targets, 8 minutes, one JSON and a table
     python -m measure.bench data          any machine: tokenising against the library alone
@@ -401,8 +402,8 @@ def speed(config, unit, seconds):
 
 
 def reset_peak(device):
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -940,7 +941,10 @@ def main(argv=None):
         add("--host_gib", type=float, help="plan for this (default: all free)")
         add("--moments", default="fp32", choices=MOMENTS, help="of AdamW's m and v")
     command("loss", bench_loss, 5, "KL of the next token against the cross-entropy; medians")
-    from measure.prove import prove  # which imports this file
+    from measure.kernels import bench_kernels  # which import this file
+    from measure.prove import prove
+
+    command("kernels", bench_kernels, 9, "attention backends, weight sums, fusions; medians")
 
     add = command("prove", prove, 1, "all that is claimed of a GPU, 8 minutes, against the targets")
     add("--more", action="store_true", help="also peers, 128K and 256K")

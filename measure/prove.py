@@ -23,7 +23,7 @@ import torch
 from machine import memory
 from machine import plan as planner
 from machine.hf_config import original_window
-from measure import bench, demo, evaluate
+from measure import bench, demo, evaluate, kernels
 from model import load_config
 
 GIB = planner.GIB
@@ -367,6 +367,15 @@ def peers_stage(device, seconds: float, args) -> dict:
     return found
 
 
+def kernels_stage(device, seconds: float, args) -> dict:
+    """Attention by backend, weight gradient sums, fusions: what the code should choose."""
+    until, found = time.monotonic() + seconds, []
+    for name, make in kernels.rows(device).items():
+        if time.monotonic() < until:
+            found.append(kernels.one_row(name, make, 5 if device.type == "cuda" else 1, device))
+    return {"rows": found, "fastest": kernels.winners(found)}
+
+
 STAGES = {  # name -> (what it runs, seconds it may take)
     "machine": (machine_stage, 40),
     "tests": (tests_stage, 90),
@@ -376,6 +385,7 @@ STAGES = {  # name -> (what it runs, seconds it may take)
     "loss": (loss_stage, 20),
 }
 MORE = {
+    "kernels": (kernels_stage, 90),
     "peers": (peers_stage, 200),
     "128K": (functools.partial(step_stage, length=131072), 300),
     "256K": (functools.partial(step_stage, length=262144), 400),

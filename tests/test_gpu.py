@@ -5,6 +5,7 @@ python -m pytest tests/test_gpu.py    on a rented machine; measure.bench prove r
 
 import json
 import os
+import shutil
 import signal
 from unittest import mock
 
@@ -21,7 +22,7 @@ from machine.plan import Policy
 from measure import bench
 from model import causal_attention, fp32_product
 from rope_kernels import rope_backend
-from tests.conftest import DEVICE, tiny_llama, tiny_run
+from tests.conftest import DEVICE, NO_TRITON, tiny_llama, tiny_run
 
 ON_GPU = DEVICE == "cuda"
 BF16 = dict(rtol=2e-2, atol=2e-2)  # two or three roundings to 2^-8
@@ -183,6 +184,36 @@ def test_the_trial_passes_here_and_names_what_is_missing():
         plan.trial("cuda")
 
 
+@NO_TRITON
+@pytest.mark.parametrize(
+    "missing, words", [("gcc", "install gcc or set CC"), ("Python.h", "python3-dev")]
+)
+def test_what_tritons_own_compilation_lacks_is_told_in_one_line(
+    missing, words, monkeypatch, tmp_path
+):
+    """Triton's launcher, compiled as before a first kernel, on a machine without one thing."""
+    from triton.runtime import build
+
+    source = tmp_path / "launcher.c"
+    source.write_text("#include <Python.h>\n")
+    if missing == "gcc":
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CC", raising=False)
+    elif shutil.which("gcc") is None:
+        pytest.skip("no gcc, so nothing looks for Python's headers")
+    else:
+        nowhere = lambda *_, **__: {"include": str(tmp_path)}  # noqa: E731
+        monkeypatch.setattr(build.sysconfig, "get_paths", nowhere)
+
+    def first_kernel(*_, **__):
+        build._build("launcher", str(source), str(tmp_path), [], [], [], [])
+
+    monkeypatch.setattr(plan, "next_token_loss", first_kernel)
+    with pytest.raises(ValueError, match=words) as said:
+        plan.trial(DEVICE)
+    assert "\n" not in str(said.value) and str(said.value).startswith("a trial of one tiny block")
+
+
 def test_the_gpu_runs_the_kernel_it_is_told_to():
     assert rope_backend(DEVICE) == ("triton" if ON_GPU else "torch (no GPU)")
 
@@ -203,6 +234,40 @@ def test_an_out_of_memory_error_is_a_row_and_the_rows_before_it_are_on_disk(tmp_
     rows = json.loads((tmp_path / "rope-cpu-smoke.json").read_text())["rows"]
     assert [row["T"] for row in rows] == [64, 128, 256]
     assert rows[1]["out of memory"] == "CUDA out of memory. Tried to allocate 9 GiB"
+
+
+def test_a_pass_without_memory_is_a_row_of_step_and_its_sum_is_not_whole(tmp_path, monkeypatch):
+    run, written = bench.Trainer.unit, []
+
+    def unit(self, unit):
+        if unit.name == "short":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
+        run(self, unit)
+
+    def spy(result, out_dir, name, quiet=False):
+        written.append((name, list(result["units"]), "step" in result))
+
+    monkeypatch.setattr(bench.Trainer, "unit", unit)
+    monkeypatch.setattr(bench, "write_result", spy)
+    given = ["--device", "cpu", "--rounds", "1", "--no-peers", "--gpu_gib", "60"]
+    bench.main(["step", *given, "--out_dir", str(tmp_path)])
+    names = ["long", "short", "s2l"]
+    rows = [("step-60gib", names[:i], False) for i in (1, 2, 3)]
+    assert written[:3] == rows and written[-1] == ("step-60gib", names, True)
+
+
+def test_inputs_of_rope_at_128k_leave_room_on_a_card_of_80_gib(monkeypatch):
+    """Four peers that save nothing, as Liger and we do; each set of inputs is 2.7 GB."""
+
+    def peers(n_tokens, device):
+        return dict.fromkeys("abcd", lambda q, k: (q * 1.0, k * 1.0))
+
+    monkeypatch.setattr(bench, "rope_peers", peers)
+    monkeypatch.setattr(bench, "rope_errors", lambda rotate, one_set: (0.0, 0.0))
+    monkeypatch.setattr(bench, "microseconds", lambda run, sets, device: 1.0)
+    with FakeTensorMode(), bench.CountBytes([], set()) as count:
+        bench.rope_at(131072, 1, torch.device("cpu"))
+    assert 20e9 < count.peak < 60e9
 
 
 def test_a_limit_on_the_gpus_memory_goes_to_a_device_by_number(monkeypatch):

@@ -19,6 +19,9 @@ def test_every_stage_runs_to_its_end_on_a_cpu_and_every_target_is_not_run(
     ckpt, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(prove, "TEXT", str(HERE / "machine" / "*.py"))
+    for table in ("STAGES", "MORE"):  # a slow machine is no error here
+        slow = {name: (run, 20 * limit) for name, (run, limit) in getattr(prove, table).items()}
+        monkeypatch.setattr(prove, table, slow)
     seen, write = [], bench.write_result
 
     def spy(result, *args, **more):
@@ -42,6 +45,7 @@ def test_every_stage_runs_to_its_end_on_a_cpu_and_every_target_is_not_run(
     assert run["passed"] and run["stopped"] == 143 and run["checkpoint"] == str(ckpt[0])
     assert run["reopened_parameters"] > 0 and "| run |" in run["evaluated"]
     assert stages["loss"]["ratios"]["counted_gib"] < 1.1
+    assert any("seconds" in row for row in stages["kernels"]["rows"])
     assert stages["peers"]["transformers"]["seconds"] > 0
     assert {row["verdict"] for row in result["targets"]} == {"NOT RUN"}
     assert len(result["targets"]) == len(prove.TARGETS)
