@@ -317,7 +317,7 @@ def a_gpu(monkeypatch):
         return
     answers = dict(is_available=True, device_count=1, current_device=0, memory_reserved=0)
     answers |= dict(get_device_capability=(9, 0), get_device_name="NVIDIA H100 80GB HBM3")
-    answers |= dict(mem_get_info=(8 * 2**30, 8 * 2**30), memory_stats={"num_alloc_retries": 0})
+    answers |= dict(mem_get_info=(8 * 2**30, 8 * 2**30), memory_stats={"num_alloc_retries": 2})
     answers |= dict(max_memory_reserved=3 * 2**30, max_memory_allocated=2**31)
     answers |= dict(empty_cache=None, reset_peak_memory_stats=None, synchronize=None)
     everywhere = {"is_expandable": True, "address": 0, "total_size": 2**64}

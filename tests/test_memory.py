@@ -869,9 +869,10 @@ def test_streamed_optimizer_state_has_no_race(races):
     assert races.accesses and not races.races
 
 
-def test_gradients_on_their_way_to_the_host_have_no_race(races, monkeypatch):
+@pytest.mark.parametrize("sizes", [(70, 5, 31), (7,)])  # (7,): the next pass's is the next piece
+def test_gradients_on_their_way_to_the_host_have_no_race(races, monkeypatch, sizes):
     monkeypatch.setattr(memory, "IN_FLIGHT", 100)
-    weights = [torch.nn.Parameter(torch.ones(n, dtype=torch.bfloat16)) for n in (70, 5, 31)]
+    weights = [torch.nn.Parameter(torch.ones(n, dtype=torch.bfloat16)) for n in sizes]
     settings = dict(host=True, chunk=10, host_gradients=True)
     optimizer = memory.AdamW(weights, 0.1, (0.9, 0.95), 1e-8, 0.0, **settings)
     with races:
