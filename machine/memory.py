@@ -361,7 +361,7 @@ class HostGradients:
                     buffer.copy_(part, non_blocking=True)
                     self.fill.wait_stream(compute)  # only now has the gradient to be there
                     buffer.add_(new)
-                else:
+                else:  # in a step the first of all: AdamW, which had the buffers, is done then
                     self.fill.wait_stream(compute)
                     buffer.copy_(new)
                 added = self.fill.record_event()
@@ -399,7 +399,6 @@ class HostGradients:
 
     def begin(self) -> None:
         """A new step: each sum begins with its next gradient."""
-        self.fill.wait_stream(self.api.current_stream())  # AdamW had the buffers
         self.summed = set()
 
     def close(self) -> None:

@@ -913,6 +913,7 @@ def integers(text):
 
 
 def main(argv=None):
+    planner.expand_segments()  # before anything asks for the GPU
     parser = argparse.ArgumentParser("python -m measure.bench", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(required=True)
@@ -953,7 +954,6 @@ def main(argv=None):
     add("--data", nargs="*", help="text (default: the standard library's sources)")
     add("--ckpt", help="folder with a tokenizer (default: a BPE trained on that text)")
     args = parser.parse_args(argv)
-    planner.expand_segments()  # before anything asks for the GPU
     try:
         for smoke_test in (False, True):
             path = result_path(args.out_dir, result_name(args), smoke_test)

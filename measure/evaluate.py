@@ -56,7 +56,7 @@ from machine.command_line import integer
 from machine.keeper import lock
 from machine.log import finite, outlive_readers
 from machine.memory import pad_heads
-from machine.plan import available_memory, parameter_count
+from machine.plan import available_memory, expand_segments, parameter_count
 from machine.samples import sample_texts
 from machine.settings import check_device, fits
 from machine.states import read_run, refuse_foreign, whole_file
@@ -1056,6 +1056,7 @@ def far_parts(a: Namespace, corpus, long: Tensor, short: Tensor, window: int):
 
 def main(argv: list[str] | None = None) -> None:
     """The command line. A user's error ends as SystemExit with one line."""
+    expand_segments()  # before anything asks for the GPU
     outlive_readers()
     a = parse_args(argv)
     try:

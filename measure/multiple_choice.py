@@ -28,6 +28,7 @@ import torch
 import data
 from machine.checkpoints import resolve_checkpoint
 from machine.memory import pad_heads
+from machine.plan import expand_segments
 from machine.tokenizer import Tokenizer
 from measure.evaluate import fingerprint, remember, token_losses
 from model import Llama, load_checkpoint, load_config
@@ -164,6 +165,7 @@ def compare(a) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line. A user's error ends as SystemExit with one line."""
+    expand_segments()  # before anything asks for the GPU
     parser = argparse.ArgumentParser("python -m measure.multiple_choice", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add, cuda = parser.add_argument, torch.cuda.is_available()

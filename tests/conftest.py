@@ -23,6 +23,8 @@ import transformers
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # wherever pytest was started
 if not torch.cuda.is_available():
@@ -291,6 +293,38 @@ def whole(ckpt, tmp_path_factory):
 @pytest.fixture
 def at_two(whole, tmp_path):
     return killed_after_two(whole, tmp_path / "killed")
+
+
+class MappedToCPU(TorchFunctionMode):
+    """Every device that is called cuda is the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map(self.mapped, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    @staticmethod
+    def mapped(x):
+        named = isinstance(x, torch.device) and x.type == "cuda"
+        named |= isinstance(x, str) and bool(re.fullmatch(r"cuda(:\d+)?", x))
+        return torch.device("cpu") if named else x
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """The GPU that is there; without one --device cuda runs all the same, on the CPU."""
+    if torch.cuda.is_available():
+        yield
+        return
+    answers = dict(is_available=True, device_count=1, current_device=0, memory_reserved=0)
+    answers |= dict(get_device_capability=(9, 0), get_device_name="NVIDIA H100 80GB HBM3")
+    answers |= dict(mem_get_info=(8 * 2**30, 8 * 2**30), memory_stats={"num_alloc_retries": 2})
+    answers |= dict(max_memory_reserved=3 * 2**30, max_memory_allocated=2**31)
+    answers |= dict(empty_cache=None, reset_peak_memory_stats=None, synchronize=None)
+    everywhere = {"is_expandable": True, "address": 0, "total_size": 2**64}
+    for name, answer in (answers | {"memory_snapshot": [everywhere]}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    with MappedToCPU():
+        yield
 
 
 def with_eos(folder, copy):

@@ -3,10 +3,14 @@
 python -m pytest tests/test_gpu.py    on a rented machine; measure.bench prove runs it as a stage.
 """
 
+import ast
+import importlib
 import json
 import os
+import re
 import shutil
 import signal
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -16,13 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model
-from longred import train
+from longred import main, train
 from machine import memory, plan
 from machine.plan import Policy
-from measure import bench
+from measure import bench, evaluate
 from model import causal_attention, fp32_product
 from rope_kernels import rope_backend
-from tests.conftest import DEVICE, NO_TRITON, tiny_llama, tiny_run
+from tests.conftest import DEVICE, HERE, NO_TRITON, read_log, same_run, tiny_llama, tiny_run
 
 ON_GPU = DEVICE == "cuda"
 BF16 = dict(rtol=2e-2, atol=2e-2)  # two or three roundings to 2^-8
@@ -282,22 +286,115 @@ def test_a_limit_on_the_gpus_memory_goes_to_a_device_by_number(monkeypatch):
     assert asked == [(0.4, 3), (0.4, 1)]
 
 
-@pytest.mark.skipif(not ON_GPU, reason="a real GPU's plan; test_memory.py maps it to the CPU")
-def test_a_run_trains_stops_resumes_and_reports_on_the_gpu(ckpt, tmp_path):
-    sizes = dict(original_len=128, target_len=512, train_len=512, device="cuda", save_every=2)
-    train(tiny_run(ckpt, tmp_path / "whole", **sizes))
+# What only tensors on a real GPU reach, wherever it is: file -> functions.
+ONLY_ON_A_GPU = {
+    "model.py": {"causal_attention", "document_attention", "fp32_product"}
+    | {"next_token_loss", "next_token_kl"},  # more rows at a time
+    "rope_kernels.py": {"_launch", "apply_rope", "rope_backend"},
+    "machine/keeper.py": {"_write_beside"},  # a stream of its own
+    "machine/memory.py": {"host_buffer", "free_host_buffers", "pad_heads", "empty_cache"}
+    | {"__init__"},  # whether host memory is locked
+}
+
+
+def everything_at_once(monkeypatch, **changes):
+    """Plans that would do with less use every mechanism there is."""
+    made = plan.make_plan
+
+    def make_plan(*args, **kwargs):
+        found = made(*args, **kwargs)
+        tokens = max(u.tokens for u in found.units.values())
+        hard = Policy(1, 1, offload=True, mlp_rows=50)
+        away = dict(host_state=True, host_gradients=True, teacher_resident=False)
+        away |= dict(policies=dict.fromkeys(found.units, hard), slot_bytes=2 * 48 * tokens)
+        return replace(found, **away)
+
+    monkeypatch.setattr(plan, "make_plan", make_plan)
+
+
+def test_a_run_trains_stops_resumes_reports_and_is_evaluated_on_the_gpu(
+    ckpt, tmp_path, monkeypatch, capsys, a_gpu
+):
+    everything_at_once(monkeypatch)
+    sizes = dict(original_len=128, target_len=256, train_len=256, device="cuda", steps=2)
+    sizes |= dict(long_micro=1, s2l_batch=1, short_batch=2, save_every=1)
+    train(tiny_run(ckpt, tmp_path / "whole", **sizes, eval_tokens=0))
+    assert "gradients leave the GPU in every pass" in capsys.readouterr().out
     config = tiny_run(ckpt, tmp_path / "parts", **sizes)
     step_done = memory.AdamW.step
 
     def stop(self):
         step_done(self)
-        if self.steps == 2:
+        if self.steps == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with mock.patch.object(memory.AdamW, "step", stop), pytest.raises(SystemExit) as stopped:
         train(config)
     assert stopped.value.code == 128 + signal.SIGTERM
     train(type(config)(resume=str(tmp_path / "parts")))
-    lines = [json.loads(x) for x in (tmp_path / "parts/log.jsonl").read_text().splitlines()]
-    assert [x["step"] for x in lines] == [1, 2, 3, 4] and lines[-1]["reserved_gib"] > 0
-    assert (tmp_path / "parts/report.md").exists()
+    lines = read_log(tmp_path / "parts")
+    assert [x["step"] for x in lines] == [1, 2] and lines[-1]["reserved_gib"] > 0
+    assert lines[-1]["alloc_retries"] is not None and lines[-1]["peak_gib"] > 0
+    if not ON_GPU:  # as conftest's GPU says
+        assert "peak 2.0 GiB of 3.0 reserved, 2 allocation retries" in capsys.readouterr().out
+    assert ON_GPU or same_run(tmp_path / "whole", tmp_path / "parts")  # on a CPU to the bit
+    assert "beyond the window" in (tmp_path / "parts/report.md").read_text()
+
+    extended = model.load_checkpoint(tmp_path / "parts", device="cuda", dtype=torch.bfloat16)
+    ids = torch.arange(100, device="cuda")[None]
+    out = extended.generate(ids, 3, chunk_len=64)
+    assert out.shape == (1, 103) and torch.equal(out[:, :100], ids)
+    folder, long, short = ckpt
+    asked = f"--base {folder} --ckpt {tmp_path / 'parts'} --data {long} --short_data {short}"
+    asked += " --device cuda --original_len 128 --lengths 256 --eval_tokens 512 --samples 1"
+    asked += f" --depths 0.5 --out_dir {tmp_path / 'eval'} --cache_dir {tmp_path / 'tokens'}"
+    evaluate.main([*asked.split(), "--tasks", "kept", "position"])
+    assert (tmp_path / "eval/report.md").exists()
+
+
+def test_what_only_a_gpu_reaches_is_known_by_name():
+    """A branch on the device of a tensor is not run above without a GPU: none may be added
+    unseen. Those of a device's name are."""
+    found = {}
+    for path in [*HERE.glob("*.py"), *HERE.glob("machine/*.py")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for function in ast.walk(tree):
+            if not isinstance(function, ast.FunctionDef) or path.name.startswith("test_"):
+                continue
+            text = ast.unparse(function)
+            if re.search(r"\.is_cuda|\.type [!=]= 'cuda'|cudart|cuda\.device_of", text):
+                found.setdefault(path.relative_to(HERE).as_posix(), set()).add(function.name)
+    assert found == ONLY_ON_A_GPU
+
+
+ENTRIES = ["bench", "evaluate", "multiple_choice"]
+
+
+@pytest.mark.parametrize("name", ["longred", *ENTRIES])
+def test_segments_expand_before_an_entry_asks_for_the_gpu(name, monkeypatch):
+    took = [
+        path.stem
+        for path in sorted((HERE / "measure").glob("*.py"))
+        if "__main__" in (text := path.read_text(encoding="utf-8")) and '"--device"' in text
+    ]
+    assert took == ENTRIES  # a new one is tested too
+    settings = []
+
+    def asked(*_):
+        settings.append(os.environ.get("PYTORCH_ALLOC_CONF"))
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", asked)
+    for own in (None, "backend:native"):
+        with mock.patch.dict(os.environ):
+            for variable in plan.ALLOCATOR:
+                os.environ.pop(variable, None)
+            if own:
+                os.environ["PYTORCH_ALLOC_CONF"] = own
+            settings.clear()
+            with pytest.raises(SystemExit):
+                if name == "longred":
+                    main(["--ckpt", "x", "--device", "cuda", "--target_len", "9", "--context", "2"])
+                importlib.import_module(f"measure.{name}").main(["--help"])
+            settings.append(os.environ["PYTORCH_ALLOC_CONF"])
+        assert set(settings) == {own or "expandable_segments:True"}

@@ -417,12 +417,6 @@ def test_the_small_memory_path_logs_what_fp32_does(ckpt, tmp_path, request):
             assert b[name] == pytest.approx(a[name], rel=0.1, abs=2e-4)
 
 
-def test_the_small_memory_path_resumes_bit_for_bit(ckpt, tmp_path, small_memory):
-    train(tiny_run(ckpt, tmp_path / "whole", save_every=2))
-    main(["--resume", str(killed_after_two(tmp_path / "whole", tmp_path / "parts"))])
-    assert same_run(tmp_path / "whole", tmp_path / "parts")
-
-
 def test_a_run_whose_gradients_go_to_the_host_is_the_same_run(ckpt, tmp_path, small_memory):
     settings = dict(save_every=2, grad_clip=0.05, eval_tokens=0)
     train(tiny_run(ckpt, tmp_path / "stay", **settings))
@@ -628,7 +622,7 @@ def test_the_floor_of_a_step_is_the_cards_own_where_it_is_known():
 
     h200, a100, other = map(plan, ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "Quadro X"))
     assert 2.5 < a100.seconds / h200.seconds < 989 / 312 + 0.1
-    assert "s at least on a A100-SXM4-80GB" in a100.table()
+    assert "s at least on one A100-SXM4-80GB" in a100.table()
     assert other.seconds == h200.seconds and "were this an H200" in other.table()
 
 
@@ -875,9 +869,10 @@ def test_streamed_optimizer_state_has_no_race(races):
     assert races.accesses and not races.races
 
 
-def test_gradients_on_their_way_to_the_host_have_no_race(races, monkeypatch):
+@pytest.mark.parametrize("sizes", [(70, 5, 31), (7,)])  # (7,): the next pass's is the next piece
+def test_gradients_on_their_way_to_the_host_have_no_race(races, monkeypatch, sizes):
     monkeypatch.setattr(memory, "IN_FLIGHT", 100)
-    weights = [torch.nn.Parameter(torch.ones(n, dtype=torch.bfloat16)) for n in (70, 5, 31)]
+    weights = [torch.nn.Parameter(torch.ones(n, dtype=torch.bfloat16)) for n in sizes]
     settings = dict(host=True, chunk=10, host_gradients=True)
     optimizer = memory.AdamW(weights, 0.1, (0.9, 0.95), 1e-8, 0.0, **settings)
     with races:
