@@ -82,10 +82,13 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 def plot(axes, x, runs: np.ndarray, style: dict, marker: str = "", smooth: bool = True):
     """The mean of runs (n, values) with its band, smoothed with the raw mean faint; its line."""
+    from matplotlib.colors import to_rgb
+
     mean = runs.mean(0)
     line = smoothed(mean) if smooth else mean
-    if smooth and len(mean) >= 3 * SMOOTH:
-        axes.plot(x, mean, color=style["color"], lw=0.8, alpha=0.35)
+    if smooth and len(mean) >= 3 * SMOOTH:  # pale, not transparent: two over each other are grey
+        pale = 0.35 * np.array(to_rgb(style["color"])) + 0.65
+        axes.plot(x, mean, color=pale, lw=0.8, zorder=1)
     if len(runs) > 1:
         low, high = (smoothed(f(0)) if smooth else f(0) for f in (runs.min, runs.max))
         axes.fill_between(x, low, high, color=style["color"], alpha=0.2, lw=0)
@@ -157,7 +160,7 @@ def draw_overview(plt, results: list, style: dict, original_len: int, target_len
     shown = np.concatenate([parts[n].ravel() for n in others or [first]])
     low, span = shown.min(), max(np.ptp(shown), 1e-3)
     highest = max(p.max() for p in parts.values())
-    top = (highest if highest < low + 1.5 * span else low + span) + 0.12 * span
+    top = (highest if highest < low + 3.2 * span else low + span) + 0.12 * span
     x = (np.arange(parts[first].shape[1]) + 0.5) * target_len / parts[first].shape[1]
     lines = {n: plot(right, x, runs, style[n]) for n, runs in parts.items()}
     right.set(xlim=(0, target_len), ylim=(low - 0.08 * span, top))
@@ -184,7 +187,9 @@ def draw_overview(plt, results: list, style: dict, original_len: int, target_len
 def draw_points(axes, points: dict, short: dict, long: dict, style: dict, first: str) -> None:
     """A point a name, bars from the least to the most run, the name beside it."""
     ys = [y for n, (_, y) in points.items() if n != first] or [points[first][1]]
-    low, height = min(ys), max(max(ys) - min(ys), 0.05)
+    # A small difference of one must not look as large as a large one of the other.
+    wide = np.ptp([x for x, _ in points.values()])
+    low, height = min(ys), max(max(ys) - min(ys), 0.25 * wide, 0.05)
     top = low + 1.25 * height
     for name, (x, y) in points.items():
         color = style[name]["color"]
