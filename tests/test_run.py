@@ -348,6 +348,49 @@ def test_a_hang_up_saves_and_ends_unless_it_was_ignored(ckpt, tmp_path, monkeypa
     assert (out / "hf").exists() == ignored
 
 
+@pytest.mark.parametrize(
+    "number, at_pass",
+    [
+        (signal.SIGTERM, 1),  # of 4 in a step: 2 long, 1 short, 1 short-to-long
+        (signal.SIGTERM, 6),
+        (signal.SIGTERM, 16),  # the last of all
+        (signal.SIGHUP, 7),
+        (signal.SIGINT, 8),
+    ],
+)
+def test_a_stop_acts_within_one_pass(ckpt, whole, tmp_path, monkeypatch, number, at_pass, capsys):
+    out, passes, stopped = tmp_path / "run", [], []
+
+    def stop_in(loss):
+        def run_pass(*args):
+            passes.append(loss.__name__)
+            if len(passes) == at_pass:
+                os.kill(os.getpid(), number)
+                stopped.append(time.process_time())
+            return loss(*args)
+
+        return run_pass
+
+    for name in ("long_text_loss", "short_text_distillation", "short_to_long_distillation"):
+        monkeypatch.setattr(longred, name, stop_in(getattr(longred, name)))
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as end:
+            train(tiny_run(ckpt, out, save_every=100))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert end.value.code == 128 + number and len(passes) == at_pass and not (out / "hf").exists()
+    assert f"python longred.py --resume {out}" in capsys.readouterr().out.splitlines()[-1]
+    assert time.process_time() - stopped[0] < 5
+    done = at_pass // 4  # a step whose last pass it was is whole
+    newest = states.newest_state(out)
+    assert (newest.name if newest else None) == (f"step-{done:06d}" if done else None)
+    monkeypatch.undo()
+    if number == signal.SIGTERM:
+        main(["--resume", str(out)])
+        assert same_run(whole, out)
+
+
 def test_a_stop_that_saved_nothing_does_not_promise_to_go_on(ckpt, tmp_path, monkeypatch, capsys):
     print_step = log.print_step
 
