@@ -443,6 +443,21 @@ def test_a_copy_of_a_state_under_another_number_stays_and_is_not_taken(at_two, w
     assert same_run(whole, at_two) and not (states_ / "step-000002").exists()
 
 
+def test_a_state_behind_a_link_is_taken_and_stays(at_two, whole, tmp_path):
+    folder = at_two / "checkpoints" / "step-000002"
+    folder.rename(tmp_path / "other disk")
+    folder.symlink_to(tmp_path / "other disk")
+    main(["--resume", str(at_two), "--keep", "1"])
+    assert same_run(whole, at_two) and (tmp_path / "other disk" / SHARD).is_file()
+
+
+def test_a_run_without_states_says_that_its_steps_are_done_once_more(at_two, whole, capsys):
+    shutil.rmtree(at_two / "checkpoints")
+    main(["--resume", str(at_two)])
+    assert "no state is left: the 4 steps in" in capsys.readouterr().out
+    assert same_run(whole, at_two)
+
+
 def test_a_file_that_its_user_put_beside_an_export_stays_there(at_two, whole, tmp_path):
     main(["--resume", str(at_two)])
     for name in ("tokenizer.model", "special_tokens_map.json", "model-q8.safetensors"):
