@@ -237,7 +237,7 @@ class Keeper:
             return
         self.save()
         self.wait()
-        saved = self.how_to_resume() if self.saved_step else "Nothing was saved: --keep is 0."
+        saved = self.how_to_resume() if self.c.keep else "Nothing was saved: --keep is 0."
         print(f"\nstopped by signal {number} after step {self.step}. {saved}")
         sys.exit(128 + number)
 

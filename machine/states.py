@@ -105,6 +105,8 @@ def trim_log(path: Path, steps: int) -> list[dict]:
     torn = [i + 1 for i, line in enumerate(found) if line is None]
     if torn and (torn != [len(raw)] or len(lines) < steps):  # the last one: a kill's, run anew
         print(f"warning: {path}: line {', '.join(map(str, torn))} damaged, left out of the log")
+    if steps == 0 and (undone := sum(line == {} for line in found)):
+        print(f"warning: no state is left: the {undone} steps in {path} are done once more")
     lines = [lines[step] for step in sorted(lines)]
     with whole_file(path) as f:
         f.writelines(json_line(line) for line in lines)
@@ -310,7 +312,8 @@ def drop(folder: Path) -> None:
 def states_in(folder: Path, copies: bool = False) -> list[Path]:
     """Saved states by number of steps, sound or not; folders of other names are not ours."""
     found = folder.iterdir() if folder.is_dir() else ()
-    found = [p for p in found if re.fullmatch(r"step-\d{6,}", p.name) and parts_of(p)]
+    found = [p for p in found if re.fullmatch(r"step-\d{6,}", p.name) and p.is_dir()]
+    found = [p for p in found if parts_of(p) or (p / "manifest.json").is_file()]  # behind a link
     found = [p for p in found if copies or not is_copy(p)]
     return sorted(found, key=lambda p: int(p.name[5:]))
 

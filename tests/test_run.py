@@ -348,6 +348,49 @@ def test_a_hang_up_saves_and_ends_unless_it_was_ignored(ckpt, tmp_path, monkeypa
     assert (out / "hf").exists() == ignored
 
 
+@pytest.mark.parametrize(
+    "number, at_pass",
+    [
+        (signal.SIGTERM, 1),  # of 4 in a step: 2 long, 1 short, 1 short-to-long
+        (signal.SIGTERM, 6),
+        (signal.SIGTERM, 16),  # the last of all
+        (signal.SIGHUP, 7),
+        (signal.SIGINT, 8),
+    ],
+)
+def test_a_stop_acts_within_one_pass(ckpt, whole, tmp_path, monkeypatch, number, at_pass, capsys):
+    out, passes, stopped = tmp_path / "run", [], []
+
+    def stop_in(loss):
+        def run_pass(*args):
+            passes.append(loss.__name__)
+            if len(passes) == at_pass:
+                os.kill(os.getpid(), number)
+                stopped.append(time.process_time())
+            return loss(*args)
+
+        return run_pass
+
+    for name in ("long_text_loss", "short_text_distillation", "short_to_long_distillation"):
+        monkeypatch.setattr(longred, name, stop_in(getattr(longred, name)))
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as end:
+            train(tiny_run(ckpt, out, save_every=100))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert end.value.code == 128 + number and len(passes) == at_pass and not (out / "hf").exists()
+    assert f"python longred.py --resume {out}" in capsys.readouterr().out.splitlines()[-1]
+    assert time.process_time() - stopped[0] < 5
+    done = at_pass // 4  # a step whose last pass it was is whole
+    newest = states.newest_state(out)
+    assert (newest.name if newest else None) == (f"step-{done:06d}" if done else None)
+    monkeypatch.undo()
+    if number == signal.SIGTERM:
+        main(["--resume", str(out)])
+        assert same_run(whole, out)
+
+
 def test_a_stop_that_saved_nothing_does_not_promise_to_go_on(ckpt, tmp_path, monkeypatch, capsys):
     print_step = log.print_step
 
@@ -398,6 +441,21 @@ def test_a_copy_of_a_state_under_another_number_stays_and_is_not_taken(at_two, w
     assert "step-000777 holds another step's state: left alone" in capsys.readouterr().err
     assert all((copy / SHARD).is_file() for copy in copies)
     assert same_run(whole, at_two) and not (states_ / "step-000002").exists()
+
+
+def test_a_state_behind_a_link_is_taken_and_stays(at_two, whole, tmp_path):
+    folder = at_two / "checkpoints" / "step-000002"
+    folder.rename(tmp_path / "other disk")
+    folder.symlink_to(tmp_path / "other disk")
+    main(["--resume", str(at_two), "--keep", "1"])
+    assert same_run(whole, at_two) and (tmp_path / "other disk" / SHARD).is_file()
+
+
+def test_a_run_without_states_says_that_its_steps_are_done_once_more(at_two, whole, capsys):
+    shutil.rmtree(at_two / "checkpoints")
+    main(["--resume", str(at_two)])
+    assert "no state is left: the 4 steps in" in capsys.readouterr().out
+    assert same_run(whole, at_two)
 
 
 def test_a_file_that_its_user_put_beside_an_export_stays_there(at_two, whole, tmp_path):
