@@ -630,7 +630,10 @@ def trial(device: str) -> None:
     Raises ValueError, one line, for what would stop the first pass: compiler, driver, old card.
     """
     if device.startswith("cuda"):
-        major, minor = torch.cuda.get_device_capability(device)
+        try:
+            major, minor = torch.cuda.get_device_capability(device)  # the driver's first word
+        except (RuntimeError, AssertionError) as e:
+            raise ValueError(f"the GPU {device} does not answer: {why(e)}") from e
         if major < 8:
             raise ValueError(
                 f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; "

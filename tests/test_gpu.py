@@ -186,6 +186,10 @@ def test_the_trial_passes_here_and_names_what_is_missing():
     )
     with old, pytest.raises(ValueError, match="Tesla T4 has compute capability 7.5; need 8.0"):
         plan.trial("cuda")
+    error = RuntimeError("The NVIDIA driver on your system is too old (found 11040)")
+    silent = mock.patch.object(torch.cuda, "get_device_capability", side_effect=error)
+    with silent, pytest.raises(ValueError, match="does not answer: the NVIDIA driver is too old"):
+        plan.trial("cuda")
 
 
 @NO_TRITON
