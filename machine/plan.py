@@ -159,7 +159,9 @@ class Plan:
             )
         if self.host_gradients:
             lines.append("  gradients leave the GPU in every pass and add up in host memory")
-        which = f"on one {self.card.name}" if self.card else "were this an H200 (its own: not known)"
+        which = (
+            f"on one {self.card.name}" if self.card else "were this an H200 (its own: not known)"
+        )
         lines.append(
             f"  a step takes {self.seconds:.3g} s at least {which}, every kernel at its ceiling"
         )
