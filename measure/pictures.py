@@ -186,7 +186,7 @@ def draw_overview(plt, results: list, style: dict, original_len: int, target_len
 
 def draw_points(axes, points: dict, short: dict, long: dict, style: dict, first: str) -> None:
     """A point a name, bars from the least to the most run, the name beside it."""
-    ys = [y for n, (_, y) in points.items() if n != first] or [points[first][1]]
+    ys = [v for n in points if n != first for v in long[n].mean(1)] or [points[first][1]]
     # A small difference of one must not look as large as a large one of the other.
     wide = np.ptp([x for x, _ in points.values()])
     low, height = min(ys), max(max(ys) - min(ys), 0.25 * wide, 0.05)
@@ -212,7 +212,7 @@ def draw_points(axes, points: dict, short: dict, long: dict, style: dict, first:
     heights = apart(wanted, [0.05] * len(inside))
     for name, y_name in zip(inside, heights, strict=True):
         x, y = points[name]
-        place = x + 0.035 * (right - left), bottom + y_name * (top - bottom)
+        place = max(x, short[name].max()) + 0.03 * (right - left), bottom + y_name * (top - bottom)
         axes.annotate(name, (x, y), place, color=style[name]["color"], va="center", fontsize=9)
 
 
