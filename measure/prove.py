@@ -265,7 +265,9 @@ def step_stage(device, seconds: float, args, length: int = 32768) -> dict:
     expand, result = not gpu or planner.segments_expand(), {}
     for moments in (torch.float32, torch.bfloat16):
         try:
-            plan = planner.make_plan(config, units, room, host, moments, expandable=expand)
+            card = torch.cuda.get_device_name(device) if gpu else "H200"
+            memory = config, units, room, host, moments
+            plan = planner.make_plan(*memory, expandable=expand, card=card)
             break
         except ValueError as e:
             result["refused"] = str(e)
