@@ -579,7 +579,7 @@ def _add_product(sums: list, i: int, a: Tensor, b: Tensor) -> None:
     """sums[i] += a.T @ b in fp32: 8 bytes of traffic a weight inside the matmul, 16 after it."""
     if sums[i] is None:
         sums[i] = fp32_product(a.T, b)
-    elif matmul_adds(a.device) and not torch.compiler.is_compiling():  # not known to its graphs
+    elif not torch.compiler.is_compiling() and matmul_adds(a.device):  # not known to its graphs
         torch.addmm(sums[i], a.T, b, out_dtype=torch.float32, out=sums[i])
     else:
         sums[i].add_(fp32_product(a.T, b))

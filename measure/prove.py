@@ -266,8 +266,8 @@ def step_stage(device, seconds: float, args, length: int = 32768) -> dict:
     for moments in (torch.float32, torch.bfloat16):
         try:
             card = torch.cuda.get_device_name(device) if gpu else "H200"
-            memory = config, units, room, host, moments
-            plan = planner.make_plan(*memory, expandable=expand, card=card)
+            asked = config, units, room, host, moments
+            plan = planner.make_plan(*asked, expandable=expand, card=card)
             break
         except ValueError as e:
             result["refused"] = str(e)
@@ -298,7 +298,7 @@ def small_checkpoint(root: Path, ckpt: str | None) -> tuple[Path, str]:
     topics = root / "prose.jsonl"
     demo.write_demo_text(topics, root / "code.jsonl")
     demo.train_demo_model(0, root / "original", topics, steps=DEMO_STEPS)
-    return root / "original", f"the demo's original, {DEMO_STEPS} of its 600 steps, trained here"
+    return root / "original", f"the demo's original, {DEMO_STEPS} of its 640 steps, trained here"
 
 
 def stopped_and_resumed(command: list, out: Path, until: float) -> dict:
