@@ -385,9 +385,10 @@ def _check_longrope(scaling: dict, head_dim: int) -> None:
             f"longrope's original_max_position_embeddings is {original!r:.60}, need the window up "
             "to which short_factor holds, in tokens"
         )
+    said = {"attention_factor": None, "short_mscale": 1.0, "long_mscale": 1.0} | scaling
     for key in ("attention_factor", "short_mscale", "long_mscale"):
-        if scaling.get(key, 1.0 if key != "attention_factor" else None) not in (1, 1.0):
+        if said[key] != 1.0:
             raise ValueError(
-                f"longrope's {key} is {scaling.get(key)!r:.60}: only 1.0 is computed here, as one "
-                "factor for both windows has to be"
+                f"longrope's {key} is {said[key]!r:.60}: only 1.0 is computed here, one factor for "
+                "both windows (unsaid, readers make another of the window); take another checkpoint"
             )

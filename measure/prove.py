@@ -102,7 +102,7 @@ def _longest(stages):
     return max((u["unit"]["seq_len"] for u in units if "tokens_per_s" in u), default=None)
 
 
-TARGETS = [  # ../shared/performance.md's, as README's table shows them
+TARGETS = [  # as measure/README.md has them
     Target("rotary each way, 32K, 32/8 heads", _rotary("us"), {"H200": 165}, "us", True),
     Target(
         "rotary against a copy", _rotary("percent_of_copy"), {"H200": 95, "H100": 90}, "%", False
@@ -298,7 +298,7 @@ def small_checkpoint(root: Path, ckpt: str | None) -> tuple[Path, str]:
     topics = root / "prose.jsonl"
     demo.write_demo_text(topics, root / "code.jsonl")
     demo.train_demo_model(0, root / "original", topics, steps=DEMO_STEPS)
-    return root / "original", f"the demo's original, {DEMO_STEPS} of its 640 steps, trained here"
+    return root / "original", f"the demo's original after {DEMO_STEPS} steps, trained here"
 
 
 def stopped_and_resumed(command: list, out: Path, until: float) -> dict:

@@ -1,10 +1,14 @@
 """measure/leaderboard.py: the declared statistics, by hand, and what a missing run prints."""
 
 import argparse
+import subprocess
 
 import numpy as np
 import pytest
 
+from longred import Config, plan_streams
+from machine.command_line import parse_args
+from machine.settings import resolve
 from measure.leaderboard import (
     CELLS,
     draw,
@@ -12,9 +16,11 @@ from measure.leaderboard import (
     leaderboard,
     paired_t,
     sequences,
+    train,
     unread,
     verdicts,
 )
+from model import load_config
 
 
 def test_three_pairs_give_the_t_interval_and_p_of_a_table():
@@ -71,6 +77,27 @@ def test_a_held_out_book_is_scored_whole_and_not_trained_on():
     assert found.shape == (9, 101) and found[0, 0] == 0 and found[-1, -1] == 999
     assert (found.diff(dim=1) == 1).all() and (found[1:, 0] >= found[:-1, -1]).all()
     assert sequences(tokens, 100, 2).shape == (2, 101)
+
+
+@pytest.mark.parametrize("text, method", CELLS)
+def test_every_cell_is_a_run_that_is_accepted(ckpt, tmp_path, monkeypatch, text, method):
+    """NOT RUN shall not mean that it could not."""
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    folder, *long = ckpt
+    args = argparse.Namespace(base=str(folder), long=[str(path) for path in long], own="own.jsonl")
+    args.foreign, args.out_dir, args.cache_dir = str(long[0]), tmp_path, "tokens"
+    train(args, text, method, 7)
+    ((_, script, *flags),) = commands
+    config = parse_args(Config, flags, "of a cell")
+    c = resolve(config, load_config(folder), folder)
+    assert script.endswith("longred.py") and c.seed == 7
+    assert c.steps == (89 if method == "mix_cpt_flops" else 80)
+    held_out = unread(args, method)
+    assert c.long_data == [path for path in args.long if path != held_out]
+    streams = plan_streams(c)
+    assert set(streams) == ({"long"} if text == "none" else {"long", "short", "s2l"})
+    assert (c.short_rope == "original") == ("two" in method)
 
 
 def test_the_picture_promises_a_line_only_where_one_can_be_seen(tmp_path, monkeypatch):

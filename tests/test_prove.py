@@ -93,7 +93,7 @@ def test_the_small_checkpoint_is_the_one_given_the_demos_or_one_made_here(tmp_pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prove, "DEMO_STEPS", 1)
     folder, which = prove.small_checkpoint(tmp_path, None)
-    assert which == "the demo's original, 1 of its 640 steps, trained here"
+    assert which == "the demo's original after 1 steps, trained here"
     assert original_window(load_config(folder)) == 256
     (tmp_path / prove.DEMO.parent).mkdir(parents=True)
     folder.rename(prove.DEMO)
