@@ -4,8 +4,9 @@
         --foreign texts/war_and_peace.txt --test test.jsonl --out_dir out/leaderboard
 
 One run after the other, in the order of BLOCKS, each seed by seed; every run and every score is
-kept as it ends, so a stopped command goes on. `--no-train` scores and prints what there is. Cells
-without a run print NOT RUN. Leaves leaderboard.md, leaderboard.json and leaderboard.png.
+kept as it ends, so a stopped command goes on. `--no-train` scores and prints what there is; runs in
+an earlier leaderboard.json count as done by `--earlier`, without their checkpoints. Cells without a
+run print NOT RUN. Leaves leaderboard.md, leaderboard.json and leaderboard.png.
 """
 
 import argparse
@@ -327,6 +328,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", default="2024,2025,2026")
     parser.add_argument("--out_dir", type=Path, default=Path("out/leaderboard"))
     parser.add_argument("--cache_dir", default="out/tokens")
+    parser.add_argument(
+        "--earlier", metavar="JSON", help="an earlier leaderboard.json on this text"
+    )
     parser.add_argument("--train", action=argparse.BooleanOptionalAction, default=True)
     a = parser.parse_args(argv)
     try:
@@ -335,6 +339,32 @@ def main(argv: list[str] | None = None) -> None:
         score_all(a)
     except (ValueError, OSError, subprocess.CalledProcessError) as e:
         raise SystemExit(f"leaderboard: {e}") from None
+
+
+def read_earlier(path: str | None, original: dict) -> dict[str, dict]:
+    """The runs of an earlier leaderboard.json; refused if its original had other losses.
+
+    Such a run has no checkpoint here that could be scored again, so the text must be the same one.
+    """
+    if not path:
+        return {}
+    try:
+        content = json.loads(Path(path).read_text())
+        runs, theirs = content["runs"], content["original"]
+        same_text = all(
+            len(theirs[key]) == len(original[key])
+            and np.allclose(theirs[key], original[key], atol=1e-3)
+            for key in ("stories", "books", "twice")
+        )
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(
+            f"--earlier {path}: not a leaderboard.json of this command ({e})"
+        ) from None
+    if not same_text:
+        raise ValueError(
+            f"--earlier {path}: its original was scored on other text; leave --earlier out"
+        )
+    return runs
 
 
 def score_all(a) -> None:
@@ -348,9 +378,13 @@ def score_all(a) -> None:
         return remember(a.out_dir / "scores", {"task": name, "texts": digest}, compute)
 
     original = once("original", lambda: score(base, base, texts))
+    finished = read_earlier(a.earlier, original)
     order = [(*cell, s) for cells, n in BLOCKS for s in seeds[:n] for cell in cells]
     for text, method, seed in order:
         out = a.out_dir / f"{text}-{method}-{seed}"
+        if out.name in finished:
+            runs[text, method, seed] = finished[out.name]
+            continue
         if a.train and not (out / "hf" / "config.json").exists():
             train(a, text, method, seed)
         if (out / "hf" / "config.json").exists():

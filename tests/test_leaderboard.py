@@ -1,6 +1,7 @@
 """measure/leaderboard.py: the declared statistics, by hand, and what a missing run prints."""
 
 import argparse
+import json
 import subprocess
 
 import numpy as np
@@ -15,6 +16,7 @@ from measure.leaderboard import (
     holm,
     leaderboard,
     paired_t,
+    read_earlier,
     sequences,
     train,
     unread,
@@ -67,6 +69,22 @@ def test_a_cell_without_a_run_says_so():
     assert sum("NOT RUN" in row for row in rows) == len(CELLS) - 1
     (row,) = (row for row in rows if row.startswith("| Mix CPT | own"))
     assert "| 1 | 1.5" in row and "NOT RUN" not in row
+
+
+def test_earlier_runs_count_only_on_the_text_they_were_scored_on(tmp_path):
+    original, run = made(1.4, 4.0, 2), made(1.5, 3.0, 1)
+    path = tmp_path / "leaderboard.json"
+    path.write_text(json.dumps({"original": original, "runs": {"own-mix_cpt-1": run}}))
+    assert (
+        read_earlier(path, original) == {"own-mix_cpt-1": run}
+        and read_earlier(None, original) == {}
+    )
+    for other in (made(1.5, 4.0, 2), original | {"books": original["books"][1:]}):
+        with pytest.raises(ValueError, match="scored on other text"):
+            read_earlier(path, other)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="not a leaderboard.json"):
+        read_earlier(path, original)
 
 
 def test_a_held_out_book_is_scored_whole_and_not_trained_on():
