@@ -292,7 +292,8 @@ def draw_training(plt, results: list, style: dict):
 def draw_maps(plt, results: list, task: str, title: str):
     """Heat maps, length by depth: a row of them for each task, a column for each name.
 
-    Shares run from 0 to 1; nats may be of either sign, on a map centred on 0.
+    Shares run from 0 to 1; nats may be of either sign, on a map centred on 0 and no narrower than a
+    tenth, lest noise be painted dark.
     """
     grids = {}
     for name, _, result in results:
@@ -314,7 +315,7 @@ def draw_maps(plt, results: list, task: str, title: str):
         means[key] = np.full((len(runs[0][0]), len(lengths)), np.nan)
         asked = [lengths.index(int(n)) for n in runs[0][1]]
         means[key][:, asked] = np.mean([grid for grid, _ in runs], axis=0)
-    most = 1.0 if task == "niah_" else max(1e-3, *(np.nanmax(np.abs(m)) for m in means.values()))
+    most = 1.0 if task == "niah_" else max(0.1, *(np.nanmax(np.abs(m)) for m in means.values()))
     signed = {"cmap": "PuOr", "vmin": -most, "vmax": most}
     look = {"cmap": "cividis", "vmin": 0, "vmax": 1} if task == "niah_" else signed
     for (key, name), grid in means.items():

@@ -144,6 +144,15 @@ def test_signed_maps_are_centred_on_0_and_shares_run_from_0_to_1(figures):
     assert limits == {"repeat": (-0.5, 0.5), "needles": (0, 1)}
 
 
+def test_a_map_of_next_to_nothing_stays_pale():
+    from matplotlib import pyplot as plt
+
+    cells = {"512": {"by_depth": [-0.02, 0.01], "depths": [0, 1]}}
+    figure = pictures.draw_maps(plt, [("original", None, {"repeat": cells})], "repeat", "nats")
+    assert figure.axes[0].images[0].get_clim() == (-0.1, 0.1)
+    plt.close(figure)
+
+
 def test_boxes_never_overlap_and_stay_below_the_top():
     for seed in range(50):
         rng = np.random.default_rng(seed)
