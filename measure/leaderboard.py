@@ -296,23 +296,36 @@ def draw(runs: dict, original: dict, path: Path) -> None:
     marks = {"original": {"color": GREY, "ls": "-"}}
     losses = {"original": [np.array([np.mean(original[k][1::2])]) for k in ("stories", "books")]}
     drawn = [cell for cell in CELLS if "_without_" not in cell[1]]  # those read another text
-    for text, name in drawn:
-        group = [r for (t, n, _), r in runs.items() if (t, n) == (text, name)]
-        if group:
-            label = f"{METHODS[name][0]}, {words[text]}" + ("" if len(group) > 1 else ", one seed")
-            marks[label] = {"color": colors[text], "ls": "-"}
-            pairs = [[np.mean(r[k][1::2]) for r in group] for k in ("stories", "books")]
-            losses[label] = [np.array(values) for values in pairs]
+    groups = {
+        cell: [[np.mean(r[k][1::2]) for r in group] for k in ("stories", "books")]
+        for cell in drawn
+        if (group := [r for (*of, _), r in runs.items() if tuple(of) == cell])
+    }
+    repeated = any(len(pair[0]) > 1 for pair in groups.values())
+    alone = []  # beside runs in several seeds one of a single seed is a pale point without a name
+    for (text, name), pair in groups.items():
+        if repeated and len(pair[0]) == 1:
+            alone.append((*pair, colors[text]))
+            continue
+        label = f"{METHODS[name][0]}, {words[text]}" + ("" if repeated else ", one seed")
+        marks[label] = {"color": colors[text], "ls": "-"}
+        losses[label] = [np.array(values) for values in pair]
     figure, axes = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
     short, long = ({name: pair[i] for name, pair in losses.items()} for i in (0, 1))
     points = {name: (short[name].mean(), long[name].mean()) for name in losses}
     draw_points(axes, points, short, {n: v[:, None] for n, v in long.items()}, marks, "original")
+    shown = axes.axis()
+    for x, y, color in alone:
+        axes.plot(x, y, "o", ms=4, color=color, alpha=0.4, zorder=0)
+    axes.axis(shown)
     found = [p for name, p in points.items() if name != "original"]
     best = [p for p in found if not any(q[0] <= p[0] and q[1] <= p[1] for q in found if q != p)]
     title = "Lower left is better"
     if len(best) > 1:
         axes.plot(*zip(*sorted(best), strict=True), color="black", lw=0.8, zorder=0)
         title += "; the line joins what nothing beats on both"
+    if alone:
+        title += "\npale: other settings, one seed each (results/README.md names them)"
     axes.set(xlabel="loss on stories, nats a token", ylabel="loss on books, nats a token")
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)

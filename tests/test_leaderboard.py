@@ -132,5 +132,12 @@ def test_the_picture_promises_a_line_only_where_one_can_be_seen(tmp_path, monkey
     assert [len(found) for found in black] == [0, 1]
     said = [text.get_text().strip() for text in drawn[1].axes[0].texts]
     assert said[0] == "original, at 4.00" and len(said) == len(set(said)) == 3
+    runs["own", "mix_cpt", 2] = made(1.5, 3.1, 4)  # and longred, of one seed, is pale beside it
+    draw(runs, original, tmp_path / "three.png")
+    axes = drawn[2].axes[0]
+    said = [text.get_text().strip() for text in axes.texts]
+    assert said == ["original, at 4.00", "Mix CPT, own samples"] and "pale" in axes.get_title()
+    (pale,) = (line for line in axes.lines if line.get_alpha())
+    assert pale.get_xydata()[0] == pytest.approx([1.6, 2.9], abs=1e-2)
     for figure in drawn:
         plt.close(figure)
