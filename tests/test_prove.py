@@ -106,8 +106,8 @@ MEASURED = {
     "rotary": {
         "rows": [
             {"peer": peer, "direction": way, "T": 32768, "us": us, "percent_of_copy": 15600 / us}
-            for peer, us in ((bench.OURS, 160.0), ("torch.compile", 158.0))
-            for way in ("forward", "backward")
+            for peer, both in ((bench.OURS, (160.0, 164.0)), ("torch.compile", (158.0, 170.0)))
+            for way, us in zip(("forward", "backward"), both, strict=True)
         ]
     },
     "8B": {"units": {"long": UNIT | LONG}, "step": {"seconds": 240.0, "whole": True}},
@@ -121,6 +121,8 @@ def test_a_verdict_is_proven_missed_or_not_run():
     found = {r["target"]: r for r in prove.verdicts(MEASURED, "NVIDIA H200", False)}
     verdict = {name: row["verdict"] for name, row in found.items()}
     assert verdict["rotary each way, 32K, 32/8 heads"] == "PROVEN"
+    rotary = [row["value"] for name, row in found.items() if name.startswith("rotary")]
+    assert rotary == pytest.approx([164, 15600 / 164, 160 / 158])  # the worse direction of each
     assert verdict["rotary against torch.compile"] == "MISSED"  # 160 against 158
     assert verdict["8B 32K long pass"] == "MISSED"
     assert verdict["128K long pass"] == "NOT RUN"  # its stage did not run

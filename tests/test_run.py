@@ -23,7 +23,7 @@ import data
 import longred
 from longred import Config, long_text_loss, main, short_to_long_distillation, train
 from machine import log, plan, states
-from machine.keeper import Keeper
+from machine.keeper import Keeper, StopSignal
 from machine.log import Watch
 from machine.many import Processes
 from machine.memory import AdamW
@@ -346,6 +346,29 @@ def test_a_hang_up_saves_and_ends_unless_it_was_ignored(ckpt, tmp_path, monkeypa
     finally:
         signal.signal(signal.SIGHUP, before)
     assert (out / "hf").exists() == ignored
+
+
+def test_a_second_ctrl_c_gives_up_at_once_and_another_sigterm_changes_nothing():
+    with StopSignal() as stop:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert stop.number == signal.SIGTERM
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        assert stop.number == signal.SIGINT
+
+
+@pytest.mark.parametrize("name", ["hf/notes", "report.md"])
+def test_what_is_in_the_way_of_a_resumed_run_is_refused_before_its_next_step(at_two, name):
+    mine, before = at_two / name, read_log(at_two)
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine\n")
+    with pytest.raises(ValueError, match=f"{name.split('/')[0]} is in the way, and no"):
+        train(Config(resume=str(at_two)))
+    assert mine.read_text() == "mine\n" and read_log(at_two) == before
 
 
 @pytest.mark.parametrize(
