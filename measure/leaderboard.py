@@ -73,7 +73,7 @@ BLOCKS = [  # one after the other, each seed by seed: its cells, in how many see
     ([("own", name) for name in MAIN], 3),
     ([("foreign", name) for name in MAIN], 3),
     ([("none", "long_cpt")], 3),
-    ([("own", "mix_cpt_flops")], 1),
+    ([("own", "mix_cpt_flops")], 3),
     ([(text, name) for text in ("own", "foreign") for name in ("two", "soft_replay_two")], 1),
     ([("own", "longred_kl"), ("foreign", "longred_kl")], 1),
     ([("foreign", f"{name}_ntk") for name in MAIN], 1),
