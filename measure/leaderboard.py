@@ -275,7 +275,8 @@ def leaderboard(runs: dict, original: dict) -> list[str]:
         row += [spread([r[key] for r in group]) for key in ("kl", "drift")]
         row += [spread([np.mean(r[key][1::2]) for r in group]) for key in ("books", "twice")]
         far = {n: np.mean([r["far"][n] for r in group], axis=0) for n in ("true", "other", "cut")}
-        row += [f"{m:.3f} ({lo:.3f} to {hi:.3f})" for m, lo, hi in brings(far).values()]
+        content = [f"{m:.3f} ({lo:.3f} to {hi:.3f})" for m, lo, hi in brings(far).values()]
+        row += ["-", "-"] if "_without_" in name else content  # the others are not of that book
         if "seconds" in group[0]:
             row += [f"{group[0]['tokens']:,}", f"{group[0]['flops'] / 1e12:.2f}"]
             row += [spread([r["seconds"] for r in group], ".0f")]
@@ -323,7 +324,7 @@ def draw(runs: dict, original: dict, path: Path) -> None:
     title = "Lower left is better"
     if len(best) > 1:
         axes.plot(*zip(*sorted(best), strict=True), color="black", lw=0.8, zorder=0)
-        title += "; the line joins what nothing beats on both"
+        title += "; the line joins what nothing named beats on both"
     if alone:
         title += "\npale: other settings, one seed each (results/README.md names them)"
     axes.set(xlabel="loss on stories, nats a token", ylabel="loss on books, nats a token")
