@@ -835,7 +835,7 @@ def _cell(value: float | list[float], error: float | None = None) -> str:
     mean = statistics.mean(values)
     error = statistics.stdev(values) if len(values) > 1 else error
     if not error or not math.isfinite(error):
-        form = ".3f" if mean == 0 or abs(mean) >= 0.01 else ".4f" if abs(mean) > 1e-3 else ".1e"
+        form = ".3f" if mean == 0 or abs(mean) >= 0.01 else ".4f" if abs(mean) >= 1e-3 else ".1e"
         return f"{mean:{form}}" + (f" +- {error:{form}}" if len(values) > 1 else "")
     digits = -math.floor(math.log10(error))
     digits += int(error * 10**digits) == 1

@@ -362,9 +362,11 @@ def read_earlier(path: str | None, original: dict) -> dict[str, dict]:
     """
     if not path:
         return {}
+    if not Path(path).is_file():
+        raise ValueError(f"--earlier {path}: no such file; results/leaderboard.json is one")
     try:
         content = json.loads(Path(path).read_text())
-        runs, theirs = content["runs"], content["original"]
+        runs, theirs = dict(content["runs"]), content["original"]
         same_text = all(
             len(theirs[key]) == len(original[key])
             and np.allclose(theirs[key], original[key], atol=1e-3)

@@ -157,8 +157,10 @@ def same_first_update(got, want):
     larger than its own rounding, which differs from processor to processor.
     """
     for (name, a), b in zip(got.named_parameters(), want.parameters(), strict=True):
-        sure = b.grad.abs() > 1e-5 * b.grad.abs().max()
-        assert ((a - b).abs() * sure).max() < 2e-5 and sure.any(), name
+        size, off = b.grad.abs(), (a - b).abs()
+        unsure = (size > 0) & (size <= 1e-5 * size.max())
+        assert off[~unsure].max() < 2e-5 and off.max() < 2.1e-3, name
+        assert unsure.sum() < 0.01 * (size > 0).sum(), name
 
 
 def distance_by_hand(a, b):

@@ -476,7 +476,7 @@ def test_a_passage_of_the_shortest_length_leaves_tokens_to_count(ckpt):
         (37.5, 6.9, "38 +- 7"),
         (37.5, 14.0, "38 +- 14"),
         (0.5, None, "0.500"),
-        (0.0099, None, "0.0099"),
+        (0.001, None, "0.0010"),
         (-0.0004, None, "-4.0e-04"),
         (float("nan"), 0.1, "not finite"),
         ([1.0, 1.2], None, "1.10 +- 0.14"),

@@ -10,6 +10,7 @@ import pytest
 from longred import Config, plan_streams
 from machine.command_line import parse_args
 from machine.settings import resolve
+from measure import leaderboard as board
 from measure.leaderboard import (
     CELLS,
     draw,
@@ -85,6 +86,29 @@ def test_earlier_runs_count_only_on_the_text_they_were_scored_on(tmp_path):
     path.write_text("[]")
     with pytest.raises(ValueError, match="not a leaderboard.json"):
         read_earlier(path, original)
+    with pytest.raises(ValueError, match="no such file"):
+        read_earlier(tmp_path / "none.json", original)
+
+
+def test_an_earlier_run_is_neither_trained_nor_scored_again(tmp_path, monkeypatch, capsys):
+    cells = ["own-mix_cpt-1", "own-mix_cpt_without_0-1"]
+    runs = {name: made(1.5, 3.0, 1) for name in cells}
+    path, asked = tmp_path / "earlier.json", []
+    path.write_text(json.dumps({"original": made(1.4, 4.0, 2), "runs": runs}))
+    one = [([tuple(name.split("-")[:2])], 1) for name in cells]
+    stand_ins = dict(BLOCKS=one, open_texts=lambda a: {}, load_checkpoint=lambda folder: folder)
+    stand_ins |= dict(pad_heads=lambda model: argparse.Namespace(config=None), draw=lambda *_: None)
+    stand_ins |= dict(score=lambda *_: made(1.4, 4.0, 2), sampling_flops=lambda *_: 0.0)
+    stand_ins |= dict(train=lambda *run: asked.append(run))
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(board, name, stand_in)
+    board.score_all(
+        argparse.Namespace(seeds="1", base="b", out_dir=tmp_path, earlier=path, train=True)
+    )
+    assert not asked and json.loads((tmp_path / "leaderboard.json").read_text())["runs"] == runs
+    said = capsys.readouterr().out.splitlines()
+    (row,) = (line for line in said if "first book held out" in line and "| 1 |" in line)
+    assert row.count("| - | - |") == 1  # what far text brings has no control there
 
 
 def test_a_held_out_book_is_scored_whole_and_not_trained_on():
