@@ -53,7 +53,7 @@ except ImportError:  # no wheel for macOS or Windows: torch does the work there
 
 # -------------------------------------------------------------------------------------- frequencies
 
-ROPE_TYPES = ("default", "linear", "yarn", "llama3", "ntk", "longrope")
+ROPE_TYPES = ("default", "linear", "yarn", "llama3", "ntk")
 
 
 def rope_frequencies(
@@ -86,11 +86,6 @@ def rope_frequencies(
     inv_freq = theta**-exponent
     if rope_type == "default":
         return inv_freq, 1.0
-    if rope_type == "longrope":  # beyond the old window; within it: short_factor, Llama.for_length
-        factors = scaling.get("long_factor")
-        if not isinstance(factors, list) or len(factors) != head_dim // 2:
-            raise ValueError(f"long_factor: got {factors!r:.60}, need {head_dim // 2} numbers")
-        return inv_freq / inv_freq.new_tensor(factors), 1.0
     factor = _required(scaling, rope_type, "factor", 1.0, "target / original length")
     if rope_type == "linear":  # position interpolation: every position divided by factor
         return inv_freq / factor, 1.0

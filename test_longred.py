@@ -35,19 +35,19 @@ import rope_kernels
 from longred import (
     Config,
     cosine_distance,
-    default_theta,
-    long_text_loss,
+    cross_entropy,
     plan_streams,
     select_distill_layers,
     short_text_distillation,
     short_to_long_distillation,
     train,
 )
-from machine import memory, run
+from machine import formats, memory, run
 from machine.corpus import DEFAULT_LONG, DEFAULT_SHORT
 from machine.plan import Policy
-from machine.settings import resolve
+from machine.settings import default_theta, resolve
 from machine.states import newest_state
+from measure import pcd as pcd_module
 from model import (
     Llama,
     ModelConfig,
@@ -568,19 +568,19 @@ def test_pcd_equals_two_separate_models_without_a_cache(changes, qk_norm):
         slow = near.inv_freq[j - 1] * pcd["base_ratio"] ** (-2 * (j - 1) / 16)
         far.inv_freq[j - 1] = keep * near.inv_freq[j - 1] + (1 - keep) * slow
     want = pcd_by_hand(near, far, ids, 24, pcd["beta"], pcd["gamma"])
-    assert torch.equal(near.generate(ids, 24, pcd=changes, chunk_len=5), want)
+    assert torch.equal(pcd_module.generate(near, ids, 24, changes, chunk_len=5), want)
     assert not torch.equal(near.generate(ids, 24), want)
 
 
 def test_pcds_slowest_plane_turns_1918_times_faster_in_llama_3():
     own = rope_frequencies(128, 5e5)[0]
-    ratio = model_module.local_frequencies(own, 0.2, 1e-4) / own
+    ratio = pcd_module.local_frequencies(own, 0.2, 1e-4) / own
     assert ratio[0] == pytest.approx(1.0) and ratio[-1].item() == pytest.approx(1918, abs=0.5)
 
 
 def test_a_misspelt_pcd_setting_is_refused():
     with pytest.raises(ValueError, match="pcd: got betta, need some of alpha, beta"):
-        tiny_llama().generate(tokens(), 1, pcd={"betta": 1.0})
+        pcd_module.generate(tiny_llama(), tokens(), 1, {"betta": 1.0})
 
 
 def test_attention_kl_equals_transformers_attention_maps(tmp_path, monkeypatch):
@@ -603,12 +603,12 @@ def test_attention_kl_equals_transformers_attention_maps(tmp_path, monkeypatch):
 def test_shards_are_read_as_transformers_writes_them_and_written_as_it_reads_them(
     tmp_path, monkeypatch
 ):
-    config = transformers.LlamaConfig(**tiny_config().to_hf(), initializer_range=0.2)
+    config = transformers.LlamaConfig(**formats.config_to_hf(tiny_config()), initializer_range=0.2)
     theirs = transformers.LlamaForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 2
     model, ids = load_checkpoint(tmp_path / "theirs"), tokens()
-    monkeypatch.setattr(model_module, "SHARD_SIZE", 60_000)
+    monkeypatch.setattr(formats, "SHARD_SIZE", 60_000)
     save_checkpoint(model, tmp_path / "ours")
     assert (tmp_path / "ours" / "model.safetensors.index.json").is_file()
     reread = load_checkpoint(tmp_path / "ours")
@@ -654,10 +654,16 @@ def test_cosine_distance_by_hand():
 
 def test_identical_teacher_and_student_have_no_distillation_loss():
     teacher, student = tiny_llama(), tiny_llama()
-    short = short_text_distillation(student, teacher, tokens(), [1, 2, 3])
-    positions = torch.arange(33).expand(2, -1)
-    s2l = short_to_long_distillation(student, teacher, tokens(), positions)
+    batch, c = data.Batch.whole(tokens()), Config(distill_layers=[1, 2, 3])
+    short = short_text_distillation(student, teacher, batch, c)
+    s2l = short_to_long_distillation(student, teacher, batch, c)
     assert abs(short.item()) < 1e-6 and abs(s2l.item()) < 1e-6
+
+
+def reads(ids, student_positions=None):
+    """A batch of all T tokens of ids (B, T), without labels."""
+    padded = F.pad(ids, (0, 1))
+    return data.Batch.whole(padded, student_positions)
 
 
 @pytest.mark.parametrize("which", ["long", "short", "s2l"])
@@ -665,11 +671,13 @@ def test_losses_and_gradients_equal_those_from_transformers(pairs, which):
     (teacher, student), (hf_teacher, hf_student) = pairs
     ids = tokens(length=34)
     skipped = torch.from_numpy(data.uniform_positions(np.random.default_rng(0), 2, 34, 200))
-    got = {
-        "long": lambda: long_text_loss(student, ids),
-        "short": lambda: short_text_distillation(student, teacher, ids, [1, 3]),
-        "s2l": lambda: short_to_long_distillation(student, teacher, ids, skipped),
-    }[which]()
+    loss = {
+        "long": cross_entropy,
+        "short": short_text_distillation,
+        "s2l": short_to_long_distillation,
+    }[which]
+    batch = data.Batch.whole(ids) if which == "long" else reads(ids, skipped)
+    got = loss(student, teacher, batch, Config(distill_layers=[1, 3]))
     with torch.no_grad():
         target = hf_teacher(ids, output_hidden_states=True).hidden_states
     positions = skipped if which == "s2l" else None
@@ -1012,10 +1020,11 @@ def test_one_step_of_train_equals_the_formula_written_out(ckpt, tmp_path):
     s2l_ids = data.Stream(long, "s2l", c.seed, 2, 64).batch(0)[:, :-1]
     rng = np.random.default_rng([c.seed, 0x52, 0])
     skipped = torch.from_numpy(data.cream_positions(rng, 2, 64, 256))
+    long, short, s2l = data.Batch.whole(long_ids), reads(short_ids), reads(s2l_ids, skipped)
     total = (
-        8 / 16 * long_text_loss(student, long_ids)
-        + 6 / 16 * 5 * short_text_distillation(student, teacher, short_ids, [2, 3])
-        + 2 / 16 * 10 * short_to_long_distillation(student, teacher, s2l_ids, skipped)
+        8 / 16 * cross_entropy(student, None, long, c)
+        + 6 / 16 * 5 * short_text_distillation(student, teacher, short, c)
+        + 2 / 16 * 10 * short_to_long_distillation(student, teacher, s2l, c)
     )
     total.backward()
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0).item()
@@ -1047,17 +1056,17 @@ def test_one_step_with_kl_equals_the_formula_written_out(ckpt, tmp_path, method,
         log_p, log_q = (m.logits(m(ids)[0]).double().log_softmax(-1) for m in (teacher, student))
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
-    loss = 8 / 16 * long_text_loss(student, long_ids)
-    want = {"loss_kl": kl(short_ids)}
+    loss = 8 / 16 * cross_entropy(student, None, data.Batch.whole(long_ids), c)
+    want = {}
     if method == "soft_replay":
         want |= {"loss_short": kl(short_ids), "loss_s2l": kl(s2l_ids)}
         loss = loss + 6 / 16 * want["loss_short"] + 2 / 16 * want["loss_s2l"]
     else:
         skipped = data.cream_positions(np.random.default_rng([c.seed, 0x52, 0]), 2, 64, 256)
-        want["loss_short"] = short_text_distillation(student, teacher, short_ids, [2, 3])
-        want["loss_s2l"] = short_to_long_distillation(
-            student, teacher, s2l_ids, torch.from_numpy(skipped)
-        )
+        want["loss_kl"] = kl(short_ids)
+        want["loss_short"] = short_text_distillation(student, teacher, reads(short_ids), c)
+        s2l = reads(s2l_ids, torch.from_numpy(skipped))
+        want["loss_s2l"] = short_to_long_distillation(student, teacher, s2l, c)
         loss = loss + 6 / 16 * (5 * want["loss_short"] + 2 * want["loss_kl"])
         loss = loss + 2 / 16 * 10 * want["loss_s2l"]
     loss.backward()
@@ -1189,7 +1198,8 @@ def test_one_step_of_longrecipe_is_cross_entropy_under_its_positions(ckpt, tmp_p
                 cuts = [[i + 1 for i in range(76) if row[i] in sentence_end] for row in ids]
                 positions = [data.longrecipe_positions(rng, np.array(b), 77, 256) for b in cuts]
             positions = torch.as_tensor(np.stack(positions))
-            losses.append(long_text_loss(student, ids, positions).item())
+            batch = data.Batch.whole(ids, positions)
+            losses.append(cross_entropy(student, None, batch, c).item())
         assert log[step]["loss_long"] == pytest.approx(np.mean(losses), rel=1e-5)
         assert log[step]["loss"] == log[step]["loss_long"] and log[step]["loss_short"] is None
 
@@ -1219,7 +1229,8 @@ def test_replay_follows_at_ordinary_positions_with_its_rate_to_zero(ckpt, tmp_pa
     for line in replay:
         index = 2 * (line["step"] - 1)  # two micro-batches a step
         ids = torch.cat([text.batch(index), text.batch(index + 1)])
-        assert line["loss_replay"] == pytest.approx(long_text_loss(student, ids).item(), rel=1e-5)
+        want = cross_entropy(student, None, data.Batch.whole(ids), c).item()
+        assert line["loss_replay"] == pytest.approx(want, rel=1e-5)
         assert line["loss"] == line["loss_replay"] and line["loss_long"] is None
         assert line["tokens"] == 2 * 2 * 64
 

@@ -597,12 +597,6 @@ def client_notes(folder: Path) -> list[str]:
     kind = (hf.get("rope_scaling") or {}).get("rope_type")
     if kind == "yarn":
         notes.append("note: yarn is silently wrong in transformers below 4.51")
-    if kind == "longrope":
-        old = hf["rope_scaling"]["original_max_position_embeddings"]
-        notes.append(
-            f"note: two rotaries: vLLM takes the new one for all prompts unless --max-model-len is "
-            f"{old} or less; transformers errs where generation with a cache crosses {old} tokens"
-        )
     if kind == "linear":
         window = hf["max_position_embeddings"]
         notes.append(f"note: vLLM needs --max-model-len {window} with linear scaling")

@@ -1,11 +1,11 @@
-"""The command line, made from the settings: the fields of Config are its flags."""
+"""The command line, made from the settings: the fields of MachineConfig are its flags."""
 
 import argparse
 import re
 from dataclasses import fields
 from typing import Literal, get_args, get_origin
 
-from machine.settings import HARMLESS, Config
+from machine.settings import HARMLESS, MachineConfig
 
 # The first field of each group -> what the group is about, for --help.
 GROUPS = {
@@ -34,8 +34,10 @@ def integer(text: str) -> int:
         raise argparse.ArgumentTypeError(need) from None
 
 
-def parse_args(kind: type[Config], argv: list[str] | None, description: str) -> Config:
-    """A `kind` of Config from the command line; its field names are the flags.
+def parse_args(
+    kind: type[MachineConfig], argv: list[str] | None, description: str
+) -> MachineConfig:
+    """A `kind` of MachineConfig from the command line; its field names are the flags.
 
     Raises SystemExit with one line for a flag that is unknown or that does not go with the others.
     """
@@ -54,7 +56,7 @@ def parse_args(kind: type[Config], argv: list[str] | None, description: str) -> 
         raise SystemExit(f"longred: {message}; all flags: python longred.py --help")
 
     parser.error = error
-    machines = fields(Config)
+    machines = fields(MachineConfig)
     learnt = [f for f in fields(kind) if f not in machines]
     for f in (*learnt, *machines):
         group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group

@@ -4,7 +4,6 @@
     windows(dict) -> list               the windows that a scaled checkpoint's config may mean
     new_scaling(config, scaling, name)  another rotary embedding; two on top of each other: refused
     exported(dict, window) -> dict      what of a config.json an export takes over
-    longrope(...) -> dict               two rotaries as one scaling
 
 What transformers 5 computes from a config.json is what is computed here. Where it contradicts
 itself, so that readers differ, it is refused; an entry that nobody here reads is named.
@@ -108,8 +107,6 @@ def check_config(hf: dict) -> dict:
     head_dim = _number(hf, "head_dim", 128 if family == "qwen3" else d_model // n_heads)
     window = _number(hf, "max_position_embeddings", WINDOWS[family], most=2**40)
     theta, scaling = _rope_from_hf(hf, window)
-    if (scaling or {}).get("rope_type") == "longrope":
-        _check_longrope(scaling, head_dim)
     rope_frequencies(head_dim, theta, scaling)  # a bad theta or scaling ends here, explained
     _name_the_unknown(hf, family)
     return hf | {
@@ -224,7 +221,7 @@ def _rope_from_hf(hf: dict, window: int) -> tuple[float, dict | None]:
     scaling.pop("rope_theta", None)
     outer = hf.get("original_max_position_embeddings")
     kind = scaling.get("rope_type") or scaling.get("type")
-    if outer is not None and kind in ("llama3", "yarn", "longrope"):
+    if outer is not None and kind in ("llama3", "yarn"):
         scaling["original_max_position_embeddings"] = outer
     if kind in (None, "default") and scaling.get("factor") not in (None, 1, 1.0):
         raise ValueError(
@@ -289,8 +286,6 @@ def windows(hf: dict) -> list[int]:
     factor = (scaling or {}).get("factor")
     if type(factor) not in (int, float) or not 1 < factor < 2**30:
         return [window]
-    if scaling["rope_type"] == "longrope":
-        return [window]
     inner = scaling.get("original_max_position_embeddings")
     original = hf.get("original_max_position_embeddings") if inner is None else inner
     if scaling["rope_type"] == "yarn" and type(original) is int and 0 < original < 2**40:
@@ -342,53 +337,7 @@ def exported(hf: dict, window: int | None) -> dict:
         hf |= {key: window for key in WINDOW_NAMES if type(hf.get(key)) is int}
         hf["max_position_embeddings"] = window
     scaling = hf.get("rope_scaling") or {}
-    if scaling.get("rope_type") == "longrope":  # transformers 4 looks for it here, 5 inside
-        hf["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
     if window and scaling.get("rope_type") == "linear":
         # transformers ignores it; it tells the next reader that the window is the scaled one
         hf["original_max_position_embeddings"] = max(1, round(window / scaling["factor"]))
     return hf
-
-
-# ----------------------------------------------------------------------------------- two rotaries
-
-
-def longrope(theta: float, short, long, original_len: int, target_len: int) -> dict:
-    """Two rotaries as transformers' longrope: `short` up to original_len tokens, `long` beyond.
-
-    short, long: (H/2,) float64, radians per position; theta: the base that the export states. A
-    reader divides theta^(-2i/H) by these factors, so that 1 would mean plane i of theta itself.
-    """
-    plain, _ = rope_frequencies(2 * len(long), theta)
-    return {
-        "rope_type": "longrope",
-        "short_factor": (plain / short.to("cpu")).tolist(),
-        "long_factor": (plain / long.to("cpu")).tolist(),
-        "factor": target_len / original_len,
-        "original_max_position_embeddings": original_len,
-        "attention_factor": 1.0,  # unsaid, readers would make one of the window
-        "short_mscale": 1.0,
-        "long_mscale": 1.0,
-    }
-
-
-def _check_longrope(scaling: dict, head_dim: int) -> None:
-    """Refuse a longrope that is not two plain rotaries, each in H/2 factors above 0."""
-    for key in ("short_factor", "long_factor"):
-        found = scaling.get(key)
-        whole = isinstance(found, list) and len(found) == head_dim // 2
-        if not whole or not all(type(x) in (int, float) and 0 < x < 1e30 for x in found):
-            raise ValueError(f"{key} is {found!r:.60}, need {head_dim // 2} numbers above 0")
-    original = scaling.get("original_max_position_embeddings")
-    if type(original) is not int or not 0 < original < 2**40:
-        raise ValueError(
-            f"longrope's original_max_position_embeddings is {original!r:.60}, need the window up "
-            "to which short_factor holds, in tokens"
-        )
-    said = {"attention_factor": None, "short_mscale": 1.0, "long_mscale": 1.0} | scaling
-    for key in ("attention_factor", "short_mscale", "long_mscale"):
-        if said[key] != 1.0:
-            raise ValueError(
-                f"longrope's {key} is {said[key]!r:.60}: only 1.0 is computed here, one factor for "
-                "both windows (unsaid, readers make another of the window); take another checkpoint"
-            )

@@ -157,6 +157,9 @@ class Watch:
             )
 
 
+LOSSES = "long short s2l replay kl".split()  # every line of log.jsonl has them, null if not read
+
+
 def print_header(c, student: Llama, teacher: Llama, streams: dict) -> None:
     parameters = sum(p.numel() for p in student.parameters())
     old, new = teacher.config, student.config
@@ -169,7 +172,7 @@ def print_header(c, student: Llama, teacher: Llama, streams: dict) -> None:
     for s in streams.values():
         print(
             f"{s.name:>5}: {s.micro} x {s.batch} x {s.seq_len:,} = {s.tokens:,} tokens a step, "
-            f"weight {s.weight:g}" + (f", of KL {s.kl_weight:g}" if s.kl_weight else "")
+            + ", ".join(f"weight of {name} {weight:g}" for name, weight in s.weights.items())
         )
     replay = f" + {c.replay_steps} of replay" if c.replay_steps else ""
     print(f"{c.steps}{replay} steps, lr {c.lr:g}, seed {c.seed}, into {c.out_dir}", flush=True)

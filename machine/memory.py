@@ -647,11 +647,13 @@ def apply_policy(model: Llama, policy: Policy, offload: Offload | None = None) -
             block.mlp.rows, block.mlp.save = policy.mlp_rows, i >= first_unchecked
     run = _compiled() if policy.compile else _eager
 
-    def run_block(i: int, block: nn.Module, x: Tensor, rope: tuple, documents) -> Tensor:
+    def run_block(i: int, block: nn.Module, x: Tensor, rotary, cached, documents) -> Tensor:
+        if cached is not None or not torch.is_grad_enabled():
+            return block(x, rotary, cached, documents)
         recompute = i < first_unchecked
         away = policy.offload and recompute
         with offload.hooks(i, x) if away else nullcontext():
-            return run(block, recompute, i >= first_saved, x, rope, None, documents)
+            return run(block, recompute, i >= first_saved, x, rotary, None, documents)
 
     model.run_block = run_block
 
@@ -769,7 +771,7 @@ class OneGPU:
 
         Export and report need the memory, of the GPU and of the host.
         """
-        self.student.run_block = None
+        self.student.__dict__.pop("run_block", None)
         llama.LOSS_ROWS = Policy().loss_rows
         self.optimizer.close()
         self.offload = None

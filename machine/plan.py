@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from machine.formats import stored_dtype
 from model import LOSS_ROWS, Llama, ModelConfig, next_token_loss
 
 GIB = 2**30
@@ -102,16 +103,30 @@ class Unit:
     batch: int  # sequences
     seq_len: int
     count: int = 1
-    taps: int = 0  # hidden states compared with the teacher's
-    heads: int | None = None  # LM heads run: 1, of KL 2 (the teacher's); default 1, 0 with taps
+    hidden_states: int = 0  # how many are compared with the teacher's
+    heads: int | None = (
+        None  # LM heads run: 1, of KL 2 (the teacher's); by default 1, or 0 if any are compared
+    )
 
     def __post_init__(self):
         if self.heads is None:
-            object.__setattr__(self, "heads", 0 if self.taps else 1)
+            object.__setattr__(self, "heads", 0 if self.hidden_states else 1)
+
+    @classmethod
+    def of(cls, stream, c, most: int | None = None) -> "Unit":
+        """The passes that a step makes of a stream (longred.StepStream), by what its loss needs.
+
+        most: sequences in a pass; default: all of a micro-batch.
+        """
+        batch = stream.batch if most is None else min(stream.batch, max(1, most))
+        distilled = len(c.distill_layers or ()) or c.n_distill_layers
+        hidden_states = {"none": 0, "last": 1, "distilled": distilled}[stream.loss.compares]
+        count = stream.micro * -(-stream.batch // batch)
+        return cls(stream.name, batch, stream.seq_len, count, hidden_states, stream.loss.lm_heads)
 
     @property
     def teacher(self) -> bool:
-        return self.taps > 0 or self.heads == 2
+        return self.hidden_states > 0 or self.heads == 2
 
     @property
     def tokens(self) -> int:
@@ -249,10 +264,10 @@ def activation_memory(config: ModelConfig, unit: Unit, policy: Policy) -> dict[s
     in_attention = 2 * m * (4 * q + 2 * kv) - x
     backward = max(in_mlp, in_attention) + (0 if policy.unchecked else block)
     # Gradients of the hidden states compared; the last one's is used up before any block's.
-    in_block = backward + max(0, unit.taps - 1) * x
+    in_block = backward + max(0, unit.hidden_states - 1) * x
     # The teacher's hidden states, and ours unless they are inputs counted below.
-    compared = (2 if policy.offload else 1) * unit.taps * x
-    chunk = 40 * min(DISTANCE_ROWS, m) * d if unit.taps else 0  # ten fp32 copies
+    compared = (2 if policy.offload else 1) * unit.hidden_states * x
+    chunk = 40 * min(DISTANCE_ROWS, m) * d if unit.hidden_states else 0  # ten fp32 copies
     if unit.heads:  # fp32 and bf16 logits (KL: three fp32 ones), then bf16 d(logits) and an fp32
         # product, beside the fp32 sum; of KL alone the teacher's last hidden state
         rows, v = min(policy.loss_rows // unit.heads, m), config.vocab_size
@@ -573,7 +588,7 @@ def report_steps(c, model: ModelConfig, streams) -> float:
         n = max(1, c.eval_tokens // length)
         return model_flops(model, Unit("report", n, length)) / 3
 
-    step = [Unit(s.name, s.batch, s.seq_len, s.micro, s.taps) for s in streams]
+    step = [Unit.of(s, c) for s in streams]
     return (4 * read(c.original_len) + 2 * read(c.target_len)) / sum(
         unit.count * model_flops(model, unit) for unit in step
     )
@@ -678,14 +693,14 @@ def why(error: Exception) -> str:
     return (said.splitlines() or [""])[0][:300]
 
 
-def preflight(c, model: ModelConfig, streams, processes: int) -> None:
+def preflight(c, model: ModelConfig, streams, units: list[Unit], processes: int) -> None:
     """Refuse what would fail after hours: a run that its disk or its memory cannot hold.
 
-    c: the run's settings. streams: with rows and seq_len of a forward pass. processes: torchrun's.
+    c: the run's settings. units: the passes of its streams. processes: torchrun's.
     """
     alone = processes == 1
     n = parameter_count(model)
-    export = n * (model.stored_dtype() or torch.float32).itemsize
+    export = n * (stored_dtype(model) or torch.float32).itemsize
     # A state: fp32 weights (on a GPU bf16 and a remainder) and AdamW's two moments.
     bf16 = c.device.startswith("cuda") and c.moments == "bf16" and alone
     check_disk(Path(c.out_dir), export, c.keep and (c.keep + 1) * n * (8 if bf16 else 12))
@@ -693,13 +708,12 @@ def preflight(c, model: ModelConfig, streams, processes: int) -> None:
         raise ValueError(
             "--gpu_gib, --host_gib, --moments and --compile are one GPU's: drop them with torchrun"
         )
-    streams = list(streams)
     for s in streams:
         check_batch(s)
     if c.device.startswith("cuda"):
         trial(c.device)
     if c.device == "cpu":
-        tokens = max(s.rows * s.seq_len for s in streams)
+        tokens = max(unit.tokens for unit in units)
         # fp32 student, teacher, gradients and the two moments; many processes hold a part each
         check_memory(20 * n, processes * activation_bytes(model, tokens, c.recompute))
 
@@ -728,7 +742,7 @@ def activation_bytes(model, tokens: int, recompute: bool) -> int:
     return 4 * tokens * model.d_model * model.n_layers + block
 
 
-def forecast(config: ModelConfig, streams, processes: int = 1) -> float:
+def forecast(c, config: ModelConfig, streams, processes: int = 1) -> float:
     """Seconds of an optimizer step on this CPU: its arithmetic at half the speed of one matmul.
 
     That speed is measured here, in a fraction of a second, with the threads the run will have.
@@ -740,7 +754,7 @@ def forecast(config: ModelConfig, streams, processes: int = 1) -> float:
         torch.mm(x, w)
         n += 1
     speed = n * 2 * x.numel() * config.d_ff / (time.perf_counter() - began)
-    units = (Unit(s.name, s.batch, s.seq_len, s.micro, s.taps) for s in streams)
+    units = (Unit.of(s, c) for s in streams)
     return sum(u.count * model_flops(config, u) for u in units) / speed * 2 / processes
 
 

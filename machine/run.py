@@ -27,7 +27,13 @@ from machine import checkpoints, corpus, log, memory, plan, samples, states
 from machine.checkpoints import hf_name, open_tensors, resolve_checkpoint
 from machine.command_line import parse_args  # noqa: F401, for longred.py
 from machine.corpus import beginnings
-from machine.hf_config import longrope
+from machine.formats import (  # rescaled: for longred.py
+    load_checkpoint,
+    load_config,
+    rescaled,  # noqa: F401
+    save_checkpoint,
+    stored_dtype,
+)
 from machine.keeper import Keeper, refuse_in_the_way, refuse_taken
 from machine.log import outlive_readers  # noqa: F401, for longred.py
 from machine.many import Processes, after_restart, whole_number
@@ -35,8 +41,7 @@ from machine.memory import in_chunks  # noqa: F401, for longred.py
 from machine.settings import (  # noqa: F401, for longred.py
     HARMLESS,
     TEXTS,
-    Config,
-    default_theta,
+    MachineConfig,
     is_path,
     opt,
     resolve,
@@ -45,19 +50,7 @@ from machine.settings import (  # noqa: F401, for longred.py
     source_shares,
 )
 from machine.tokenizer import check_export
-from model import Documents, Llama, load_checkpoint, load_config, save_checkpoint
-
-
-def apart(labels: Tensor, first: Tensor) -> tuple[Tensor, Documents]:
-    """Labels (B, T) without those that open another document, and where documents lie.
-
-    first: (B, T + 1) bool, on the CPU: which inputs, and the label after the last, open one.
-    """
-    opens = first[:, :-1].clone()
-    opens[:, 0] = True  # a sequence may begin inside one
-    starts = torch.cat([opens.flatten().nonzero()[:, 0], torch.tensor([opens.numel()])])
-    labels = labels.masked_fill(first[:, 1:].to(labels.device), -100)
-    return labels, Documents(starts.diff().tolist(), starts.int().to(labels.device))
+from model import Llama
 
 
 def last_words(error: Exception) -> str | int:
@@ -82,6 +75,8 @@ class Run:
         self.resumed = None  # longred.json of the run that goes on
         self.data_seconds = 0.0  # waited for text in this step
         self.own = {}  # the source self:N -> its file and cost
+        self.sequences = {}  # stream -> how many of its sequences go into one forward pass
+        self.texts = {}  # stream -> its data.Stream or data.Mixture
 
     def __enter__(self) -> "Run":
         return self
@@ -102,7 +97,7 @@ class Run:
 
     # ---------------------------------------------------------------------------- before step 1
 
-    def open(self, config: Config) -> Config:
+    def open(self, config: MachineConfig) -> MachineConfig:
         """The settings, all filled in. Raises ValueError, one line, for what cannot work."""
         config = after_restart(config)
         if config.resume:
@@ -125,7 +120,7 @@ class Run:
         self.stored = torch.float32
         return c
 
-    def look_at_all(self, given: Config) -> None:
+    def look_at_all(self, given: MachineConfig) -> None:
         """What is cheap to find wrong is found here, before anything that takes long.
 
         given: the settings before they were resolved, with paths as the user wrote them.
@@ -148,25 +143,20 @@ class Run:
         Sets how many sequences of each stream go into one forward pass.
         """
         c, size = self.c, self.processes.size
-        for s in streams.values():
-            s.rows = min(s.batch, max(1, c.unit_tokens // s.seq_len))
         self.streams = streams
-        self.once(lambda: plan.preflight(c, self.original, streams.values(), size))
+        self.units = [plan.Unit.of(s, c, c.unit_tokens // s.seq_len) for s in streams.values()]
+        self.once(lambda: plan.preflight(c, self.original, streams.values(), self.units, size))
         found = self.plan_memory() if c.device.startswith("cuda") else None
         if found:
-            for s in streams.values():
-                s.rows = found.units[s.name].batch
             print(found.table(), flush=True)
+        units = found.units.values() if found else self.units
+        self.sequences = {unit.name: unit.batch for unit in units}
         if found and size == 1:
             self.plan, self.stored = found, torch.bfloat16
 
     def plan_memory(self) -> plan.Plan | plan.SharedPlan:
         """On GPUs: the memory table, and what follows from it; the same in every process."""
-        c, processes = self.c, self.processes
-        units = [
-            plan.Unit(s.name, s.rows, s.seq_len, s.micro * -(-s.batch // s.rows), s.taps, s.heads)
-            for s in self.streams.values()
-        ]
+        c, processes, units = self.c, self.processes, self.units
         room = plan.asked("--gpu_gib", c.gpu_gib, plan.gpu_room())
         host = plan.asked("--host_gib", c.host_gib, plan.available_memory())
         skipped = c.train_len < c.target_len
@@ -179,8 +169,8 @@ class Run:
         rest = c.compile, plan.segments_expand(), torch.cuda.get_device_name(), length
         return plan.make_plan(self.original, units, room, host, moments, *rest)
 
-    def open_text(self, streams: dict):
-        """Tokenise, once, on one process, and open every stream's text. Returns the tokenizer."""
+    def open_texts(self, streams: dict) -> None:
+        """Tokenise, once, on one process, and open every stream's text."""
         c = self.c
         tokenizer = data.load_tokenizer(self.source, c.add_eos)
         tokenizer.check_fits(self.original.vocab_size)
@@ -209,10 +199,12 @@ class Run:
         data.share_held_out(corpora)
         self.once(lambda: self.check_text(tokenizer))
         for s, tokens in zip(streams.values(), corpora, strict=True):
-            s.text = open_stream(s, tokens)
-            print(s.text.describe(s.micro * len(s.steps)))
+            self.texts[s.name] = open_stream(s, tokens)
+            print(self.texts[s.name].describe(s.micro * len(s.steps)))
+        skips_at_sentences = any(s.position_scheme == "longrecipe" for s in streams.values())
+        self.is_end = data.sentence_ends(tokenizer) if skips_at_sentences else ()
         self.record = {
-            "data": {name: s.text.corpus.fingerprint for name, s in streams.items()},
+            "data": {name: text.corpus.fingerprint for name, text in self.texts.items()},
             "weights": states.weight_fingerprints(self.source),
             "own_samples": self.own,
         }
@@ -220,7 +212,6 @@ class Run:
             states.check_same(self.resumed, self.record, self.out_dir, c.resume_anyway)
         self.record["code"] = states.code_fingerprints()
         self.record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
-        return tokenizer
 
     def own_text(self, specs: list[str], tokenizer) -> list[str]:
         """A list of sources, `self` in it replaced by the file of the checkpoint's own samples."""
@@ -278,7 +269,7 @@ class Run:
         log.print_header(c, student, teacher, self.streams)
         if c.device == "cpu":
             now = [s for s in self.streams.values() if 0 in s.steps]
-            seconds = plan.forecast(self.original, now, self.processes.size)
+            seconds = plan.forecast(c, self.original, now, self.processes.size)
             log.print_forecast(c, seconds, c.steps)
         return self.adamw
 
@@ -323,7 +314,6 @@ class Run:
                     )
                 log.print_step(line, last, left)
                 self.watch.stop_if_lost(line, last, keeper)
-        self.adamw = None
         keeper.finish()
 
     def print_within(self, step: int, began: float) -> None:
@@ -341,68 +331,53 @@ class Run:
         if self.processes.rank == 0:
             states.write_json(self.out_dir / "longred.json", self.record)
 
-    def batches(self, stream, step: int, read):
-        """This process's part of a step's sequences, up to stream.rows in each Batch.
+    def batches(self, stream, step: int):
+        """This process's part of what a step reads of a stream, as data.Batch, one a forward pass.
 
-        read(stream, index): micro-batch number index, as ids (B, T + 1) and positions (B, T) or
-        None. Shares sum to 1 over the batches of all processes, times the number of processes,
-        since gradients are averaged over those; sequences are equally long, so a share is one over
-        sequences. With nothing left to do a process repeats a sequence, as share 0: FSDP needs it.
+        Yields nothing in a step that does not read the stream.
         """
+        if step not in stream.steps:
+            return
         if self.one_gpu:
             self.one_gpu.ready(stream.name)
-        device, n = self.c.device, stream.micro * stream.batch
-        mine, piece, pieces = self.processes.share(n)
-        size = stream.seq_len // pieces
-        part = slice(piece * size, (piece + 1) * size)  # of a sequence, in tokens
-        indices = torch.arange(part.start, part.stop, device=device)
-        loaded = -1  # micro-batch
-        for start in range(0, len(mine), stream.rows):
-            real = [j for j in mine[start : start + stream.rows] if j < n]
-            ids, positions, first = [], [], []
-            for j in real or [n - 1]:
-                micro, row = divmod(j, stream.batch)
-                if micro != loaded:
-                    loaded, began = micro, time.monotonic()
-                    whole_ids, whole_positions = read(stream, step * stream.micro + micro)
-                    if self.c.document_mask:
-                        whole_first = stream.text.first_tokens(step * stream.micro + micro)
-                    self.data_seconds += time.monotonic() - began
-                first += [whole_first[row]] if self.c.document_mask else []
-                ids.append(whole_ids[row, part.start : part.stop + 1])
-                positions += [] if whole_positions is None else [whole_positions[row, part]]
-            ids = torch.stack(ids).to(device)
-            positions = torch.stack(positions).to(device) if positions else indices
-            share = len(real) / (n * pieces) * self.processes.size
+        c, size = self.c, self.processes.size
+        numbers, piece, pieces = self.processes.share(stream.micro * stream.batch)
+        length = stream.seq_len // pieces
+        part = slice(piece * length, (piece + 1) * length)
+
+        def read(index: int) -> data.MicroBatch:
+            began = time.monotonic()
+            found = data.micro_batch(self.texts[stream.name], stream, index, c, self.is_end)
+            self.data_seconds += time.monotonic() - began
+            return found
+
+        most = self.sequences[stream.name]
+        for batch in data.batches(read, stream, step, numbers, part, most, size, c.device):
             self.keeper.check_stop()
-            self.read += len(real)
-            labels, documents = (
-                apart(ids[:, 1:], torch.stack(first)) if first else (ids[:, 1:], None)
-            )
-            yield data.Batch(ids[:, :-1], labels, indices, positions, share, documents)
+            self.read += len(batch.ids) if batch.fraction else 0
+            yield batch
 
     def with_gradients(self):
         """The student's parameters, or what holds their gradients in host memory."""
         return self.adamw.with_gradients() if self.plan else self.student.parameters()
 
-    def over_processes(self, means: dict[str, Tensor | None]) -> dict[str, float | None]:
-        """Their means; the one moment of a step at which numbers come from the GPU."""
-        read = {name: float(x) for name, x in means.items() if x is not None}
-        totals = (x / self.processes.size for x in self.processes.total([*read.values()]))
-        return means | dict(zip(read, totals, strict=True))
+    def log_step(self, means: dict[str, Tensor], norm: Tensor) -> bool:
+        """Log a step. Returns whether all its numbers are finite, so that the update may be made.
 
-    def may_update(self, total: float, means: dict[str, float | None], norm: Tensor) -> bool:
-        """Whether this step counts: not where it is not finite. Waits for a state being saved.
-
-        total: the weighted sum that is trained; means: the unweighted losses of the step.
+        means: the mean losses of the step, unweighted, as this process has them; their weighted sum
+        is what is trained. This is the one moment of a step at which numbers come from the GPU.
+        Waits for a state that is being saved, whose weights an update would change.
         """
-        read = [s for s in self.streams.values() if means[s.name] is not None]
+        totals = self.processes.total([float(x) for x in means.values()])
+        read = {n: x / self.processes.size for n, x in zip(means, totals, strict=True)}
+        streams = [s for s in self.streams.values() if s.name in read]
         self.line = {
-            "loss": total,
-            **{f"loss_{name}": mean for name, mean in means.items()},
+            "loss": sum(weight * read[n] for s in streams for n, weight in s.weights.items()),
+            **{f"loss_{name}": None for name in log.LOSSES},
+            **{f"loss_{name}": mean for name, mean in read.items()},
             "lr": self.adamw.param_groups[0]["lr"],
             "grad_norm": whole_number(norm),
-            "tokens": sum(s.tokens for s in read),
+            "tokens": sum(s.tokens for s in streams),
             "peak_gib": round(plan.peak_gib(self.c.device), 2),
             **plan.reserved_now(self.c.device),
         }
@@ -415,9 +390,16 @@ class Run:
     # ----------------------------------------------------------------------------- after the last
 
     def gather(self, student: Llama, teacher: Llama) -> tuple[Llama, Llama]:
-        """Both whole, here; in all but the first process without memory, to be left alone."""
+        """Both whole, here; in all but the first process without memory, to be left alone.
+
+        Frees the optimizer's state first: the export and the report need the memory.
+        """
         if self.one_gpu:
             self.one_gpu.finish()
+        else:
+            self.adamw.state.clear()
+            self.adamw.param_groups.clear()
+        self.adamw = None
         if self.processes.size > 1:
             student = self.processes.gather(student)
             teacher = student if self.processes.rank else load_checkpoint(self.source)
@@ -429,15 +411,9 @@ class Run:
         c, exported = self.c, self.out_dir / "hf"
         if self.processes.rank:
             return exported
-        student.to(self.original.stored_dtype() or self.stored)
-        new = student.config
-        if c.export_longrope:
-            lengths = c.original_len, c.target_len
-            two = longrope(new.rope_theta, teacher.inv_freq, student.inv_freq, *lengths)
-            student.config = replace(new, rope_scaling=two)
+        student.to(stored_dtype(self.original) or self.stored)
         with states.writing(exported):
             save_checkpoint(student, exported, tokenizer_from=self.source)
-        student.config = new
         print(f"extended checkpoint: {exported}")
         for line in checkpoints.client_notes(exported):
             print(line)
@@ -449,8 +425,11 @@ class Run:
                 name: [self.own.get(spec, {"file": spec})["file"] for spec in getattr(c, name)]
                 for name in ("long_data", "short_data")
             }
+            corpora = {name: text.corpus for name, text in self.texts.items()}
             told = self.record["code_changes"], self.own
-            self.record["report"] = report(replace(c, **texts), self.streams, *models, *told)
+            self.record["report"] = report(
+                replace(c, **texts), self.streams, corpora, *models, *told
+            )
         if said := log.unheard():  # after the last line of log.jsonl
             self.record["notes"] = [said]
         self.write_record()

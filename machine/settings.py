@@ -1,6 +1,6 @@
 """Settings of a run: the machine's flags, the paper's defaults, and what is refused.
 
-`Config` here holds what a machine needs to know; longred.Config inherits it and adds what is
+`MachineConfig` holds what a machine needs to know; longred.Config inherits it and adds what is
 learnt, from what. Every field is a flag; None is worked out by `resolve`.
 """
 
@@ -22,13 +22,13 @@ from model import ModelConfig
 
 
 def opt(default, help: str, least: float | None = None, most: float | None = None):
-    """A field of Config and its command-line flag. least, most: values that make sense (most: if
-    not said 2^40 of a whole number, above which products overflow)."""
+    """A setting and its command-line flag. least, most: values that make sense (most of a whole
+    number, if not given: 2^40, above which products overflow)."""
     return field(default=default, metadata={"help": help, "least": least, "most": most})
 
 
 @dataclass
-class Config:
+class MachineConfig:
     """How text is read, and how a run lives on its machine."""
 
     # Text, beyond longred.Config's
@@ -47,9 +47,6 @@ class Config:
     )
     # The run
     out_dir: str | None = opt(None, "default: out/<ckpt name>-<target_len>; demo: out/demo")
-    export_longrope: bool = opt(
-        False, "with --short_rope original: export both rotaries, as longrope (default: the new)"
-    )
     resume: str | None = opt(None, "continue the run in this OUT_DIR; needs no other flag")
     resume_anyway: bool = opt(False, "with --resume: although config, data or weights changed")
     device: str | None = opt(None, "cuda or cpu (default: cuda where there is one)")
@@ -73,7 +70,7 @@ class Config:
 
 # Fields that a resumed run may have otherwise: none changes a step's numbers beyond how they round
 # (or, steps, when a replay begins).
-HARMLESS = {f.name for f in fields(Config)} - set(
+HARMLESS = {f.name for f in fields(MachineConfig)} - set(
     "recompute moments skip_bad_lines source_weights min_doc_len length_upsample add_eos".split()
 )
 # Text is known by its content, wherever it lies.
@@ -112,7 +109,7 @@ def default_theta(theta: float, original_len: int, target_len: int) -> float:
     return float(f"{theta**ratio:.1e}")
 
 
-def default_train_len(c: Config) -> int:
+def default_train_len(c: MachineConfig) -> int:
     """LongRecipe's best ratio, 30% of the target (its table of ratios); all of it if ordinary.
 
     From 4,096 on a multiple of 128, as attention on a GPU likes its lengths.
@@ -123,7 +120,7 @@ def default_train_len(c: Config) -> int:
     return round(0.3 * c.target_len / multiple) * multiple
 
 
-def rope_scaling(c: Config) -> dict | None:
+def rope_scaling(c: MachineConfig) -> dict | None:
     """--rope_type in transformers' form; None keeps what the checkpoint has (ABF)."""
     if c.rope_type is None:
         return None
@@ -135,7 +132,7 @@ def rope_scaling(c: Config) -> dict | None:
     return scaling
 
 
-def source_shares(c: Config, specs: list[str]) -> list[float] | None:
+def source_shares(c: MachineConfig, specs: list[str]) -> list[float] | None:
     """--source_weights for one stream's list of sources, in its order; None: as they come.
 
     Raises ValueError for a share that is no number above 0, and for a list named only in part.
@@ -159,7 +156,7 @@ def source_shares(c: Config, specs: list[str]) -> list[float] | None:
     return [shares[spec] for spec in specs]
 
 
-def check_sources(c: Config) -> None:
+def check_sources(c: MachineConfig) -> None:
     """Sources are well spelt, and every share's is one that this run reads."""
     lists = [c.long_data, c.short_data, c.s2l_data, c.replay_data]
     read = [spec for specs in lists for spec in specs or ()]
@@ -175,19 +172,21 @@ def check_sources(c: Config) -> None:
             )
 
 
-def fill(c: Config, **defaults) -> None:
+def fill(c: MachineConfig, **defaults) -> None:
     """Set the fields that were left to us."""
     for name, value in defaults.items():
         if getattr(c, name) is None:
             setattr(c, name, value)
 
 
-def fill_defaults(c: Config, ckpt_name: str, theta: float) -> None:
+def fill_defaults(c: MachineConfig, ckpt_name: str, theta: float) -> None:
     """The paper's settings and the usual places, wherever nothing was said."""
     far = c.target_len >= 128_000  # the paper's second set of settings
     paper = {name: values[far] for name, values in PAPER.items()}
     if far and c.target_len <= 8 * c.original_len:
         paper["n_distill_layers"] = PAPER["n_distill_layers"][0]
+    if c.method == "mix_cpt":  # a plain mixture, unless a weight is asked for
+        fill(c, alpha_short=1.0, alpha_s2l=1.0)
     alone = c.method in ("long_cpt", "longrecipe")  # baselines that read no other stream
     if alone:
         c.short_micro = c.s2l_micro = 0
@@ -218,7 +217,7 @@ def fill_defaults(c: Config, ckpt_name: str, theta: float) -> None:
 # ---------------------------------------------------------------------------------------- checks
 
 
-def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
+def resolve(config: MachineConfig, model: ModelConfig, ckpt: Path) -> MachineConfig:
     """Fill in what was left to us and refuse what cannot work, before anything is allocated."""
     c = replace(config, ckpt=str(ckpt.resolve()))
     settle_paths(c)
@@ -243,11 +242,6 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
             f"--target_len {c.target_len} is not above the original window of {c.original_len}; "
             "pass a longer one (or the true --original_len)"
         )
-    if (model.rope_scaling or {}).get("rope_type") == "longrope":
-        raise ValueError(
-            "the checkpoint has two rotaries (longrope); which of them is to be rescaled is not "
-            "defined, so extend the checkpoint that it was made from"
-        )
     if c.rope_type is None and (model.rope_scaling or {}).get("rope_type") == "yarn":
         raise ValueError(
             f"the checkpoint is scaled by YaRN, {model.rope_scaling}: a larger theta on top of it "
@@ -271,7 +265,6 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
             f"--alpha_kl {c.alpha_kl:g} with --method {c.method}: only longred and soft_replay "
             "have that loss; drop one of the two"
         )
-    check_two_rotaries(c, model)
     if not all(1 <= i <= model.n_layers for i in c.distill_layers or ()):
         raise ValueError(
             f"--distill_layers {c.distill_layers}: this model has hidden states 1 to "
@@ -282,27 +275,7 @@ def resolve(config: Config, model: ModelConfig, ckpt: Path) -> Config:
     return c
 
 
-def check_two_rotaries(c: Config, model: ModelConfig) -> None:
-    """--short_rope original needs a stream to read so, and a rotary that an export can state."""
-    if c.export_longrope and c.short_rope != "original":
-        raise ValueError(
-            "--export_longrope without --short_rope original: there is one rotary; drop the flag"
-        )
-    if c.short_rope != "original":
-        return
-    if c.method not in ("longred", "soft_replay"):
-        raise ValueError(
-            f"--short_rope original with --method {c.method}: only longred and soft_replay hold "
-            "the short stream to the original; drop one of the two"
-        )
-    if c.rope_type == "yarn" or (model.rope_scaling or {}).get("rope_type") == "yarn":
-        raise ValueError(
-            "--short_rope original with yarn: its attention factor is not 1, and one factor would "
-            "hold for both rotaries; pass another --rope_type"
-        )
-
-
-def check_device(c: Config, parameters: int) -> None:
+def check_device(c: MachineConfig, parameters: int) -> None:
     """Of a --device, whether it is here; `parameters`: of the model, where none is asked for."""
     if c.device and not re.fullmatch(r"cpu|cuda(:\d+)?", c.device):
         raise ValueError(f"--device {c.device}: need cpu or cuda (one of many: cuda:1)")
@@ -325,7 +298,7 @@ def check_device(c: Config, parameters: int) -> None:
         )
 
 
-def check_lengths(c: Config, model: ModelConfig) -> None:
+def check_lengths(c: MachineConfig, model: ModelConfig) -> None:
     """What attention asks of lengths: on a GPU, and where processes share a sequence."""
     lengths = c.train_len, c.short_len, c.original_len
     if c.document_mask and (c.context > 1 or c.compile):
@@ -356,7 +329,7 @@ def whole_path(path: str, flag: str) -> str:
     return os.path.abspath(found)
 
 
-def settle_paths(c: Config) -> None:
+def settle_paths(c: MachineConfig) -> None:
     """Every path of the settings becomes absolute; hub datasets and self stay as they are."""
     for name in ("out_dir", "cache_dir"):
         if getattr(c, name):
@@ -383,7 +356,7 @@ def moved(path: str, old_dir: str, new_dir: str) -> str:
     return path
 
 
-def resumed_config(saved: dict, given: Config) -> Config:
+def resumed_config(saved: dict, given: MachineConfig) -> MachineConfig:
     """The config a run began with, for the OUT_DIR it lies in now."""
     names = {f.name for f in fields(given)}
     if unknown := saved.keys() - names:
@@ -408,7 +381,7 @@ def resumed_config(saved: dict, given: Config) -> Config:
     return type(given)(**(saved | now))
 
 
-def check_kinds(given: Config, saved: dict) -> None:
+def check_kinds(given: MachineConfig, saved: dict) -> None:
     """ValueError where longred.json has a setting of another kind than the flag's."""
     for f in fields(given):
         if f.name in saved and not any(fits(saved[f.name], kind) for kind in kinds(f.type)):

@@ -49,10 +49,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
-from longred import cosine_distance, short_text_distillation
+from longred import cosine_distance
 from machine import corpus, memory
 from machine import plan as planner
 from machine.command_line import integer
+from machine.formats import config_to_hf
 from machine.states import refuse_foreign, whole_file
 from machine.tokenizer import LLAMA3_PATTERN, read_ranks
 from model import LOSS_ROWS, Attention, Llama, ModelConfig, next_token_kl, next_token_loss
@@ -304,14 +305,17 @@ LLAMA3_8B = ModelConfig(**LLAMA3_8B, vocab_size=128256, rope_theta=2e7)
 # tokens, in passes of 32,768.
 UNITS = [
     planner.Unit("long", 1, 32768, count=32),
-    planner.Unit("short", 32, 1024, count=24, taps=6),
-    planner.Unit("s2l", 4, 8192, count=8, taps=1),
+    planner.Unit("short", 32, 1024, count=24, hidden_states=6),
+    planner.Unit("s2l", 4, 8192, count=8, hidden_states=1),
 ]
 # Sizes of the CPU smoke test: they show that everything runs, and nothing else.
 TINY = dict(d_model=64, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=160, vocab_size=512)
 TINY = replace(LLAMA3_8B, **TINY)
 TINY_UNITS = [
-    replace(u, batch=min(u.batch, 4), seq_len=u.seq_len // 128, taps=min(u.taps, 3)) for u in UNITS
+    replace(
+        u, batch=min(u.batch, 4), seq_len=u.seq_len // 128, hidden_states=min(u.hidden_states, 3)
+    )
+    for u in UNITS
 ]
 
 
@@ -339,18 +343,20 @@ class Trainer:
 
 def loss(student, teacher, ids, unit):
     """What longred.train computes for one unit; a tapped one compares the last hidden states."""
-    if not unit.taps and unit.heads == 1:  # longred.long_text_loss, in a GPU's chunks on a CPU too
+    if (
+        not unit.hidden_states and unit.heads == 1
+    ):  # longred.cross_entropy, in a GPU's chunks on a CPU too
         hidden, _ = student(ids[:, :-1])
         nll, n = next_token_loss(hidden, student.lm_head_weight, ids[:, 1:], LOSS_ROWS)
         return nll / n
     n = student.config.n_layers
-    layers = list(range(n - unit.taps + 1, n + 1))
-    if unit.heads == 0:
-        return short_text_distillation(student, teacher, ids[:, :-1], layers)
-    with torch.no_grad():  # longred.short_text_distillation with_kl, likewise
+    layers = list(range(n - unit.hidden_states + 1, n + 1))
+    with torch.no_grad():  # longred.distillation_and_kl, likewise
         last, target = teacher(ids[:, :-1], None, layers)
     own, hidden = student(ids[:, :-1], None, layers)
     distance = sum(cosine_distance(hidden[i], target[i]) for i in layers)
+    if unit.heads == 0:  # longred.short_text_distillation
+        return distance
     heads = student.lm_head_weight, teacher.lm_head_weight
     kl, count = next_token_kl(own, heads[0], last, heads[1], LOSS_ROWS // 2)
     return distance + kl / count
@@ -556,7 +562,7 @@ def peer_step(name, config, unit, rounds, device):
             apply_liger_kernel_to_llama()
     except ImportError as e:
         return {"left out": f"{e.name} is not installed"}
-    hf = transformers.LlamaConfig(**config.to_hf(), use_cache=False, attention_dropout=0.0)
+    hf = transformers.LlamaConfig(**config_to_hf(config), use_cache=False, attention_dropout=0.0)
     with torch.device(device):
         peer = transformers.AutoModelForCausalLM.from_config(hf, dtype=torch.bfloat16).train()
     peer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -782,8 +788,8 @@ def traced_peak(config, unit, policy):
     offload = memory.Offload(config.n_layers, 0, torch.device("cpu"))  # gets its room below
     hidden = torch.Size((unit.batch, unit.seq_len, config.d_model))
 
-    def teacher(_ids, _positions, taps, **_):
-        made = {i: torch.zeros(hidden, dtype=torch.bfloat16) for i in taps}
+    def teacher(_ids, _positions, layers, **_):
+        made = {i: torch.zeros(hidden, dtype=torch.bfloat16) for i in layers}
         last = made.get(config.n_layers)
         return torch.zeros(hidden, dtype=torch.bfloat16) if last is None else last, made
 

@@ -14,13 +14,14 @@ import torch
 from tqdm import tqdm
 
 import data
-from longred import Config, long_text_loss, train
+from longred import Config, cross_entropy, train
 from machine.checkpoints import read_json
+from machine.formats import save_checkpoint
 from machine.keeper import clear_run, lock
 from machine.settings import check_device, whole_path
 from machine.states import read_run, write_json
 from measure import evaluate
-from model import Llama, ModelConfig, save_checkpoint
+from model import Llama, ModelConfig
 
 
 def demo(config: Config) -> Path:
@@ -137,7 +138,8 @@ def train_demo_model(seed: int, out_dir: Path, prose: Path, steps: int = 640) ->
     bar = tqdm(range(steps), desc="training the demo's original model", unit="step")
     for step in bar:
         optimizer.param_groups[0]["lr"] = peak_lr * min((step + 1) / warm_up, 1 - step / steps)
-        loss = long_text_loss(model, halves[2 * step // steps].batch(step))
+        batch = data.Batch.whole(halves[2 * step // steps].batch(step))
+        loss = cross_entropy(model, None, batch, None)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

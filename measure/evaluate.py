@@ -53,6 +53,7 @@ from tqdm import tqdm
 import data
 from machine.checkpoints import hf_name, open_tensors, resolve_checkpoint
 from machine.command_line import integer
+from machine.formats import load_checkpoint, load_config
 from machine.keeper import lock
 from machine.log import finite, outlive_readers
 from machine.memory import pad_heads
@@ -61,17 +62,10 @@ from machine.samples import sample_texts
 from machine.settings import check_device, fits
 from machine.states import read_run, refuse_foreign, whole_file
 from machine.tokenizer import Tokenizer
+from measure.pcd import PCD, contrast, local_view
+from measure.pcd import generate as by_contrast
 from measure.pictures import draw
-from model import (
-    PCD,
-    Llama,
-    attention_kl,
-    contrast,
-    load_checkpoint,
-    load_config,
-    local_view,
-    merge_weights,
-)
+from model import Llama, attention_kl, merge_weights
 
 FORMAT = 3  # of a remembered result; raised when what is measured changes
 CHUNK = 8192  # tokens of a sequence read at a time, so that 128K fits one GPU
@@ -102,7 +96,7 @@ def short_text_drift(
     heads = torch.zeros(n_layers, base.config.n_heads)
     compared = min(attention_sequences, len(input_ids))
     for i, ids in enumerate(tqdm(input_ids, desc="kept", unit="seq", leave=False, disable=None)):
-        a, b = (m(ids[None, :-1], taps=taps)[1] for m in (base, model))
+        a, b = (m(ids[None, :-1], layers=taps)[1] for m in (base, model))
         for tap in taps:
             cosine[i, tap] += (
                 F.cosine_similarity(a[tap].float(), b[tap].float(), dim=-1).sum().cpu()
@@ -507,7 +501,9 @@ def ruler(
     """
 
     def generate(prompts: Tensor, n_new: int) -> Tensor:
-        made = model.generate(prompts.to(a.device), n_new, pcd=pcd)
+        prompts = prompts.to(a.device)
+        plain = pcd is None
+        made = model.generate(prompts, n_new) if plain else by_contrast(model, prompts, n_new, pcd)
         return made[:, prompts.shape[1] :].cpu()
 
     samples = []
@@ -588,12 +584,12 @@ class Texts:
     far: dict[str, Tensor] | str  # other far parts for `long` (B, T - original_len), or why not
 
 
-def identify(folder: Path, base: Path, share: float, old_rotary: bool):
+def identify(folder: Path, base: Path, share: float):
     """What a result is remembered by: the content of weights, and what was made of them."""
     identity = fingerprint(folder)
     if share:
-        identity = [identity, fingerprint(base), share]
-    return [identity, "old rotary"] if old_rotary else identity
+        return [identity, fingerprint(base), share]
+    return identity
 
 
 def measure(
@@ -604,20 +600,17 @@ def measure(
     out: dict,
     pcd: dict | None = None,
     share: float = 0.0,
-    old_rotary: bool = False,
 ) -> None:
     """Fill `out` with every task's result for one checkpoint; `out` keeps what Ctrl-C leaves.
 
-    pcd: of Llama.generate; where given, only the tasks that ask for tokens are done.
+    pcd: of measure.pcd.generate; where given, only the tasks that ask for tokens are done.
     share: of the original, averaged into the weights (model.merge_weights).
-    old_rotary: of a checkpoint with two (longrope) read everything under the one for short text.
     """
-    cache, identity = Path(a.out_dir) / "cache", identify(folder, base, share, old_rotary)
+    cache, identity = Path(a.out_dir) / "cache", identify(folder, base, share)
 
     @functools.cache
     def load(path: Path) -> Llama:
         model = pad_heads(load_checkpoint(path, device=a.device, dtype=a.dtype))
-        model = model.for_length(1) if old_rotary and path == folder else model
         return merge_weights(model, load(base), share) if share and path == folder else model
 
     def once(task: str, compute: Callable[[], dict], **settings) -> dict:
@@ -1118,9 +1111,6 @@ def measure_all(a: Namespace, texts: Texts, runs: list, base: Path, unfinished: 
             print(f"{name}: {folder}, {a.dtype} on {a.device}", flush=True)
             results.append((name, folder, {}))
             measure(a, texts, folder, base, results[-1][2])
-            if (load_config(folder).rope_scaling or {}).get("rope_type") == "longrope":
-                results.append((f"{name}, old rotary", None, {}))
-                measure(a, texts, folder, base, results[-1][2], old_rotary=True)
             for share in a.merge if results[1:] else ():
                 results.append((f"{name}, {share:g} original", None, {}))
                 measure(a, texts, folder, base, results[-1][2], share=share)

@@ -25,6 +25,7 @@ import torch
 import data
 from longred import Config, plan_streams
 from machine import plan
+from machine.formats import load_checkpoint
 from machine.memory import pad_heads
 from machine.states import refuse_foreign, whole_file
 from measure.evaluate import remember, short_text_drift
@@ -37,7 +38,6 @@ from measure.far_context import (
     tail_losses,
 )
 from measure.pictures import COLORS, GREY, draw_points
-from model import load_checkpoint
 
 METHODS = {  # name in folders -> name in print, flags
     "long_cpt": ("Long CPT", "--method long_cpt"),
@@ -45,11 +45,6 @@ METHODS = {  # name in folders -> name in print, flags
     "longred": ("LongReD-C", ""),
     "soft_replay": ("soft replay", "--method soft_replay"),
     "longred_kl": ("LongReD + KL", "--alpha_kl 1"),
-    "two": ("two rotaries", "--short_rope original"),
-    "soft_replay_two": (
-        "two rotaries + soft replay",
-        "--method soft_replay --short_rope original",
-    ),
     "mix_cpt_ntk": ("Mix CPT, NTK", "--method mix_cpt --rope_type ntk"),
     "longred_ntk": ("LongReD-C, NTK", "--rope_type ntk"),
     "soft_replay_ntk": ("soft replay, NTK", "--method soft_replay --rope_type ntk"),
@@ -74,7 +69,6 @@ BLOCKS = [  # one after the other, each seed by seed: its cells, in how many see
     ([("foreign", name) for name in MAIN], 3),
     ([("none", "long_cpt")], 3),
     ([("own", "mix_cpt_flops")], 3),
-    ([(text, name) for text in ("own", "foreign") for name in ("two", "soft_replay_two")], 1),
     ([("own", "longred_kl"), ("foreign", "longred_kl")], 1),
     ([("foreign", f"{name}_ntk") for name in MAIN], 1),
     ([("own", f"{name}_without_{i}") for i in (0, 1) for name in MAIN], 1),
@@ -154,7 +148,7 @@ def with_book(a, texts: dict, book: str) -> dict:
     return texts | {name: sequences(tokens, lengths[name], n[name]) for name in n}
 
 
-def score(base, model, texts: dict, two_rotaries: bool = False) -> dict:
+def score(base, model, texts: dict) -> dict:
     """Losses of every sequence (even: validation, odd: test), and on the test half the rest."""
     found = {
         name: [round(x, 5) for x in tail_losses(model, texts[name], texts[name].shape[1] - 1)]
@@ -163,9 +157,6 @@ def score(base, model, texts: dict, two_rotaries: bool = False) -> dict:
     moved = short_text_drift(base, model, texts["stories"][1::2], attention_sequences=0)
     found |= {"kl": moved["kl"], "same_top1": moved["same_top1"], "drift": 1 - moved["cosine"][-1]}
     others = {name: texts[name][1::2] for name in ("other", "shuffled", "of stories")}
-    if two_rotaries:
-        old = model.with_frequencies(base.inv_freq, base.attention_factor)
-        found["stories_old"] = [round(x, 5) for x in tail_losses(old, texts["stories"], 512)]
     found["far"] = far_losses(model, texts["books"][1::2], 512, others)
     return found
 
@@ -175,9 +166,10 @@ def cost(out: Path, model) -> dict:
     c = Config(**json.loads((out / "longred.json").read_text())["config"])
     tokens = flops = 0
     for s in plan_streams(c).values():
-        unit = plan.Unit(s.name, s.batch, s.seq_len, s.micro * len(s.steps), s.taps, s.heads)
-        tokens += unit.count * unit.tokens
-        flops += unit.count * plan.model_flops(model.config, unit)
+        unit = plan.Unit.of(s, c)
+        passes = unit.count * len(s.steps)
+        tokens += passes * unit.tokens
+        flops += passes * plan.model_flops(model.config, unit)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return {"tokens": tokens, "flops": flops, "seconds": sum(line["seconds"] for line in log)}
 
@@ -406,8 +398,7 @@ def score_all(a) -> None:
         if (out / "hf" / "config.json").exists():
             model = pad_heads(load_checkpoint(out))
             read = with_book(a, texts, book) if (book := unread(a, method)) else texts
-            more = read, "two" in method
-            found = once(out.name, lambda m=model, more=more: score(base, m, *more))
+            found = once(out.name, lambda m=model, read=read: score(base, m, read))
             runs[text, method, seed] = found | cost(out, base)
     lines, leads = verdicts(runs, seeds)
     sampled = sampling_flops(base.config, 2000, 511) / 1e12

@@ -27,11 +27,12 @@ import torch
 
 import data
 from machine.checkpoints import resolve_checkpoint
+from machine.formats import load_checkpoint, load_config
 from machine.memory import pad_heads
 from machine.plan import expand_segments
 from machine.tokenizer import Tokenizer
 from measure.evaluate import fingerprint, remember, token_losses
-from model import Llama, load_checkpoint, load_config
+from model import Llama
 
 TASKS = "social_iqa strategyqa winowhy goal_step_wikihow timedial sports_understanding "
 TASKS += "logical_deduction disambiguation_qa physical_intuition"

@@ -22,9 +22,9 @@ import torch
 
 from machine import memory
 from machine import plan as planner
+from machine.formats import load_config
 from machine.hf_config import original_window
 from measure import bench, demo, evaluate, kernels
-from model import load_config
 
 GIB = planner.GIB
 HERE = Path(__file__).resolve().parent.parent

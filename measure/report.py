@@ -16,20 +16,17 @@ from model import Llama
 
 
 def report(
-    c, streams: dict, teacher: Llama, student: Llama, code_changes: list[dict], own: dict
+    c, streams: dict, corpora: dict, teacher: Llama, student: Llama, code_changes: list, own: dict
 ) -> dict:
     """Measure both models, print the table, write OUT_DIR/report.md; returns the numbers.
 
-    c: the run's Config. streams: as longred.plan_streams has them. code_changes: {"after_step",
-    "files"} of each time the run went on with other code than it began with. own: {source: cost} of
-    short text sampled from the checkpoint.
+    c: the run's Config. streams: of longred.plan_streams. corpora: the data.Corpus of each stream.
+    code_changes: {"after_step", "files"} for each time that the run continued with changed code.
+    own: {source: cost} of short text sampled from the checkpoint.
     """
-    texts = held_out_texts(c, streams)
+    texts = held_out_texts(c, corpora)
     rows, errors, curves = {}, {}, {}
     models = {"original": (teacher, texts), c.method: (student, texts)}
-    if c.short_rope == "original" and "short" in texts:
-        old = student.with_frequencies(teacher.inv_freq, teacher.attention_factor)
-        models[f"{c.method}, old rotary"] = old, {"short": texts["short"]}
     bar = tqdm(
         desc="report", total=sum(len(x) for _, x in models.values()), unit="part", disable=None
     )
@@ -87,7 +84,7 @@ def report(
     return {"rows": rows, "errors": errors, "long loss in 32 parts": curves, "tokens": tokens}
 
 
-def held_out_texts(c, streams: dict) -> dict:
+def held_out_texts(c, corpora: dict) -> dict:
     """{"short": (n, original_len + 1) ids, "long": (n, target_len + 1), "beyond": twice the target
     window}, what there is of them.
 
@@ -101,17 +98,17 @@ def held_out_texts(c, streams: dict) -> dict:
         ("long", c.long_data, c.target_len),
         ("beyond", c.long_data, 2 * c.target_len),
     ):
-        if name not in streams and specs == DEFAULT_SHORT:
+        if name not in corpora and specs == DEFAULT_SHORT:
             print("not measured: short text, which this run does not read; name it to measure it")
             continue
         quiet = dict(skip_bad_lines=c.skip_bad_lines, log=lambda line: None)
         try:
             kind = "short" if name == "short" else "long"
-            if kind in streams:
-                corpus = streams[kind].text.corpus
+            if kind in corpora:
+                corpus = corpora[kind]
             else:
                 corpus = data.tokenize(specs, tokenizer, c.cache_dir, kind, **quiet)
-                tails = [s.text.corpus.ends_held_out() for s in streams.values()]
+                tails = [read.ends_held_out() for read in corpora.values()]
                 corpus.elsewhere = np.unique(np.concatenate(tails))
             ids = data.held_out(corpus, max(1, c.eval_tokens // seq_len), seq_len)
             texts[name] = ids.to(c.device)

@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 import data
 from machine.checkpoints import resolve_checkpoint
+from machine.formats import load_checkpoint
 from machine.memory import pad_heads
 from machine.states import whole_file
 from machine.tokenizer import Tokenizer
 from measure.evaluate import read
-from model import Llama, load_checkpoint
+from model import Llama
 
 
 @torch.no_grad()

@@ -32,8 +32,9 @@ if not torch.cuda.is_available():
 
 import data
 import rope_kernels
-from longred import Config, train, write_byte_tokenizer
+from longred import Config, train
 from machine.tokenizer import LLAMA3_PATTERN
+from measure.demo import write_byte_tokenizer
 from model import Llama, ModelConfig, load_checkpoint, save_checkpoint
 
 HERE = Path(__file__).resolve().parent.parent  # the repository's root

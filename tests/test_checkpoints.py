@@ -20,11 +20,19 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longred import train, write_byte_tokenizer
+from longred import train
 from machine import checkpoints, hf_config
 from machine.checkpoints import resolve_checkpoint
+from machine.formats import (
+    config_from_hf,
+    config_to_hf,
+    load_checkpoint,
+    load_config,
+    save_checkpoint,
+    stored_dtype,
+)
 from measure import evaluate
-from model import ModelConfig, load_checkpoint, load_config, save_checkpoint
+from measure.demo import write_byte_tokenizer
 from tests.conftest import (
     HERE,
     LLAMA3,
@@ -129,7 +137,7 @@ EXTENSIONS = {
 def family_folder(folder, family):
     """A tiny random checkpoint of that family, written by transformers."""
     kind = family.split()[0].capitalize()
-    shape = tiny_config().to_hf() | dict(rope_scaling=None, head_dim=8, initializer_range=0.2)
+    shape = config_to_hf(tiny_config()) | dict(rope_scaling=None, head_dim=8, initializer_range=0.2)
     shape = {k: v for k, v in shape.items() if k not in ("architectures", "model_type")}
     config = getattr(transformers, f"{kind}Config")(**(shape | FAMILIES[family]))
     theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
@@ -188,7 +196,7 @@ def test_a_family_that_is_not_computed_is_refused_by_its_difference():
         "never_heard_of": "knows nothing of it",
     }.items():
         with pytest.raises(ValueError, match=f"model_type is {family}: .*{said}.*; need one of"):
-            ModelConfig.from_hf(tiny_config().to_hf() | {"model_type": family})
+            config_from_hf(config_to_hf(tiny_config()) | {"model_type": family})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -200,10 +208,10 @@ def test_the_spellings_of_transformers_4_and_5_read_alike(tmp_path, family):
     four["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     older = four | {"rope_scaling": rope | {"type": rope["rope_type"]}}
     older["rope_scaling"].pop("rope_type")  # as before 4.43
-    read = [ModelConfig.from_hf(hf) for hf in (five, four, older)]
-    assert [c.stored_dtype() for c in read] == [torch.float32] * 3
+    read = [config_from_hf(hf) for hf in (five, four, older)]
+    assert [stored_dtype(c) for c in read] == [torch.float32] * 3
     assert len({str(dataclasses.replace(c, hf={})) for c in read}) == 1
-    assert "rope_parameters" not in read[0].to_hf() and read[0].to_hf()["rope_theta"]
+    assert "rope_parameters" not in config_to_hf(read[0]) and config_to_hf(read[0])["rope_theta"]
 
 
 def hf_folder(folder, **changes):
@@ -310,13 +318,13 @@ def test_the_window_of_a_config(tmp_path, changes, window, capsys):
     config = json.loads((hf_folder(tmp_path / "hf") / "config.json").read_text()) | changes
     config = {k: v for k, v in config.items() if v is not None}
     config |= {"sliding_window": None}
-    read = ModelConfig.from_hf(config)
+    read = config_from_hf(config)
     if isinstance(window, str):
         with pytest.raises(ValueError, match=window):
             hf_config.original_window(read)
         return
     assert hf_config.original_window(read) == window
-    assert hf_config.original_window(ModelConfig.from_hf(read.to_hf())) == window
+    assert hf_config.original_window(config_from_hf(config_to_hf(read))) == window
 
 
 def test_an_export_has_one_window_and_one_rotary(tmp_path):
@@ -417,7 +425,7 @@ def test_metas_shards_give_the_logits_of_the_same_weights(tmp_path, shards, embe
     for (name, want), got in zip(model.named_parameters(), ours.parameters(), strict=True):
         assert torch.equal(want.float(), got), name
     assert ours.config.max_position_embeddings is None
-    assert ours.config.stored_dtype() == torch.bfloat16
+    assert stored_dtype(ours.config) == torch.bfloat16
     theirs = hf_model(save_checkpoint(ours, tmp_path / "hf"))
     assert rel(theirs(tokens()).logits, ours.logits(ours(tokens())[0])) < 1e-4
 
@@ -464,7 +472,7 @@ def test_metas_folder_is_extended_and_its_export_is_a_checkpoint(ckpt, tmp_path)
     train(dataclasses.replace(run, original_len=64))
     exported = load_config(resolve_checkpoint(tmp_path / "out"))
     assert exported.max_position_embeddings == 256 and exported.rope_theta == 3000.0
-    assert exported.stored_dtype() == torch.bfloat16
+    assert stored_dtype(exported) == torch.bfloat16
     further = tiny_run(ckpt, tmp_path / "further", target_len=512, steps=1, eval_tokens=0)
     further.ckpt = str(tmp_path / "out")
     assert load_config(train(further)).max_position_embeddings == 512
@@ -699,18 +707,18 @@ SCALING = st.dictionaries(
     st.sampled_from(["rope_type", "factor", "rope_theta", "low_freq_factor", "beta_fast"]),
     st.sampled_from(["yarn", "llama3", "ntk", "linear", 1e300, 10**400, 1, 2.0]) | JSON,
 )
-ENTRIES = sorted(tiny_config().to_hf()) + ["rope_parameters", "layer_types", "sliding_window"]
+ENTRIES = sorted(config_to_hf(tiny_config())) + ["rope_parameters", "layer_types", "sliding_window"]
 
 
 @settings(PROPERTY, max_examples=100)
 @given(st.dictionaries(st.sampled_from(ENTRIES), JSON | SCALING, max_size=4))
 def test_any_config_is_read_or_refused_with_one_line(changes):
     try:
-        config = ModelConfig.from_hf(tiny_config().to_hf() | changes)
+        config = config_from_hf(config_to_hf(tiny_config()) | changes)
     except ValueError as e:
         assert "\n" not in str(e) and len(str(e)) < 500
     else:
-        assert ModelConfig.from_hf(config.to_hf()).to_hf() == config.to_hf()
+        assert config_to_hf(config_from_hf(config_to_hf(config))) == config_to_hf(config)
 
 
 @settings(PROPERTY, max_examples=200)

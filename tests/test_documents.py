@@ -11,7 +11,6 @@ from torch.nn.attention import varlen
 import data
 from longred import cosine_distance, train
 from machine import memory, settings
-from machine.run import apart
 from model import (
     Documents,
     causal_attention,
@@ -52,7 +51,7 @@ def test_first_tokens_mark_where_documents_begin():
 def test_labels_that_open_another_document_do_not_count():
     first = torch.zeros(2, 9, dtype=torch.bool)
     first[0, [0, 3, 8]] = first[1, 5] = True
-    labels, found = apart(torch.arange(16).view(2, 8), first)
+    labels, found = data.by_document(torch.arange(16).view(2, 8), first)
     assert (labels == -100).nonzero().tolist() == [[0, 2], [0, 7], [1, 4]]
     assert found.lengths == [3, 5, 5, 3] and found.starts.tolist() == [0, 3, 8, 13, 16]
     assert found.starts.dtype == torch.int32

@@ -16,7 +16,7 @@ import data
 import model as model_module
 from longred import train
 from machine.keeper import lock
-from measure import evaluate, select_corpus
+from measure import evaluate, pcd, select_corpus
 from model import Llama, attention_kl, load_checkpoint, save_checkpoint
 from tests.conftest import (
     distance_by_hand,
@@ -130,9 +130,9 @@ def test_the_loss_on_a_repeated_passage_equals_transformers(pairs, monkeypatch):
 def test_first_choices_on_a_passage_under_pcd_are_those_of_generate(monkeypatch):
     monkeypatch.setattr(evaluate, "CHUNK", 7)
     model, ids = tiny_llama(), tokens(length=30)
-    ids = model.generate(ids, 12, pcd={})  # all of it PCD's own choice
+    ids = pcd.generate(model, ids, 12)  # all of it PCD's own choice
     ids[1, -3] = (ids[1, -3] + 1) % 96
-    right = evaluate.repeat_scores(model, ids, 12, 4, pcd=model_module.PCD)[:, 1]
+    right = evaluate.repeat_scores(model, ids, 12, 4, pcd=pcd.PCD)[:, 1]
     assert right[0] == 1 and right[1] <= 7 / 8
     assert (evaluate.repeat_scores(model, ids, 12, 4)[:, 1] < right).any()
 
@@ -273,10 +273,9 @@ def test_one_command_leaves_report_numbers_and_pictures(comparison, capsys, monk
 
 def test_pcd_is_one_more_row_asked_by_contrast(comparison, monkeypatch):
     argv, out = comparison
-    asked, generate = [], Llama.generate
-    monkeypatch.setattr(
-        Llama, "generate", lambda *a, pcd=None: asked.append(pcd) or generate(*a, pcd=pcd)
-    )
+    asked, generate, contrasted = [], Llama.generate, pcd.generate
+    monkeypatch.setattr(Llama, "generate", lambda *a: asked.append(None) or generate(*a))
+    monkeypatch.setattr(evaluate, "by_contrast", lambda *a: asked.append(a[-1]) or contrasted(*a))
     evaluate.main([*argv, "--pcd"])
     rows = json.loads((out / "results.json").read_text())["runs"]
     names = [name + end for name in ("original", "ext", "ext") for end in ("", ", PCD")]
@@ -286,7 +285,7 @@ def test_pcd_is_one_more_row_asked_by_contrast(comparison, monkeypatch):
         set(row["repeat"]["600"]) == {"seen_right", "new_right", "errors"} for row in rows[1::2]
     )
     n = len(asked) // 6
-    assert asked == ([None] * n + [model_module.PCD] * n) * 3 and n > 0
+    assert asked == ([None] * n + [pcd.PCD] * n) * 3 and n > 0
 
 
 def test_a_merge_is_one_more_row_of_averaged_weights(comparison, ckpt, tmp_path):

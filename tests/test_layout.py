@@ -1,4 +1,4 @@
-"""The shape of the repository: what may import what, and how long anything may be."""
+"""The shape of the repository: what may import what, and how long a function may be."""
 
 import ast
 import importlib
@@ -9,13 +9,6 @@ import pytest
 
 from tests.conftest import HERE
 
-METHOD = {  # file -> most lines, comments and docstrings included
-    "longred.py": 460,
-    "model.py": 630,
-    "rope_kernels.py": 420,
-    "data.py": 560,
-    "test_longred.py": 1400,
-}
 FOLDERS = ("", "machine", "measure", "tests")
 FILES = {
     path.relative_to(HERE).as_posix(): path.read_text(encoding="utf-8")
@@ -36,7 +29,7 @@ NAMES_THAT_SAY_NOTHING = "at ends about use hold let_go from_first kept again".s
 MAY_IMPORT = {
     "rope_kernels": set(),
     "data": set(),
-    "model": {"rope_kernels", "machine.checkpoints", "machine.hf_config"},
+    "model": {"rope_kernels"},
     "machine.hf_config": {"rope_kernels"},
     "machine.checkpoints": {"machine.hf_config"},
     "machine": {"rope_kernels", "data", "model", "machine"},
@@ -135,11 +128,6 @@ def test_imports_keep_the_order_of_the_house(name):
         assert {other, other.split(".")[0]} & allowed, f"{name} imports {other}"
 
 
-@pytest.mark.parametrize("name", METHOD)
-def test_the_method_can_be_read_in_an_hour(name):
-    assert FILES[name].count("\n") <= METHOD[name]
-
-
 def test_no_function_is_longer_than_70_lines():
     long = {
         f"{name}: {node.name}": node.end_lineno - node.lineno + 1
@@ -179,8 +167,7 @@ BOUND = {
     "rope_kernels": "rope_frequencies apply_rope apply_rope_torch",
     "model": "ModelConfig Llama next_token_loss attention_kl load_config load_checkpoint "
     "save_checkpoint",
-    "longred": "Config train main cosine_distance long_text_loss select_distill_layers "
-    "default_theta write_byte_tokenizer",
+    "longred": "Config train main cosine_distance select_distill_layers",
     "data": "uniform_positions cream_positions cream_truncated_positions pose_positions "
     "longrecipe_positions load_tokenizer tokenize Corpus Stream held_out",
 }

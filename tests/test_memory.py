@@ -224,7 +224,7 @@ def assert_same(got, expected):
 
 def gradients(model, ids):
     model.zero_grad()
-    last, hidden = model(ids, taps=(0, 2, 5))
+    last, hidden = model(ids, layers=(0, 2, 5))
     sum((h.float() * h.float().roll(1, -1)).sum() for h in (last, *hidden.values())).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -271,7 +271,7 @@ def test_offloaded_inputs_leave_the_device_and_come_back_unchanged():
     offload = memory.Offload(5, 2 * 16 * 48 * 4, torch.device("cpu"))
     memory.apply_policy(model, Policy(unchecked=1, offload=True), offload)
     taps = (0, 1, 2, 3)  # the inputs of blocks 0 to 3
-    _, hidden = model(ids, taps=taps)
+    _, hidden = model(ids, layers=taps)
     assert set(offload.on_gpu) == {2, 3}  # the others were let go
     for i in taps:
         assert torch.equal(offload._slot(i, (2, 16, 48), torch.float32), hidden[i])
@@ -329,8 +329,8 @@ def run_losses(student, teacher, optimizer, ready, compare):
         (nll / count).backward()
         ready("short")
         with torch.no_grad():
-            _, target = teacher(ids[:, :-1], taps=(2, 5))
-        _, hidden = student(ids[:, :-1], taps=(2, 5))
+            _, target = teacher(ids[:, :-1], layers=(2, 5))
+        _, hidden = student(ids[:, :-1], layers=(2, 5))
         loss = sum(compare(hidden[i], target[i]) for i in (2, 5))
         loss.backward()
         losses += (nll / count).item(), loss.item()
@@ -346,7 +346,7 @@ def test_the_whole_small_memory_path_trains_like_plain_fp32():
     reference = torch.optim.AdamW(student.parameters(), *adamw)
     plain = run_losses(student, teacher, reference, lambda name: None, cosine_distance)
     lean, teacher = tiny(0, torch.bfloat16), tiny(1, torch.bfloat16).requires_grad_(False)
-    passes = [Unit("long", 2, 40), Unit("short", 2, 40, taps=2)]
+    passes = [Unit("long", 2, 40), Unit("short", 2, 40, hidden_states=2)]
     plan = make_plan(lean.config, passes, 8 * GIB, 8 * GIB)
     policy = Policy(1, 2, offload=True, mlp_rows=32)
     plan = replace(plan, host_state=True, teacher_resident=False, slot_bytes=2 * 40 * 48 * 2)
@@ -391,7 +391,8 @@ def small_memory(monkeypatch):
 
     def check_as_on_a_gpu(self, streams):
         check(self, streams)
-        units = [Unit(s.name, 1, s.seq_len, taps=min(2, s.taps)) for s in streams.values()]
+        units = [replace(Unit.of(s, self.c, 1), count=1) for s in streams.values()]
+        units = [replace(u, hidden_states=min(2, u.hidden_states)) for u in units]
         plan = make_plan(self.original, units, 8 * GIB, 8 * GIB)
         policy = Policy(1, 1, offload=True, mlp_rows=50)
         plan.policies = dict.fromkeys(plan.units, policy)
@@ -399,8 +400,7 @@ def small_memory(monkeypatch):
         plan.slot_bytes = 2 * self.original.d_model * max(u.tokens for u in units)
         plan = replace(plan, **changes)
         self.plan, self.compute, self.stored = plan, torch.bfloat16, torch.bfloat16
-        for s in streams.values():
-            s.rows = plan.units[s.name].batch
+        self.sequences = {name: unit.batch for name, unit in plan.units.items()}
 
     check = run.Run.check
     monkeypatch.setattr(run.Run, "check", check_as_on_a_gpu)
@@ -443,7 +443,7 @@ def test_planned_activations_are_within_a_tenth_of_those_the_code_allocates(leng
     plan = make_plan(bench.LLAMA3_8B, units(length), gib * GIB, 120 * GIB)
     config = replace(bench.LLAMA3_8B, n_layers=6)  # every block is like its neighbours
     short = plan.units["short"]
-    with_kl = [replace(short, heads=2), replace(short, taps=0, heads=2)]
+    with_kl = [replace(short, heads=2), replace(short, hidden_states=0, heads=2)]
     for unit in [*plan.units.values(), *with_kl]:
         p = plan.policies[unit.name]
         policy = replace(p, unchecked=p.unchecked // 6, attention=min(p.attention, 3))
@@ -573,7 +573,7 @@ def test_a_run_on_several_gpus_prints_its_plan_and_reads_as_it_says(monkeypatch,
         monkeypatch.setattr(plan, "gpu_room", lambda gib=gib: gib * GIB)
         monkeypatch.setattr(plan, "available_memory", lambda: 500 * GIB)
         machine.check(streams)
-        assert streams["short"].rows == batch and "each of 8" in capsys.readouterr().out
+        assert machine.sequences["short"] == batch and "each of 8" in capsys.readouterr().out
     assert machine.plan is None  # of one GPU
     loaded = []
     monkeypatch.setattr(run, "load_checkpoint", lambda *args: loaded.append(args[4]))

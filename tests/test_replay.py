@@ -38,8 +38,7 @@ def units(target_len: int) -> list[Unit]:
     fill(c, train_len=target_len, alpha_short=5.0, alpha_s2l=10.0)
     found = []
     for s in plan_streams(c).values():
-        rows = min(s.batch, max(1, c.unit_tokens // s.seq_len))
-        found.append(Unit(s.name, rows, s.seq_len, s.micro * -(-s.batch // rows), s.taps))
+        found.append(Unit.of(s, c, c.unit_tokens // s.seq_len))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import longred
-from longred import Config, long_text_loss, main, short_to_long_distillation, train
+from longred import Config, cross_entropy, main, short_to_long_distillation, train
 from machine import log, plan, states
 from machine.keeper import Keeper, StopSignal
 from machine.log import Watch
@@ -112,6 +113,7 @@ def test_a_full_disk_ends_the_run_but_not_its_older_states(whole, at_two, capsys
 
 
 def test_an_error_between_updates_saves_the_steps_done(whole, ckpt, tmp_path, monkeypatch):
+    @functools.wraps(short_to_long_distillation)
     def fail(*args):
         if len(read_log(out)) == 3:
             raise RuntimeError("a kernel failed")
@@ -207,11 +209,12 @@ def test_an_out_dir_that_is_not_ours_is_refused(ckpt, tmp_path, at_two):
 def spoil(monkeypatch, out, bad_steps):
     """Make the long loss of these steps NaN, gradient and all."""
 
+    @functools.wraps(cross_entropy)
     def loss(*args):
         step = len(read_log(out)) + 1
-        return long_text_loss(*args) * (math.nan if step in bad_steps else 1.0)
+        return cross_entropy(*args) * (math.nan if step in bad_steps else 1.0)
 
-    monkeypatch.setattr(longred, "long_text_loss", loss)
+    monkeypatch.setattr(longred, "cross_entropy", loss)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_flagged(ckpt, tmp_path, monkeypatch):
@@ -385,6 +388,7 @@ def test_a_stop_acts_within_one_pass(ckpt, whole, tmp_path, monkeypatch, number,
     out, passes, stopped = tmp_path / "run", [], []
 
     def stop_in(loss):
+        @functools.wraps(loss)
         def run_pass(*args):
             passes.append(loss.__name__)
             if len(passes) == at_pass:
@@ -394,7 +398,7 @@ def test_a_stop_acts_within_one_pass(ckpt, whole, tmp_path, monkeypatch, number,
 
         return run_pass
 
-    for name in ("long_text_loss", "short_text_distillation", "short_to_long_distillation"):
+    for name in ("cross_entropy", "short_text_distillation", "short_to_long_distillation"):
         monkeypatch.setattr(longred, name, stop_in(getattr(longred, name)))
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
@@ -584,8 +588,12 @@ def test_fewer_steps_than_were_done_are_refused(whole, tmp_path):
 
 
 def test_seconds_of_a_save_are_those_until_it_is_on_disk(ckpt, tmp_path, monkeypatch, capsys):
-    slow = lambda *args: time.sleep(0.6) or long_text_loss(*args)  # noqa: E731
-    monkeypatch.setattr(longred, "long_text_loss", slow)
+    @functools.wraps(cross_entropy)
+    def slow(*args):
+        time.sleep(0.6)
+        return cross_entropy(*args)
+
+    monkeypatch.setattr(longred, "cross_entropy", slow)
     train(tiny_run(ckpt, tmp_path / "run", steps=2, save_every=1, eval_tokens=0))
     seconds = re.findall(r"step 1 in ([\d.]+) s", capsys.readouterr().out)
     assert float(seconds[0]) < 0.5

@@ -44,7 +44,8 @@ def test_the_disk_must_hold_the_export_and_keep_and_one_more_states(
         monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
         refused = contextlib.nullcontext() if enough else pytest.raises(ValueError, match="--keep")
         with refused:
-            plan.preflight(c, model, plan_streams(c).values(), True)
+            streams = plan_streams(c).values()
+            plan.preflight(c, model, streams, [plan.Unit.of(s, c) for s in streams], True)
 
 
 # What is wrong: flags changed in a good command line (@: in the test's folder), what is said
