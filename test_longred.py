@@ -872,7 +872,7 @@ def test_describe_counts_documents_tokens_and_epochs_and_warns():
 
 # ------------------------------------------------------------------------------- data.py: positions
 
-SCHEMES = ["uniform", "cream", "cream_truncated", "pose", "endprompt"]
+SCHEMES = ["uniform", "cream", "cream_truncated", "pose"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -880,7 +880,7 @@ SCHEMES = ["uniform", "cream", "cream_truncated", "pose", "endprompt"]
 @settings(max_examples=150, deadline=None)
 def test_positions_rise_from_0_and_stay_in_the_window(scheme, seq_len, more, seed):
     draw = getattr(data, f"{scheme}_positions")
-    if 0 < more and seq_len < 3 and scheme not in ("pose", "endprompt"):
+    if 0 < more and seq_len < 3 and scheme != "pose":
         with pytest.raises(ValueError, match="need 3"):
             draw(np.random.default_rng(seed), 3, seq_len, seq_len + more)
         return
@@ -960,13 +960,6 @@ def test_pose_moves_the_second_chunk_by_a_uniform_distance():
     moved, first = p[:, -1] - 4, (p == np.arange(5)).sum(1)
     assert chi_square(np.bincount(moved), np.ones(5)) < 20
     assert chi_square(np.bincount(first[moved > 0], minlength=4)[1:4], np.ones(3)) < 15
-
-
-def test_endprompt_sends_the_last_tokens_to_the_windows_end_and_no_other():
-    got = data.endprompt_positions(None, 2, 40, 100)
-    want = [*range(22), *range(82, 100)]
-    assert got.tolist() == [want, want] and got.dtype == np.int64
-    assert data.endprompt_positions(None, 1, 3, 9).tolist() == [[0, 1, 8]]  # half of it stays
 
 
 @given(st.integers(1, 200), st.integers(0, 900), st.lists(st.integers(0, 199)), st.integers(0, 99))

@@ -59,7 +59,7 @@ for weight in ("0.5", "2", "4"):
     METHODS[f"soft_replay_{weight}"] = title, f"--method soft_replay --alpha_kl {weight}"
 for weight in ("2", "15"):
     METHODS[f"longred_{weight}"] = f"LongReD-C, alpha_short {weight}", f"--alpha_short {weight}"
-SCHEMES = {"pose": "PoSE", "longrecipe": "LongRecipe", "endprompt": "EndPrompt"}
+SCHEMES = {"pose": "PoSE", "longrecipe": "LongRecipe"}
 for scheme, title in SCHEMES.items():
     flags = f"--method soft_replay --long_position_scheme {scheme}"
     METHODS[f"soft_replay_{scheme}"] = f"soft replay on {title}'s long text", flags
