@@ -781,9 +781,30 @@ def test_one_book_among_notes_and_copies_of_one_text_give_their_ends():
     assert corpus.segments(held_out=True)[1][-1] == 5000
     assert corpus.segments()[1][-1] == 95_000
     copies = made_corpus([1000] * 120, [20] * 100 + [*range(1, 20), 21])
-    assert set(copies.segments(held_out=True)[1][:100]) == {50}
+    held = copies.segments(held_out=True)[1]
+    assert set(held[:100]) == {50} and not held[100:].any()  # counted together: rule 2, not 3
     corpus = made_corpus([20] * 19 + [100_000], [*range(101, 120), 20])
     assert corpus.describe_held_out() == "5,000 held out: the ends of 1"
+
+
+def test_nobody_trains_on_the_end_of_a_document_of_4096_tokens_or_more():
+    long, short = 1, 2
+    corpus = made_corpus([4096, 4095, *[1000] * 200], [long, short, *range(20, 220)])
+    assert corpus.segments()[1][:2].tolist() == [4096 - 204, 4095]
+    assert not corpus.segments(held_out=True)[1][:2].any()
+
+
+def test_a_stream_of_too_little_or_too_much_held_out_gives_all_its_ends():
+    none = made_corpus(
+        [1000] * 30, [*range(1, 20), *range(21, 32)]
+    )  # no checksum is a multiple of 20
+    assert set(none.segments(held_out=True)[1]) == {50}
+    much = made_corpus([1000] * 30, [20, 40, 60, 80, *range(1, 20), *range(21, 28)])  # 4 of 30
+    assert set(much.segments(held_out=True)[1]) == {50}
+    few = made_corpus([1000] * 30, [20, 40, 60, *range(1, 20), *range(21, 29)])  # just a tenth
+    assert few.segments(held_out=True)[1].tolist() == [1000] * 3 + [0] * 27
+    data.share_held_out([few, much])  # which share documents: none of them may be trained on
+    assert set(few.segments(held_out=True)[1][:3]) == {50}
 
 
 def test_no_batch_of_an_epoch_shows_what_another_stream_holds_out():

@@ -3,7 +3,6 @@
 import statistics
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -108,8 +107,7 @@ def held_out_texts(c, corpora: dict) -> dict:
                 corpus = corpora[kind]
             else:
                 corpus = data.tokenize(specs, tokenizer, c.cache_dir, kind, **quiet)
-                tails = [read.ends_held_out() for read in corpora.values()]
-                corpus.elsewhere = np.unique(np.concatenate(tails))
+                data.share_held_out([corpus], next(iter(corpora.values())).ends)
             ids = data.held_out(corpus, max(1, c.eval_tokens // seq_len), seq_len)
             texts[name] = ids.to(c.device)
         except ValueError as e:
