@@ -33,30 +33,30 @@ import longred
 import model as model_module
 import rope_kernels
 from longred import (
-    Config,
     cosine_distance,
     cross_entropy,
+    default_theta,
     plan_streams,
     select_distill_layers,
     short_text_distillation,
     short_to_long_distillation,
-    train,
 )
 from machine import formats, memory, run
-from machine.corpus import DEFAULT_LONG, DEFAULT_SHORT
+from machine.corpus import DEFAULT_LONG, DEFAULT_SHORT, tokenize
+from machine.formats import load_checkpoint, load_config, rescaled, save_checkpoint
 from machine.plan import Policy
-from machine.settings import default_theta, resolve
+from machine.run import train
+from machine.settings import MachineConfig as Config
+from machine.settings import resolve
 from machine.states import newest_state
+from machine.tokenizer import load_tokenizer
 from measure import pcd as pcd_module
 from model import (
     Llama,
     ModelConfig,
     attention_kl,
-    load_checkpoint,
     next_token_kl,
     next_token_loss,
-    rescaled,
-    save_checkpoint,
 )
 from rope_kernels import apply_rope, apply_rope_torch, ntk_theta, rope_frequencies
 from tests import conftest
@@ -828,7 +828,7 @@ def test_the_same_document_is_held_out_in_every_stream(tk, tmp_path):
         )
     held = []
     for name in "ab":
-        corpus = data.tokenize([tmp_path / f"{name}.jsonl"], tk, tmp_path / "cache")
+        corpus = tokenize([tmp_path / f"{name}.jsonl"], tk, tmp_path / "cache")
         out = corpus.segments(held_out=True)[1] > 0
         held.append({tk.decode(d[:-1]) for d, o in zip(documents(corpus), out, strict=True) if o})
     assert held[0] & set(texts[90:200]) == held[1] & set(texts[90:200]) != set()
@@ -853,32 +853,6 @@ def test_text_too_short_for_one_sequence_is_an_error():
         ValueError, match="too short: 285 tokens .*15 held out: the ends of 2.* needs 286"
     ):
         data.Stream(corpus, "long", 0, 1, 285)
-    with pytest.raises(ValueError, match="0 tokens to train on in documents of at least 300"):
-        data.Stream(corpus, "long", 0, 1, 10, min_doc_len=300)
-
-
-def test_min_doc_len_leaves_out_shorter_documents():
-    corpus = made_corpus([100, 20, 100])
-    stream = data.Stream(corpus, "long", 0, 1, 10, min_doc_len=100)
-    seen = {int(i) for k in range(stream.n_sequences) for i in stream.batch(k).ravel()}
-    assert not seen & set(range(100, 120)) and max(seen) > 120
-
-
-def test_length_upsample_favours_long_documents_and_keeps_each_source_its_share():
-    rng = np.random.default_rng(0)
-    lengths = np.where(rng.random(4000) < 0.1, 1000, 100)
-    sources = np.arange(4000) % 2
-    corpus = made_corpus(lengths, rng.integers(0, 2**32, 4000), sources)
-    _, train = corpus.segments()
-    chosen = data._upsample(corpus, train, 1000, 3.0)
-    for source in (0, 1):
-        before, after = train * (sources == source), train[chosen] * (sources[chosen] == source)
-        assert after.sum() == pytest.approx(before.sum(), rel=0.05)
-        long = [w[w == 1000].sum() / w.sum() for w in (before, after)]
-        assert long[1] / (1 - long[1]) == pytest.approx(3 * long[0] / (1 - long[0]), rel=0.15)
-    assert np.diff(chosen).min() < 0 and not (np.diff(chosen) == 0).any()  # copies far apart
-    stream = data.Stream(corpus, "long", 0, 1, 1000, length_upsample=3.0)
-    assert abs(stream.n_sequences * 1000 / train.sum() - 1) < 0.05
 
 
 def test_describe_counts_documents_tokens_and_epochs_and_warns():
@@ -1008,7 +982,7 @@ def test_longrecipe_slots_are_a_uniform_choice():
 def test_sentences_end_where_any_tokenizer_says(ckpt):
     for folder, text in [(ckpt[0], "Is 1.5 it?\nNo! Yes"), (STORIES, "He ran. Why? Oh!\nHm")]:
         if folder.is_dir():
-            tokenizer = data.load_tokenizer(folder)
+            tokenizer = load_tokenizer(folder)
             ids = np.array(tokenizer.encode_batch([text])[0])
             starts = data.sentence_starts(ids, data.sentence_ends(tokenizer))
             cuts = [*starts[1:], len(ids)]
@@ -1026,9 +1000,9 @@ def test_one_step_of_train_equals_the_formula_written_out(ckpt, tmp_path):
     folder, long, short = ckpt
     teacher = load_checkpoint(folder)
     student = load_checkpoint(folder, rope_theta=3000.0).train()
-    tok, cache = data.load_tokenizer(folder), tmp_path / "tokens"
-    long = data.tokenize([str(long)], tok, cache, "long")
-    short = data.tokenize([str(short)], tok, cache, "short")
+    tok, cache = load_tokenizer(folder), tmp_path / "tokens"
+    long = tokenize([str(long)], tok, cache, "long")
+    short = tokenize([str(short)], tok, cache, "short")
     long_ids = torch.cat([data.Stream(long, "long", c.seed, 1, 256).batch(m) for m in (0, 1)])
     short_ids = data.Stream(short, "short", c.seed, 3, 64).batch(0)[:, :-1]
     s2l_ids = data.Stream(long, "s2l", c.seed, 2, 64).batch(0)[:, :-1]
@@ -1051,13 +1025,14 @@ def test_one_step_of_train_equals_the_formula_written_out(ckpt, tmp_path):
 
 @pytest.mark.parametrize("method, alpha_kl", [("soft_replay", None), ("longred", 2.0)])
 def test_one_step_with_kl_equals_the_formula_written_out(ckpt, tmp_path, method, alpha_kl):
-    c = tiny_run(ckpt, tmp_path / "run", steps=1, distill_layers=[2, 3], eval_tokens=0)
-    exported = load_checkpoint(train(dataclasses.replace(c, method=method, alpha_kl=alpha_kl)))
+    c = tiny_run(ckpt, tmp_path / "run", steps=1, eval_tokens=0, method=method, alpha_kl=alpha_kl)
+    c.distill_layers = [2, 3] if method == "longred" else None
+    exported = load_checkpoint(train(c))
     folder, long, short = ckpt
     teacher = load_checkpoint(folder)
     student = load_checkpoint(folder, rope_theta=3000.0).train()
     texts = {
-        name: data.tokenize([str(path)], data.load_tokenizer(folder), tmp_path / "tokens", name)
+        name: tokenize([str(path)], load_tokenizer(folder), tmp_path / "tokens", name)
         for name, path in (("long", long), ("short", short))
     }
     long_ids = torch.cat(
@@ -1093,9 +1068,43 @@ def test_one_step_with_kl_equals_the_formula_written_out(ckpt, tmp_path, method,
     same_first_update(exported, student)
 
 
-def test_alpha_kl_where_there_is_no_kl_is_refused(ckpt, tmp_path):
-    with pytest.raises(ValueError, match="--alpha_kl 1 with --method mix_cpt: only longred and"):
-        train(tiny_run(ckpt, tmp_path / "run", method="mix_cpt", alpha_kl=1.0))
+METHODS = "longred", "soft_replay", "mix_cpt", "long_cpt", "longrecipe"
+GIVEN = dict(alpha_short=7.0, alpha_s2l=7.0, alpha_kl=7.0, n_distill_layers=2)
+GIVEN |= dict(distill_layers=[1, 3], position_scheme="cream_truncated")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_setting_changes_a_methods_streams_or_is_refused(ckpt, tmp_path, method, name):
+    assert GIVEN.keys() == longred.READ_BY.keys()
+    original, asked = load_config(ckpt[0]), tiny_run(ckpt, tmp_path, method=method)
+    plain = longred.resolve(asked, original, "tiny")
+    given = dataclasses.replace(asked, **{name: GIVEN[name]})
+    if method not in longred.READ_BY[name]:
+        assert getattr(plain, name) is None
+        with pytest.raises(ValueError, match=f"--{name} .* with --method {method}, which does not"):
+            longred.resolve(given, original, "tiny")
+        return
+    c = longred.resolve(given, original, "tiny")
+
+    def learnt(c):  # all that a loss reads of the settings is c.distill_layers
+        rows = [(s.name, s.weights, s.loss, s.position_scheme) for s in plan_streams(c).values()]
+        return rows, c.distill_layers or c.n_distill_layers
+
+    assert learnt(c) != learnt(plain)
+
+
+def test_mix_cpt_weighs_its_streams(ckpt, tmp_path):
+    original = load_config(ckpt[0])
+    c = longred.resolve(tiny_run(ckpt, tmp_path, method="mix_cpt"), original, "tiny")
+    assert {n: s.weights[n] for n, s in plan_streams(c).items()} == {
+        "long": 8 / 16,
+        "short": 6 / 16,
+        "s2l": 2 / 16,
+    }
+    c = dataclasses.replace(c, alpha_short=2.0, alpha_s2l=0.5)
+    weights = {n: s.weights[n] for n, s in plan_streams(c).items()}
+    assert weights == {"long": 8 / 16, "short": 12 / 16, "s2l": 1 / 16}
 
 
 def test_the_teacher_is_frozen_and_kept_out_of_everything(ckpt, tmp_path, monkeypatch):
@@ -1198,8 +1207,8 @@ def test_one_step_of_longrecipe_is_cross_entropy_under_its_positions(ckpt, tmp_p
     c = tiny_run(ckpt, tmp_path / "run", method="longrecipe", steps=2, eval_tokens=0, lr=1e-9)
     train(c := replace(c, long_position_scheme=scheme, long_batch=3))
     student = load_checkpoint(ckpt[0], rope_theta=3000.0)
-    tok = data.load_tokenizer(ckpt[0])
-    corpus = data.tokenize(c.long_data, tok, c.cache_dir, "long")
+    tok = load_tokenizer(ckpt[0])
+    corpus = tokenize(c.long_data, tok, c.cache_dir, "long")
     text, log = data.Stream(corpus, "long", c.seed, 3, 77), read_log(tmp_path / "run")  # 0.3 x 256
     sentence_end = tok.encode_batch([".!?\n"])[0]
     for step in (0, 1):
@@ -1237,8 +1246,8 @@ def test_replay_follows_at_ordinary_positions_with_its_rate_to_zero(ckpt, tmp_pa
     first, *replay = read_log(tmp_path / "run")
     assert [line["lr"] for line in replay] == pytest.approx([1e-10, 7.5e-11, 5e-11, 2.5e-11])
     assert first["lr"] == 1e-9 and first["loss_replay"] is None
-    student, tok = load_checkpoint(ckpt[0], rope_theta=3000.0), data.load_tokenizer(ckpt[0])
-    corpus = data.tokenize(c.replay_data, tok, c.cache_dir, "replay")
+    student, tok = load_checkpoint(ckpt[0], rope_theta=3000.0), load_tokenizer(ckpt[0])
+    corpus = tokenize(c.replay_data, tok, c.cache_dir, "replay")
     text = data.Stream(corpus, "replay", c.seed, 2, 64)  # the old window
     for line in replay:
         index = 2 * (line["step"] - 1)  # two micro-batches a step

@@ -41,7 +41,7 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from data import Corpus
+import data
 from machine.checkpoints import LFS, LFS_REMEDY, free_name
 from machine.tokenizer import Tokenizer, optional
 
@@ -79,6 +79,14 @@ class File:
     fingerprint: str = ""
     stat: tuple = ()  # size, mtime, ctime, device and inode before it was read; hub: size
     hub: tuple = ()  # (dataset, commit): fetched when it is read; rows: also config and split
+
+
+@dataclass
+class Corpus(data.Corpus):
+    """Tokenised documents in files, memory-mapped."""
+
+    fingerprint: str = ""  # of the text and of what made tokens of it
+    folder: Path | None = None
 
 
 @dataclass
@@ -600,7 +608,15 @@ def tokenize(
     left_out += f"; {meta['cr']:,} documents keep their carriage returns" if meta["cr"] else ""
     log(f"{name}: {len(records):,} documents, {len(tokens):,} tokens in {folder}{left_out}")
     starts = np.append(0, records[:, 0])
-    return Corpus(name, tokens, starts, records[:, 1], records[:, 2], fingerprint, folder)
+    return Corpus(
+        name,
+        tokens,
+        starts,
+        doc_checksums=records[:, 1],
+        doc_sources=records[:, 2],
+        fingerprint=fingerprint,
+        folder=folder,
+    )
 
 
 def _read_memo(path: Path) -> dict:

@@ -23,14 +23,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from data import END_OF_TEXT, END_OF_TURN
 from machine.checkpoints import LFS_REMEDY, is_lfs_pointer, read_json, write_json
 from machine.hf_config import say_once
-
-# What may stand beside the weights, and goes along with them.
-TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json tokenizer.model vocab.json "
-    "merges.txt added_tokens.json chat_template.jinja"
-).split()
+from model import TOKENIZER_FILES
 
 
 @dataclass
@@ -195,12 +191,6 @@ def _settings(path: Path) -> dict:
             value = value if isinstance(value, list) else [value]
             ids[kind] += [(i, name) for i in value if type(i) is int]
     return settings | {"ids": ids}
-
-
-# Ends of a turn, which a chat model's tokenizer calls its EOS; a text goes on beyond them.
-END_OF_TURN = "<|eot_id|> <|im_end|> <|eom_id|> <end_of_turn> <|end_of_turn|> <|endofturn|> "
-END_OF_TURN = f"{END_OF_TURN} <|end|> <|turn_end|> <|assistant_end|> <|return|>".split()
-END_OF_TEXT = "<|end_of_text|> <|endoftext|> </s> <eos> <|eos|> <|endofdoc|> [EOS]".split()
 
 
 def _end_of_text(named: int | None, listed: list[int], spell: Callable, find: Callable):

@@ -49,13 +49,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
-from longred import cosine_distance
+from longred import cosine_distance, whole_number
 from machine import corpus, memory
 from machine import plan as planner
-from machine.command_line import integer
 from machine.formats import config_to_hf
 from machine.states import refuse_foreign, whole_file
-from machine.tokenizer import LLAMA3_PATTERN, read_ranks
+from machine.tokenizer import LLAMA3_PATTERN, load_tokenizer, read_ranks
 from model import LOSS_ROWS, Attention, Llama, ModelConfig, next_token_kl, next_token_loss
 from rope_kernels import apply_rope, rope_backend, rope_frequencies
 
@@ -816,7 +815,7 @@ def tokenise(mode: str, folder: Path, cache: str, specs: list[str]) -> dict:
 
     mode: "ours", or one of library_calls. To be run alone in a process, whose peak memory it takes.
     """
-    tokenizer = data.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     tokenizer.encode(["warm up"] * 8)
     n_tokens, wall, cpu = 0, 0.0, 0.0
 
@@ -915,7 +914,7 @@ def _train_bpe(folder: Path, specs: list[str]) -> Path:
 
 
 def integers(text):
-    return [integer(word) for word in text.split(",")]
+    return [whole_number(word) for word in text.split(",")]
 
 
 def main(argv=None):

@@ -14,12 +14,16 @@ import torch
 from tqdm import tqdm
 
 import data
-from longred import Config, cross_entropy, train
+from longred import cross_entropy
 from machine.checkpoints import read_json
+from machine.corpus import tokenize
 from machine.formats import save_checkpoint
 from machine.keeper import clear_run, lock
+from machine.run import train
+from machine.settings import MachineConfig as Config
 from machine.settings import check_device, whole_path
 from machine.states import read_run, write_json
+from machine.tokenizer import load_tokenizer
 from measure import evaluate
 from model import Llama, ModelConfig
 
@@ -126,8 +130,8 @@ def train_demo_model(seed: int, out_dir: Path, prose: Path, steps: int = 640) ->
     linearly to 0.
     """
     tokenizer_dir = write_byte_tokenizer(out_dir.with_name("tokenizer"))
-    tokenizer = data.load_tokenizer(tokenizer_dir)
-    corpus = data.tokenize([str(prose)], tokenizer, out_dir.with_name("tokens"), "prose")
+    tokenizer = load_tokenizer(tokenizer_dir)
+    corpus = tokenize([str(prose)], tokenizer, out_dir.with_name("tokens"), "prose")
     halves = [data.Stream(corpus, f"original {t}", seed, 1024 // t, t) for t in (128, 256)]
     shape = dict(d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=352)
     shape |= dict(vocab_size=256, rope_theta=1e4, max_position_embeddings=256)

@@ -51,21 +51,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from machine.checkpoints import hf_name, open_tensors, resolve_checkpoint
-from machine.command_line import integer
+from longred import whole_number
+from machine.checkpoints import open_tensors, resolve_checkpoint
+from machine.corpus import tokenize
 from machine.formats import load_checkpoint, load_config
 from machine.keeper import lock
 from machine.log import finite, outlive_readers
-from machine.memory import pad_heads
 from machine.plan import available_memory, expand_segments, parameter_count
 from machine.samples import sample_texts
 from machine.settings import check_device, fits
 from machine.states import read_run, refuse_foreign, whole_file
-from machine.tokenizer import Tokenizer
+from machine.tokenizer import Tokenizer, load_tokenizer
 from measure.pcd import PCD, contrast, local_view
 from measure.pcd import generate as by_contrast
 from measure.pictures import draw
-from model import Llama, attention_kl, merge_weights
+from model import Llama, attention_kl, hf_name, merge_weights
 
 FORMAT = 3  # of a remembered result; raised when what is measured changes
 CHUNK = 8192  # tokens of a sequence read at a time, so that 128K fits one GPU
@@ -610,7 +610,7 @@ def measure(
 
     @functools.cache
     def load(path: Path) -> Llama:
-        model = pad_heads(load_checkpoint(path, device=a.device, dtype=a.dtype))
+        model = load_checkpoint(path, device=a.device, dtype=a.dtype)
         return merge_weights(model, load(base), share) if share and path == folder else model
 
     def once(task: str, compute: Callable[[], dict], **settings) -> dict:
@@ -843,12 +843,12 @@ def _cell(value: float | list[float], error: float | None = None) -> str:
 
 def write_samples(a: Namespace) -> None:
     """Sample texts from the model, each from its BOS token (else EOS) to its EOS token."""
-    model = pad_heads(load_checkpoint(a.base, device=a.device, dtype=a.dtype))
+    model = load_checkpoint(a.base, device=a.device, dtype=a.dtype)
     length = a.length or model.config.max_position_embeddings
     if not length:
         raise ValueError("--length is missing: Meta's params.json does not say the window")
     generator = torch.Generator(a.device).manual_seed(a.seed)
-    tokenizer = data.load_tokenizer(resolve_checkpoint(a.base))
+    tokenizer = load_tokenizer(resolve_checkpoint(a.base))
     with whole_file(a.write_samples) as f, tqdm(total=a.n_samples, unit="text") as bar:
         for start in range(0, a.n_samples, 50):
             n = min(50, a.n_samples - start)
@@ -932,7 +932,7 @@ def _add_flags(add: Callable) -> None:
     def numbers(kind: Callable) -> Callable:
         return lambda text: [kind(part) for part in text.split(",")]
 
-    both, every, integers = "compare corpus", " ".join(JOBS), {"type": integer, "metavar": "N"}
+    both, every, integers = "compare corpus", " ".join(JOBS), {"type": whole_number, "metavar": "N"}
     original = "the original: folder, OUT_DIR, known name or hub id"
     add(every, "--base", required=True, metavar="DIR", help=original)
     extended = "extended checkpoints; those given one NAME share a row (default: none)"
@@ -951,7 +951,7 @@ def _add_flags(add: Callable) -> None:
     tasks = {"default": TASKS, "choices": TASKS_ALL, "metavar": "TASK", "help": tasks}
     add("compare", "--tasks", nargs="+", **tasks)
     lengths = "in tokens (default: the original window, doubled up to the target)"
-    add("compare", "--lengths", type=numbers(integer), metavar="N,N", help=lengths)
+    add("compare", "--lengths", type=numbers(whole_number), metavar="N,N", help=lengths)
     window = "the original window, in tokens (default: the original's own)"
     add("compare", "--original_len", **integers, help=window)
     depths = {"default": [0.0, 0.25, 0.5, 0.75, 1.0], "metavar": "X,X"}
@@ -1015,10 +1015,10 @@ def open_texts(a: Namespace, base: Path, folders: list[Path]) -> Texts:
             f"memory: two models take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; try "
             "--dtype bfloat16, or a machine with more"
         )
-    tokenizer = data.load_tokenizer(base, a.add_eos)
+    tokenizer = load_tokenizer(base, a.add_eos)
     tokenizer.check_fits(configs[0].vocab_size)
     texts = {"long": a.data, "short": a.short_data or a.data}
-    corpora = {name: data.tokenize(x, tokenizer, a.cache_dir, name) for name, x in texts.items()}
+    corpora = {name: tokenize(x, tokenizer, a.cache_dir, name) for name, x in texts.items()}
     data.share_held_out([*corpora.values()])
     ids = [
         data.held_out(corpus, max(1, a.eval_tokens // length), length)

@@ -25,12 +25,10 @@ if not __package__:  # run by its path, which puts measure/ first among the plac
 import numpy as np
 import torch
 
-import data
 from machine.checkpoints import resolve_checkpoint
 from machine.formats import load_checkpoint, load_config
-from machine.memory import pad_heads
 from machine.plan import expand_segments
-from machine.tokenizer import Tokenizer
+from machine.tokenizer import Tokenizer, load_tokenizer
 from measure.evaluate import fingerprint, remember, token_losses
 from model import Llama
 
@@ -132,11 +130,11 @@ def compare(a) -> list[str]:
     tasks = {name: read_task(path) for name, path in find_tasks(a.tasks, a.names).items()}
     folders = {"original": resolve_checkpoint(a.base)}
     folders |= {str(spec): resolve_checkpoint(spec) for spec in a.ckpt}
-    tokenizer = data.load_tokenizer(folders["original"])
+    tokenizer = load_tokenizer(folders["original"])
     tokenizer.check_fits(load_config(folders["original"]).vocab_size)
     answers = {}
     for name, folder in folders.items():
-        model = pad_heads(load_checkpoint(folder, device=a.device, dtype=a.dtype))
+        model = load_checkpoint(folder, device=a.device, dtype=a.dtype)
         for task, (items, _) in tasks.items():
             key = {"task": f"choice-{Path(task).name}", "checkpoint": fingerprint(folder)}
             key |= {"items": [item.question for item in items], "dtype": str(a.dtype)}

@@ -7,9 +7,10 @@ import torch
 from tqdm import tqdm
 
 import data
-from machine.corpus import DEFAULT_SHORT
+from machine.corpus import DEFAULT_SHORT, tokenize
 from machine.log import finite
 from machine.states import writing
+from machine.tokenizer import load_tokenizer
 from measure.evaluate import losses_by_sequence, short_text_drift, standard_error, table
 from model import Llama
 
@@ -91,7 +92,7 @@ def held_out_texts(c, corpora: dict) -> dict:
     as those gave a document's end. The default short text, 2.9 GB to fetch, is measured only where
     the run reads it anyway.
     """
-    tokenizer, texts = data.load_tokenizer(c.ckpt, c.add_eos), {}
+    tokenizer, texts = load_tokenizer(c.ckpt, c.add_eos), {}
     for name, specs, seq_len in (
         ("short", c.short_data, c.original_len),
         ("long", c.long_data, c.target_len),
@@ -106,7 +107,7 @@ def held_out_texts(c, corpora: dict) -> dict:
             if kind in corpora:
                 corpus = corpora[kind]
             else:
-                corpus = data.tokenize(specs, tokenizer, c.cache_dir, kind, **quiet)
+                corpus = tokenize(specs, tokenizer, c.cache_dir, kind, **quiet)
                 data.share_held_out([corpus], next(iter(corpora.values())).ends)
             ids = data.held_out(corpus, max(1, c.eval_tokens // seq_len), seq_len)
             texts[name] = ids.to(c.device)

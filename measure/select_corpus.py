@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 import data
 from machine.checkpoints import resolve_checkpoint
+from machine.corpus import tokenize
 from machine.formats import load_checkpoint
-from machine.memory import pad_heads
 from machine.states import whole_file
-from machine.tokenizer import Tokenizer
+from machine.tokenizer import Tokenizer, load_tokenizer
 from measure.evaluate import read
 from model import Llama
 
@@ -104,7 +104,7 @@ def find_anchors(a: Namespace, corpus: data.Corpus, tokenizer: Tokenizer) -> np.
     Returns (V,) bool, whether a token is of such a kind.
     """
     where = dict(device=a.device, dtype=a.dtype)
-    base, extended = (pad_heads(load_checkpoint(x, **where)) for x in (a.base, a.ckpt[0]))
+    base, extended = (load_checkpoint(x, **where) for x in (a.base, a.ckpt[0]))
     length = a.length or extended.config.max_position_embeddings
     sample = data.Stream(corpus, "impactful", a.seed, 1, length)
     n = min(sample.n_sequences, max(1, a.eval_tokens // length))
@@ -129,8 +129,8 @@ def select_corpus(a: Namespace) -> None:
     """
     if not a.data or len(a.ckpt) != 1 or not 0 < a.keep <= 1:
         raise ValueError("--select_corpus needs one --ckpt, --data, and a --keep in (0, 1]")
-    tokenizer = data.load_tokenizer(resolve_checkpoint(a.base), a.add_eos)
-    corpus = data.tokenize(a.data, tokenizer, a.cache_dir, "data")
+    tokenizer = load_tokenizer(resolve_checkpoint(a.base), a.add_eos)
+    corpus = tokenize(a.data, tokenizer, a.cache_dir, "data")
     is_anchor, is_end = find_anchors(a, corpus, tokenizer), data.sentence_ends(tokenizer)
     special = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
     total = selected = documents = 0

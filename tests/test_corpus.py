@@ -17,7 +17,10 @@ import torch
 
 import data
 import machine.corpus
-from longred import train
+from machine.corpus import tokenize
+from machine.mixture import Mixture, choose_documents
+from machine.run import train
+from machine.tokenizer import load_tokenizer
 from tests.conftest import (
     STORIES,
     TEXTS,
@@ -44,8 +47,8 @@ def test_every_kind_of_file_gives_the_same_documents(tk, tmp_path):
     expected = [[*ids, 256] for ids in tk.encode_batch(DOCS)]
     assert [len(ids) - 1 for ids in expected] == [len(text.encode()) for text in DOCS]
     for spec in ("a.jsonl#body", "b.jsonl.gz#body", "c.json.gz#body"):
-        assert documents(data.tokenize([tmp_path / spec], tk, tmp_path / "cache")) == expected
-    plain = data.tokenize([tmp_path / "d?.weird"], tk, tmp_path / "cache")  # as open() reads it
+        assert documents(tokenize([tmp_path / spec], tk, tmp_path / "cache")) == expected
+    plain = tokenize([tmp_path / "d?.weird"], tk, tmp_path / "cache")  # as open() reads it
     read = [(tmp_path / f"d{i}.weird").read_text(encoding="utf-8") for i in range(3)]
     assert [tk.decode(d[:-1]) for d in documents(plain)] == read and "\r" not in read[1]
 
@@ -59,10 +62,10 @@ def test_zstd_and_parquet_are_read_where_installed(tk, tmp_path):
     (tmp_path / "a.jsonl.zst").write_bytes(pack(lines[:30]) + pack(lines[30:]))  # two frames
     pq.write_table(pyarrow.table({"text": DOCS, "x": [1, 2, 3]}), tmp_path / "b.parquet")
     for name in ("a.jsonl.zst", "b.parquet"):
-        corpus = data.tokenize([tmp_path / name], tk, tmp_path / "cache")
+        corpus = tokenize([tmp_path / name], tk, tmp_path / "cache")
         assert [tk.decode(d[:-1]) for d in documents(corpus)] == DOCS
     with pytest.raises(ValueError, match="b.parquet:1: .*no 'nope' in"):
-        data.tokenize([f"{tmp_path}/b.parquet#nope"], tk, tmp_path / "cache")
+        tokenize([f"{tmp_path}/b.parquet#nope"], tk, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("name, package", [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")])
@@ -71,15 +74,15 @@ def test_a_missing_optional_package_is_named(tk, tmp_path, monkeypatch, name, pa
         monkeypatch.setitem(sys.modules, module, None)
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ValueError, match=f"{name} takes one more package: pip install {package}"):
-        data.tokenize([tmp_path / name], tk, tmp_path / "cache")
+        tokenize([tmp_path / name], tk, tmp_path / "cache")
 
 
 @needs_stories
 def test_real_books_are_stored_whole_with_bos_and_eos(tmp_path):
     if not TEXTS.is_dir():
         pytest.skip(f"real text: no {TEXTS}")
-    tk = data.load_tokenizer(STORIES)
-    corpus = data.tokenize([TEXTS], tk, tmp_path)
+    tk = load_tokenizer(STORIES)
+    corpus = tokenize([TEXTS], tk, tmp_path)
     for path, ids in zip(sorted(TEXTS.iterdir()), documents(corpus), strict=True):
         text = path.read_bytes().decode("utf-8-sig")
         assert ids == [1, *tk.encode_batch([text])[0], 2]
@@ -90,7 +93,7 @@ def test_a_million_blanks_do_not_kill_the_tokenizer(tmp_path):
     tk = tiktoken_folder(tmp_path / "tk", bpe())
     text = "a" + " " * 1_000_000 + "b\n"
     (tmp_path / "a.txt").write_text(text)
-    corpus = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
+    corpus = tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
     assert tk.decode(documents(corpus)[0][1:-1]) == text
 
 
@@ -102,10 +105,10 @@ def test_a_second_run_reads_no_text_and_tokenises_nothing(tk, tmp_path, monkeypa
     path.write_text("some text")
     os.utime(path, (1, 1))
     monkeypatch.setattr(machine.corpus, "_stat", lambda p: (os.stat(p).st_size, 1, 1))
-    first = data.tokenize([path], tk, tmp_path / "cache")
+    first = tokenize([path], tk, tmp_path / "cache")
     tk.encode = None
     monkeypatch.setattr(machine.corpus, "_hash", None)
-    second = data.tokenize([path], tk, tmp_path / "cache")
+    second = tokenize([path], tk, tmp_path / "cache")
     assert second.fingerprint == first.fingerprint and documents(second) == documents(first)
 
 
@@ -121,7 +124,7 @@ def test_a_changed_file_is_tokenised_anew_even_with_its_old_time_and_size(
     for text in ("one", "two"):
         (tmp_path / "a.txt").write_text(text)
         os.utime(tmp_path / "a.txt", (1, 1))
-        corpus = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
+        corpus = tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
         assert tk.decode(documents(corpus)[0][:-1]) == text
 
 
@@ -135,7 +138,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tk, tmp_path):
 
     tk.encode = meanwhile
     with pytest.raises(ValueError, match="a.txt changed while it was read: run again"):
-        data.tokenize([path], tk, tmp_path / "cache")
+        tokenize([path], tk, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("tokens-*[!k]"))
 
 
@@ -143,18 +146,18 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tk, tmp_path):
 def test_a_damaged_cache_is_built_anew_and_never_read(tk, tmp_path, harm):
     lines = []
     (tmp_path / "a.txt").write_text("some text")
-    corpus = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
+    corpus = tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
     expected = documents(corpus)
     os.truncate(corpus.folder / harm, (corpus.folder / harm).stat().st_size - 1)
-    rebuilt = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache", log=lines.append)
+    rebuilt = tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache", log=lines.append)
     assert documents(rebuilt) == expected and any("is damaged" in line for line in lines)
 
 
 def test_options_and_tokenizer_have_their_own_caches(tk, tmp_path):
     (tmp_path / "a.txt").write_text("some text")
-    with_end = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
+    with_end = tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
     tk.add_eos = False
-    without = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
+    without = tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
     assert len(with_end.tokens) == len(without.tokens) + 1
 
 
@@ -162,12 +165,12 @@ SLOW_BUILD = """
 import random, sys, time
 import data, machine.corpus
 machine.corpus.PIECE, machine.corpus.BATCH, machine.corpus.SHARD = 64, 256, 4
-tk = data.load_tokenizer(sys.argv[1])
+tk = load_tokenizer(sys.argv[1])
 def slow(texts, encode=tk.encode):
     time.sleep(float(sys.argv[4]) * 2 * random.random())  # batches overtake each other
     return encode(texts)
 tk.encode = slow
-data.tokenize([sys.argv[2]], tk, sys.argv[3], log=lambda line: print(line, flush=True))
+tokenize([sys.argv[2]], tk, sys.argv[3], log=lambda line: print(line, flush=True))
 """
 
 
@@ -202,7 +205,7 @@ def test_the_tokenizer_has_a_second_batch_in_hand(tk, tmp_path, monkeypatch):
         (tmp_path / f"{i}.txt").write_text(str(i))
     both, encode = threading.Barrier(2, timeout=30), tk.encode
     tk.encode = lambda texts: both.wait() < 2 and encode(texts)
-    corpus = data.tokenize([tmp_path / "?.txt"], tk, tmp_path / "cache")
+    corpus = tokenize([tmp_path / "?.txt"], tk, tmp_path / "cache")
     assert [tk.decode(d[:-1]) for d in documents(corpus)] == ["0", "1", "2", "3"]
 
 
@@ -223,14 +226,14 @@ if subprocess.call(["mount", "-t", "tmpfs", "-o", "size=256k", "t", sys.argv[3]]
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (262144, -1))  # the next best thing
 machine.corpus.SHARD, machine.corpus.BATCH = 1, 1 << 15
-tk = data.load_tokenizer(sys.argv[1])
+tk = load_tokenizer(sys.argv[1])
 try:
-    data.tokenize([sys.argv[2]], tk, sys.argv[3])
+    tokenize([sys.argv[2]], tk, sys.argv[3])
 except ValueError as error:
     print("ERROR", error)
 resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
 subprocess.call(["mount", "-o", "remount,size=8m", sys.argv[3]])
-print("THEN", data.tokenize([sys.argv[2]], tk, sys.argv[3]).tokens.sum())
+print("THEN", tokenize([sys.argv[2]], tk, sys.argv[3]).tokens.sum())
 """
 
 
@@ -269,7 +272,7 @@ def test_a_bad_file_is_one_line_that_names_it(tk, tmp_path, name):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
-        data.tokenize([tmp_path / name], tk, tmp_path / "cache")
+        tokenize([tmp_path / name], tk, tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "cache").glob("tokens-*/meta.json"))
 
@@ -278,9 +281,7 @@ def test_skip_bad_lines_leaves_out_and_counts(tk, tmp_path):
     lines = []
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\nnonsense\n\n{"text": "b"}\n{"text": 3}\n')
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
-    corpus = data.tokenize(
-        [tmp_path / "?.*"], tk, tmp_path / "c", skip_bad_lines=True, log=lines.append
-    )
+    corpus = tokenize([tmp_path / "?.*"], tk, tmp_path / "c", skip_bad_lines=True, log=lines.append)
     assert [tk.decode(d[:-1]) for d in documents(corpus)] == ["a", "b"]
     assert "2 bad records left out" in lines[-1] and any("left out: " in line for line in lines)
 
@@ -292,7 +293,7 @@ def test_20000_small_files_are_each_read_once(tk, tmp_path):
             folder.mkdir(parents=True)
         (folder / f"{i}.txt").write_text(str(i) if i % 100 else "")  # 200 are empty
     specs = [tmp_path / "many", tmp_path / "many/*/*.txt"]
-    corpus = data.tokenize(specs, tk, tmp_path / "cache")
+    corpus = tokenize(specs, tk, tmp_path / "cache")
     texts = sorted(int(tk.decode(d[:-1])) for d in documents(corpus))
     assert texts == [i for i in range(20_000) if i % 100]
     assert set(corpus.doc_sources) == {0}
@@ -337,12 +338,12 @@ def test_hub_datasets_are_fetched_once_and_stay_as_they_were(tk, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = """if True:
         import sys, data
-        tk = data.load_tokenizer(sys.argv[1])
+        tk = load_tokenizer(sys.argv[1])
         for spec in ("hf:me/texts", "hf:me/texts/en:validation#text", "hf:me/texts/raw/*.txt"):
-            c = data.tokenize([spec], tk, sys.argv[2], log=lambda line: None)
+            c = tokenize([spec], tk, sys.argv[2], log=lambda line: None)
             print(*[tk.decode(c.tokens[a:b - 1]) for a, b in zip(c.doc_starts, c.doc_starts[1:])])
         try:
-            data.tokenize(["hf:me/texts/fr/*.gz"], tk, sys.argv[2])
+            tokenize(["hf:me/texts/fr/*.gz"], tk, sys.argv[2])
         except ValueError as error:
             print(error)
     """
@@ -364,10 +365,15 @@ def test_the_default_data_names_files_that_need_no_optional_package():
     )
 
 
+def of_source(corpus, source):
+    chosen = choose_documents(corpus, 10, source, 0, 1.0)
+    return data.Stream(corpus, "long", 7, 4, 10, chosen)
+
+
 def test_a_mixture_holds_the_shares_asked_for_and_repeats_no_sequence_of_an_epoch():
     corpus = made_corpus([4000, 3000, 9000], sources=[0, 0, 1])  # every token is different
-    streams = [data.Stream(corpus, "long", 7, 4, 10, source=i) for i in (0, 1)]
-    mixed = data.Mixture(streams, [1, 3])
+    streams = [of_source(corpus, i) for i in (0, 1)]
+    mixed = Mixture(streams, [1, 3])
     ids = torch.cat([mixed.batch(i) for i in range(250)])  # one block of 1,000 sequences
     first = ids[:, 0] < 7000
     assert first.sum() == 250 and len(set(ids[~first, 0].tolist())) == 750
@@ -376,9 +382,12 @@ def test_a_mixture_holds_the_shares_asked_for_and_repeats_no_sequence_of_an_epoc
     assert (longer[:, 0] < 7000).sum() == 250
     seen = torch.cat([ids[first], longer[longer[:, 0] < 7000]])[:, 0]
     assert len(set(seen.tolist())) == 500  # of 665 of its first epoch: blocks run on
-    fresh = data.Mixture([data.Stream(corpus, "long", 7, 4, 10, source=i) for i in (0, 1)], [1, 3])
+    fresh = Mixture(
+        [of_source(corpus, i) for i in (0, 1)],
+        [1, 3],
+    )
     assert torch.equal(fresh.batch(333), mixed.batch(333))  # whatever was read before
-    assert data.Mixture(streams, [1, 1, 1][:2]).counts.tolist() == [500, 500]
+    assert Mixture(streams, [1, 1, 1][:2]).counts.tolist() == [500, 500]
     assert "25.0% of long: 2 documents" in mixed.describe(250)
 
 
@@ -424,14 +433,14 @@ def test_records_are_records_whatever_the_file_is_called(tk, tmp_path, name, con
     for packed in ("", ".gz"):
         path = tmp_path / (name + packed)
         path.write_bytes(gzip.compress(content.encode()) if packed else content.encode())
-        corpus = data.tokenize([path], tk, tmp_path / "cache")
+        corpus = tokenize([path], tk, tmp_path / "cache")
         assert [tk.decode(d[:-1]) for d in documents(corpus)] == [r["text"] for r in records()]
 
 
 def test_a_value_over_many_blocks_is_one_record(tk, tmp_path):
     text = "word " * 700_000  # 3.5 MB
     (tmp_path / "a.json").write_text(json.dumps([{"text": text}, {"text": "b"}], indent=1))
-    corpus = data.tokenize([tmp_path / "a.json"], tk, tmp_path / "cache")
+    corpus = tokenize([tmp_path / "a.json"], tk, tmp_path / "cache")
     assert [len(d) - 1 for d in documents(corpus)] == [len(text), 1]
 
 
@@ -455,14 +464,14 @@ def test_what_is_no_text_gets_the_remedy_that_helps(tk, tmp_path, name):
     content, message = OTHERS[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
-        data.tokenize([tmp_path / name], tk, tmp_path / "cache")
+        tokenize([tmp_path / name], tk, tmp_path / "cache")
     assert "\n" not in str(caught.value) and "latin1" not in str(caught.value)
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tk, tmp_path):
     os.mkfifo(tmp_path / "a.txt")
     with pytest.raises(ValueError, match="a.txt is a pipe"):
-        data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
+        tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
 
 
 def test_zstd_is_read_whole_or_refused(tk, tmp_path):
@@ -472,11 +481,11 @@ def test_zstd_is_read_whole_or_refused(tk, tmp_path):
     c = zstandard.ZstdCompressor(compression_params=long).compressobj()
     packed = c.compress(raw) + c.flush()
     (tmp_path / "long.jsonl.zst").write_bytes(packed + zstandard.compress(raw))
-    assert data.tokenize([tmp_path / "long.jsonl.zst"], tk, tmp_path / "cache").n_docs == 800
+    assert tokenize([tmp_path / "long.jsonl.zst"], tk, tmp_path / "cache").n_docs == 800
     for n in (1, len(packed) // 2, len(packed) - 1, len(packed) + 9):
         (tmp_path / "cut.txt.zst").write_bytes((packed + packed)[:n])
         with pytest.raises(ValueError, match="cut.txt.zst.*inside a zstd frame|cut.txt.zst"):
-            data.tokenize([tmp_path / "cut.txt.zst"], tk, tmp_path / "cache")
+            tokenize([tmp_path / "cut.txt.zst"], tk, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("card", ["README.md", "dataset_infos.json", None])
@@ -487,22 +496,22 @@ def test_of_a_dataset_folder_the_train_split_is_read_and_listed(tk, tmp_path, ca
         (folder / "data" / f"{split}-0.jsonl").write_text(json.dumps({"text": split}))
     if card:
         (folder / card).write_text("{}")
-    corpus = data.tokenize([folder], tk, tmp_path / "cache", log=said.append)
+    corpus = tokenize([folder], tk, tmp_path / "cache", log=said.append)
     assert [tk.decode(d[:-1]) for d in documents(corpus)] == ["train"]
     assert any("reading its train split" in x and "test-0.jsonl" in x for x in said)
 
 
 def test_other_bytes_in_a_cache_are_refused(tk, tmp_path):
     (tmp_path / "a.txt").write_text("some text")
-    corpus = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
+    corpus = tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
     for name in machine.corpus.FILES:
         path = corpus.folder / name
         good = path.read_bytes()
         path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
         with pytest.raises(ValueError, match="is damaged: its bytes are not those"):
-            data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
+            tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
         path.write_bytes(good)
-    assert documents(data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache"))
+    assert documents(tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache"))
 
 
 MEMOS = ["", '{"a"', "null", "[]", '{"PATH": 5}', '{"PATH": [1, 2]}', '{"PATH": []}', "[" * 10**5]
@@ -512,12 +521,10 @@ MEMOS = ["", '{"a"', "null", "[]", '{"PATH": 5}', '{"PATH": [1, 2]}', '{"PATH": 
 def test_a_damaged_memo_is_rebuilt(tk, tmp_path, memo):
     (tmp_path / "a.txt").write_text("some text")
     os.utime(tmp_path / "a.txt", (1, 1))
-    first = data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
+    first = tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
     memo = memo.replace("PATH", str(tmp_path / "a.txt"))
     (tmp_path / "cache" / "seen_files.json").write_text(memo)
-    assert data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache").fingerprint == (
-        first.fingerprint
-    )
+    assert tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache").fingerprint == (first.fingerprint)
 
 
 def test_a_look_at_ones_own_text(tk, tmp_path, capsys):
@@ -536,3 +543,29 @@ def test_a_look_at_ones_own_text(tk, tmp_path, capsys):
     assert "same 11 tokens of 2 documents' beginnings; decoded, 2 of them" in said
     with pytest.raises(SystemExit, match="text: .*b.jsonl:2: not a record"):
         text.main([*paths, *where])
+
+
+def test_min_doc_len_leaves_out_shorter_documents():
+    corpus = made_corpus([100, 20, 100])
+    stream = data.Stream(corpus, "long", 0, 1, 10, choose_documents(corpus, 10, None, 100, 1.0))
+    seen = {int(i) for k in range(stream.n_sequences) for i in stream.batch(k).ravel()}
+    assert not seen & set(range(100, 120)) and max(seen) > 120
+    with pytest.raises(ValueError, match="--min_doc_len 101: no document .* the longest has 100"):
+        choose_documents(corpus, 10, None, 101, 1.0)
+
+
+def test_length_upsample_favours_long_documents_and_keeps_each_source_its_share():
+    rng = np.random.default_rng(0)
+    lengths = np.where(rng.random(4000) < 0.1, 1000, 100)
+    sources = np.arange(4000) % 2
+    corpus = made_corpus(lengths, rng.integers(0, 2**32, 4000), sources)
+    _, train = corpus.segments()
+    chosen = choose_documents(corpus, 1000, None, 0, 3.0)
+    for source in (0, 1):
+        before, after = train * (sources == source), train[chosen] * (sources[chosen] == source)
+        assert after.sum() == pytest.approx(before.sum(), rel=0.05)
+        long = [w[w == 1000].sum() / w.sum() for w in (before, after)]
+        assert long[1] / (1 - long[1]) == pytest.approx(3 * long[0] / (1 - long[0]), rel=0.15)
+    assert np.diff(chosen).min() < 0 and not (np.diff(chosen) == 0).any()  # copies far apart
+    stream = data.Stream(corpus, "long", 0, 1, 1000, chosen)
+    assert abs(stream.n_sequences * 1000 / train.sum() - 1) < 0.05

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 
 import data
 import model as model_module
-from longred import train
+from machine.formats import load_checkpoint, save_checkpoint
 from machine.keeper import lock
+from machine.run import train
+from machine.tokenizer import load_tokenizer
 from measure import evaluate, pcd, select_corpus
-from model import Llama, attention_kl, load_checkpoint, save_checkpoint
+from model import Llama, attention_kl
 from tests.conftest import (
     distance_by_hand,
     edit_weights,
@@ -42,7 +44,7 @@ def sentences(ckpt, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def source(ckpt, sentences):
-    tokenizer = data.load_tokenizer(ckpt[0])
+    tokenizer = load_tokenizer(ckpt[0])
     return evaluate.Source(tokenizer, np.array(tokenizer.encode_batch([sentences.read_text()])[0]))
 
 
@@ -434,7 +436,7 @@ def test_selection_keeps_whole_sentences_densest_in_anchors_in_text_order():
 
 
 def test_kinds_fold_case_blanks_and_numbers(ckpt):
-    index, names = select_corpus.token_kinds(tok := data.load_tokenizer(ckpt[0]))
+    index, names = select_corpus.token_kinds(tok := load_tokenizer(ckpt[0]))
     kind = {text: names[index[tok.encode_batch([text])[0][0]]] for text in "aA17.\n"}
     assert kind == {"a": "a", "A": "a", "1": "number", "7": "number", ".": ".", "\n": "\n"}
 

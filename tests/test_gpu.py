@@ -20,9 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model
-from longred import main, train
+from longred import main
 from machine import memory, plan
 from machine.plan import Policy
+from machine.run import train
 from measure import bench, evaluate
 from model import causal_attention, fp32_product
 from rope_kernels import rope_backend

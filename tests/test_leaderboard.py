@@ -7,8 +7,10 @@ import subprocess
 import numpy as np
 import pytest
 
-from longred import Config, plan_streams
-from machine.command_line import parse_args
+import longred
+from longred import plan_streams
+from machine.formats import load_config
+from machine.settings import MachineConfig as Config
 from machine.settings import resolve
 from measure import leaderboard as board
 from measure.leaderboard import (
@@ -23,7 +25,6 @@ from measure.leaderboard import (
     unread,
     verdicts,
 )
-from model import load_config
 
 
 def test_three_pairs_give_the_t_interval_and_p_of_a_table():
@@ -131,7 +132,7 @@ def test_every_cell_is_a_run_that_is_accepted(ckpt, tmp_path, monkeypatch, text,
     args.foreign, args.out_dir, args.cache_dir = str(long[0]), tmp_path, "tokens"
     train(args, text, method, 7)
     ((_, script, *flags),) = commands
-    config = parse_args(Config, flags, "of a cell")
+    config = longred.parse_args(flags, Config)
     c = resolve(config, load_config(folder), folder)
     assert script.endswith("longred.py") and c.seed == 7
     assert c.steps == (89 if method == "mix_cpt_flops" else 80)

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as model_module
-from longred import Config, cosine_distance, main, plan_streams, train
+from longred import cosine_distance, fill, main, plan_streams
 from machine import memory, plan, run
+from machine.formats import load_checkpoint
 from machine.plan import (
     GIB,
     Policy,
@@ -31,9 +32,10 @@ from machine.plan import (
     parameter_count,
     shared_plan,
 )
-from machine.settings import fill
+from machine.run import train
+from machine.settings import MachineConfig as Config
 from measure import bench
-from model import Llama, ModelConfig, load_checkpoint, next_token_loss
+from model import Llama, ModelConfig, next_token_loss
 from tests.conftest import killed_after_two, read_log, same_run, tiny_config, tiny_run
 
 # -------------------------------------------------------------------------------------------- AdamW

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-import data
+from machine.formats import load_checkpoint
+from machine.tokenizer import load_tokenizer
 from measure.multiple_choice import (
     Item,
     above_chance,
@@ -15,11 +16,10 @@ from measure.multiple_choice import (
     main,
     read_task,
 )
-from model import load_checkpoint
 
 
 def test_the_likeliest_option_answers_as_plain_log_softmax_says(ckpt):
-    model, tokenizer = load_checkpoint(ckpt[0]), data.load_tokenizer(ckpt[0])
+    model, tokenizer = load_checkpoint(ckpt[0]), load_tokenizer(ckpt[0])
     chosen = set()
     for question in ("the cat reads", "a red dog", "it runs in", "to be 42 or"):
         options = ["dog", "red", "short", "of"]
@@ -74,7 +74,7 @@ def test_the_difference_is_a_mean_over_tasks_not_over_items():
 
 def test_one_command_scores_two_checkpoints(ckpt, tmp_path, capsys):
     questions = [f"the {word} {i}" for i in range(30) for word in ("cat", "dog")]
-    model, tokenizer = load_checkpoint(ckpt[0]), data.load_tokenizer(ckpt[0])
+    model, tokenizer = load_checkpoint(ckpt[0]), load_tokenizer(ckpt[0])
     examples = []
     for text in questions:  # the right option is what the original prefers: it is above chance
         says = answer(model, tokenizer, Item(text, ["runs", "is on"], [True, False]))

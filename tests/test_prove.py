@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from machine.formats import load_config
 from machine.hf_config import original_window
 from measure import bench, prove
-from model import load_config
 from tests.conftest import HERE
 
 

@@ -5,9 +5,9 @@ import functools
 import pytest
 import torch
 
-from longred import Config, plan_streams
+from longred import fill, plan_streams
 from machine.plan import GIB, Unit, make_plan
-from machine.settings import fill
+from machine.settings import MachineConfig as Config
 from measure import bench, replay
 from measure.replay import MIB, Allocator
 from model import ModelConfig

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from longred import main, train
+from longred import main
 from machine import samples
+from machine.formats import load_checkpoint, load_config
+from machine.run import train
 from machine.settings import resolve
-from model import load_checkpoint, load_config
 from tests.conftest import read_log, tiny_run, with_eos
 
 

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from longred import main, train
+from longred import main
+from machine.formats import save_checkpoint
+from machine.run import train
 from measure import bench, demo, evaluate, leaderboard, multiple_choice
 from measure import text as text_command
-from model import save_checkpoint
 from tests.conftest import WORDS, killed_after_two, tiny_llama, tiny_run, with_eos
 
 # Names like those that a run, an evaluation, a demo, a benchmark and a cache of text give.

@@ -12,10 +12,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
 import machine.corpus
-from machine.tokenizer import carry_tokenizer, check_export, llama3_special_tokens
-from model import load_checkpoint, save_checkpoint
+from machine.formats import load_checkpoint, save_checkpoint
+from machine.tokenizer import carry_tokenizer, check_export, llama3_special_tokens, load_tokenizer
 from tests.conftest import (
     HERE,
     STORIES,
@@ -32,7 +31,7 @@ from tests.conftest import (
 
 @needs_stories
 def test_real_tokenizer_is_read_with_its_habits():
-    tk = data.load_tokenizer(STORIES)
+    tk = load_tokenizer(STORIES)
     assert (tk.vocab_size, tk.bos_id, tk.eos_id, tk.add_bos) == (512, 1, 2, True)
     assert tk.encode_batch(["Once upon a time"]) == [[403, 407, 261, 378]]
     assert tk.decode(np.array([403, 407, 261, 378])) == "Once upon a time"
@@ -48,11 +47,11 @@ def test_add_bos_token_of_the_config_overrules_the_post_processor(tmp_path):
     for adds in (True, False):
         path = tmp_path / "tokenizer_config.json"
         path.write_text(json.dumps({**config, "add_bos_token": adds}))
-        assert data.load_tokenizer(tmp_path).add_bos is adds
+        assert load_tokenizer(tmp_path).add_bos is adds
     path.unlink()
-    assert data.load_tokenizer(tmp_path).eos_id is None
+    assert load_tokenizer(tmp_path).eos_id is None
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [256, 7]}')
-    assert data.load_tokenizer(tmp_path).eos_id == 256
+    assert load_tokenizer(tmp_path).eos_id == 256
 
 
 def test_meta_tokenizer_gives_the_ids_of_the_same_bpe(tmp_path):
@@ -69,10 +68,10 @@ def test_meta_tokenizer_gives_the_ids_of_the_same_bpe(tmp_path):
 
 def test_a_missing_or_broken_tokenizer_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer in .*tokenizer\.json and tokenizer\.model"):
-        data.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": 1}')
     with pytest.raises(ValueError, match="cannot use .*tokenizer.json"):
-        data.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -100,12 +99,12 @@ def cutters(which):
     if which == "sentencepiece":
         if not STORIES.is_dir():
             pytest.skip(f"real weights: no {STORIES}")
-        return data.load_tokenizer(STORIES)
+        return load_tokenizer(STORIES)
     with tempfile.TemporaryDirectory() as folder:
         if which == "tiktoken":
             return tiktoken_folder(Path(folder), bpe())
         bpe(GPT2 if which == "gpt2" else None).save(f"{folder}/tokenizer.json")
-        return data.load_tokenizer(folder)
+        return load_tokenizer(folder)
 
 
 # ------------------------------------------------------------------------------------------- export
@@ -136,7 +135,7 @@ def test_metas_tokenizer_is_exported_as_one_that_encodes_alike(tmp_path, kind):
     write(folder / "tokenizer.model", prose)
     out = save_checkpoint(load_checkpoint(folder), tmp_path / "hf", tokenizer_from=folder)
     theirs = transformers.AutoTokenizer.from_pretrained(out)
-    meta, rng = data.load_tokenizer(folder), random.Random(0)
+    meta, rng = load_tokenizer(folder), random.Random(0)
     texts = [prose, MIXED] + ["".join(rng.choices(prose + MIXED * 9, k=60)) for _ in range(200)]
     for text, ids in zip(texts, meta.encode_batch(texts), strict=True):
         assert theirs(text).input_ids == [meta.bos_id, *ids], text
@@ -188,20 +187,20 @@ def named(folder, *special, config=None, beside=None, settings=None):
     ],
 )
 def test_documents_end_with_an_end_of_text_or_nothing(tmp_path, special, files, end):
-    tk = data.load_tokenizer(named(tmp_path / "tk", *special, **files))
+    tk = load_tokenizer(named(tmp_path / "tk", *special, **files))
     assert (tk.eos_id if tk.add_eos else None) == end
     assert tk.eos_id is None or tk.eos_id < tk.vocab_size
 
 
 def test_an_end_that_is_asked_for_is_there_or_refused(tmp_path):
     with pytest.raises(ValueError, match="--add_eos: .* name no end of text"):
-        data.load_tokenizer(named(tmp_path / "a"), add_eos=True)
+        load_tokenizer(named(tmp_path / "a"), add_eos=True)
     asked = named(tmp_path / "b", "<|im_end|>", settings={"eos_token": "<|im_end|>"})
-    assert data.load_tokenizer(asked, add_eos=True).eos_id == 256
+    assert load_tokenizer(asked, add_eos=True).eos_id == 256
 
 
 def test_a_special_token_beyond_the_embedding_is_no_fault_unless_documents_hold_it(tmp_path):
-    tk = data.load_tokenizer(named(tmp_path, "</s>", "<pad>", settings={"eos_token": "</s>"}))
+    tk = load_tokenizer(named(tmp_path, "</s>", "<pad>", settings={"eos_token": "</s>"}))
     tk.check_fits(257)
     with pytest.raises(ValueError, match="ids go up to 256, the model has 256"):
         tk.check_fits(256)
@@ -215,7 +214,7 @@ def test_the_damaged_file_is_the_one_that_is_named(tmp_path, name, content):
     if "eos_token" in content and name != "tokenizer_config":
         return
     with pytest.raises(ValueError, match=f"{name}.json") as e:
-        data.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     assert "\n" not in str(e.value)
 
 
@@ -240,7 +239,7 @@ def test_a_forged_tokenizer_ends_in_one_line(tmp_path, kind, capfd):
     forge(tk, kind)
     (tmp_path / "tokenizer.json").write_text(json.dumps(tk))
     with pytest.raises(ValueError, match="cannot use .*tokenizer.json") as e:
-        data.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     assert "\n" not in str(e.value) and "panicked" not in capfd.readouterr().err
 
 
@@ -265,7 +264,7 @@ def test_a_sentencepiece_model_is_exported_alike_or_refused_before_training(tmp_
         sentence_iterator=lines, model_writer=written, **options | SENTENCEPIECE[kind]
     )
     (tmp_path / "tokenizer.model").write_bytes(written.getvalue())
-    tk, out = data.load_tokenizer(tmp_path), tmp_path / "out"
+    tk, out = load_tokenizer(tmp_path), tmp_path / "out"
     assert tk.add_bos == (kind != "no bos")
     out.mkdir()
     try:
