@@ -206,10 +206,10 @@ class Run:
         self.record = {
             "data": {name: text.corpus.fingerprint for name, text in self.texts.items()},
             "weights": states.weight_fingerprints(self.source),
-            "own_samples": self.own,
         }
         if self.resumed:
             states.check_same(self.resumed, self.record, self.out_dir, c.resume_anyway)
+        self.record["own_samples"] = self.own  # where they are and what they cost; they are data
         self.record["code"] = states.code_fingerprints()
         self.record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
 

@@ -1,6 +1,7 @@
 """machine/samples.py: short text of the checkpoint's own, made once before a run."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from machine.settings import resolve
 from model import load_checkpoint, load_config
 from tests.conftest import (
     byte_tokenizer,
+    killed_after_two,
     read_log,
+    same_run,
     tiktoken_file,
     tiny_config,
     tiny_run,
@@ -103,10 +106,18 @@ def test_other_seeds_make_other_texts_and_more_texts_keep_those_there_are(
     assert "3 of 3 parts to make" in capsys.readouterr().out
 
 
-def test_a_run_on_own_samples_resumes(ckpt, tmp_path, small_parts):
-    train(own_run(ckpt, tmp_path / "run", steps=4, save_every=2))
-    main(["--resume", str(tmp_path / "run")])
-    assert len(read_log(tmp_path / "run")) == 4
+def test_a_run_on_own_samples_resumes_where_its_cache_is_gone(ckpt, tmp_path, small_parts):
+    """They are sampled anew, in other seconds and into another folder, and are the same ids."""
+    train(own_run(ckpt, tmp_path / "whole", steps=4, save_every=2))
+    out = killed_after_two(tmp_path / "whole", tmp_path / "run")
+    record = json.loads((out / "longred.json").read_text())
+    record["own_samples"]["self:40"]["seconds"] = 2.9
+    (out / "longred.json").write_text(json.dumps(record))
+    shutil.rmtree(tmp_path / "tokens")
+    main(["--resume", str(out), "--cache_dir", str(tmp_path / "elsewhere")])
+    after = json.loads((out / "longred.json").read_text())["own_samples"]["self:40"]
+    assert after["seconds"] != 2.9 and "elsewhere" in after["file"]
+    assert same_run(tmp_path / "whole", out)
 
 
 class SaysAnything:
