@@ -76,7 +76,7 @@ def own_samples(
     folder = Path(c.cache_dir) / ("samples-" + _digest(key))
     folder.mkdir(parents=True, exist_ok=True)
     parts = [folder / f"part-{i:05d}.json" for i in range(-(-n // each))]
-    left = [path for path in parts if not path.exists()]
+    left = [path for path in parts if _read_part(path, each) is None]
     print(
         f"own samples: {n:,} texts of up to {length:,} tokens, at most {n * length:,} tokens, read "
         f"{asked / (n * length):.2f} times over or more; {len(left)} of {len(parts)} parts to "
@@ -92,22 +92,31 @@ def own_samples(
         part_began = time.monotonic()
         texts = sample_ids(model, tokenizer, each, length, generator)
         found = {"texts": texts, "seconds": time.monotonic() - part_began}
-        states.write_json(path, found)
+        states.write_json(path, states.signed(found))
         to_go = (time.monotonic() - began) / (done + 1) * (len(left) - done - 1)
         print(
             f"own samples: part {done + 1}/{len(left)}  {each * length / found['seconds']:,.0f} "
             f"tok/s  ETA {to_go // 60:.0f}:{to_go % 60:02.0f}",
             flush=True,
         )
-    made = [json.loads(path.read_text(encoding="utf-8")) for path in parts]
+    made = [_read_part(path, each) for path in parts]
     texts = [ids for part in made for ids in part["texts"]][:n]
-    whole = folder / f"{n}.ids"
-    if not whole.exists():  # under torchrun the first process has written it
-        with states.whole_file(whole) as f:
-            f.write(ids_header(tokenizer.fingerprint))
-            f.writelines(f"{json.dumps(ids)}\n" for ids in texts)
+    whole, lines = folder / f"{n}.ids", "".join(f"{json.dumps(ids)}\n" for ids in texts)
+    lines = ids_header(tokenizer.fingerprint) + lines
+    if not whole.is_file() or whole.read_bytes() != lines.encode():
+        with states.whole_file(whole) as f:  # under torchrun the first process does it
+            f.write(lines)
     cost = {"texts": n, "tokens": sum(map(len, texts))}
     return str(whole), cost | {"seconds": round(sum(part["seconds"] for part in made), 1)}
+
+
+def _read_part(path: Path, n: int) -> dict | None:
+    """A part of n texts, as its checksum says; None: it is missing or damaged, and to be made."""
+    try:
+        part = json.loads(path.read_bytes())
+        return part if part == states.signed(part) and len(part["texts"]) == n else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def _digest(key) -> str:

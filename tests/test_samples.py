@@ -120,6 +120,37 @@ def test_a_run_on_own_samples_resumes_where_its_cache_is_gone(ckpt, tmp_path, sm
     assert same_run(tmp_path / "whole", out)
 
 
+DAMAGES = {
+    "null": lambda raw: "null",
+    "nothing in it": lambda raw: "{}",
+    "half of its bytes": lambda raw: raw[: len(raw) // 2],
+    "half of its texts": lambda raw: json.dumps(
+        (part := json.loads(raw)) | {"texts": part["texts"][:8]}
+    ),
+    "one id changed": lambda raw: raw.replace("[\n      ", "[\n      1", 1),
+    "a list": lambda raw: "[]",
+    "no text": lambda raw: "",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_samples_are_made_anew_and_not_believed(
+    ckpt, tmp_path, capsys, small_parts, damage
+):
+    train(own_run(ckpt, tmp_path / "sound", eval_tokens=0))
+    (part,) = tmp_path.glob("tokens/samples-*/part-00001.json")
+    (whole,) = tmp_path.glob("tokens/samples-*/40.ids")
+    sound = part.read_text(), whole.read_bytes()
+    part.write_text(DAMAGES[damage](sound[0]))
+    whole.write_bytes(sound[1][: len(sound[1]) // 2])  # of which half would be trained on
+    capsys.readouterr()
+    train(own_run(ckpt, tmp_path / "again", eval_tokens=0))
+    assert "1 of 3 parts to make" in capsys.readouterr().out
+    assert json.loads(part.read_text())["texts"] == json.loads(sound[0])["texts"]
+    assert whole.read_bytes() == sound[1]
+    assert same_run(tmp_path / "sound", tmp_path / "again")
+
+
 class SaysAnything:
     """A model that draws any id, also of padding of its embedding, and EOS more often."""
 
