@@ -282,6 +282,8 @@ class Run:
             keeper.claim(self.out_dir, resumed=False)
         self.record["config"] = asdict(c)
         config = {k: v for k, v in self.record["config"].items() if k not in HARMLESS}
+        if c.source_weights:  # shares in the order of the sources, whose names may change
+            config["source_weights"] = [text.rpartition("=")[2] for text in c.source_weights]
         before = self.resumed["config"] if self.resumed else {}
         first = keeper.load(c, config, before, self.student, self.adamw)
         self.note_changed_code(first)

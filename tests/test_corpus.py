@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,16 +18,18 @@ import torch
 
 import data
 import machine.corpus
-from longred import train
+from longred import main, train
 from tests.conftest import (
     STORIES,
     TEXTS,
     bpe,
     documents,
+    killed_after_two,
     made_corpus,
     needs_stories,
     prose,
     run_python,
+    same_run,
     tiktoken_folder,
     tiny_run,
 )
@@ -398,6 +401,23 @@ def test_source_weights_are_trained_on_and_mistakes_refused(ckpt, tmp_path):
         bad = dataclasses.replace(c, source_weights=given, out_dir=str(tmp_path / "bad"))
         with pytest.raises(ValueError, match=words):
             train(bad)
+
+
+def test_a_run_with_shares_resumes_where_its_text_was_moved(ckpt, tmp_path):
+    """Shares belong to the sources of a list in their order, whatever their names are now."""
+    old = [str(shutil.copy(path, tmp_path / path.name)) for path in ckpt[1:]]
+    c = tiny_run(ckpt, tmp_path / "whole", save_every=2, method="long_cpt", eval_tokens=0)
+    weights = [f"{old[0]}=3", f"{old[1]}=1"]
+    train(dataclasses.replace(c, long_data=old, source_weights=weights))
+    out = killed_after_two(tmp_path / "whole", tmp_path / "run")
+    new = [str(shutil.move(path, f"{path}.moved")) for path in old]
+    main(["--resume", str(out), "--long_data", *new])
+    assert same_run(tmp_path / "whole", out)
+    record = json.loads((out / "longred.json").read_text())["config"]
+    assert record["source_weights"] == [f"{new[0]}=3", f"{new[1]}=1"]
+    swapped = killed_after_two(tmp_path / "whole", tmp_path / "swapped")
+    with pytest.raises(SystemExit, match="data long was"):
+        main(["--resume", str(swapped), "--long_data", *new[::-1]])
 
 
 # -------------------------------------------------------------- records, other kinds, damaged files
