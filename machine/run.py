@@ -49,7 +49,7 @@ from machine.settings import (  # noqa: F401, for longred.py
     rope_scaling,
     source_shares,
 )
-from machine.tokenizer import check_export
+from machine.tokenizer import check_export, find_tokenizer
 from model import Llama
 
 
@@ -108,6 +108,7 @@ class Run:
         if self.resumed:
             self.keeper.claim(Path(config.resume), resumed=True)
         self.source = resolve_checkpoint(config.ckpt)
+        find_tokenizer(self.source)  # where there is none, that comes before every question
         self.original = load_config(self.source)
         self.c = c = resolve(config, self.original, self.source)
         self.out_dir = Path(c.out_dir)
