@@ -42,6 +42,7 @@ class Tokenizer:
     add_eos: bool  # documents end with eos_id
     fingerprint: str  # of the tokenizer's file
     ordinary: frozenset[int]  # ids that a text can become: no special token, no hole, no padding
+    spelled: re.Pattern  # a special token written out in a text, which is ordinary text there
     cut: re.Pattern | None = None  # where a text may be cut without changing its tokens
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -227,6 +228,10 @@ def _end_of_text(named: int | None, listed: list[int], spell: Callable, find: Ca
     return turns[0], final == "<|end|>"
 
 
+def _any_of(tokens: Iterable[str]) -> re.Pattern:
+    return re.compile("|".join(map(re.escape, sorted(tokens, reverse=True))) or r"(?!)")
+
+
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
@@ -293,6 +298,7 @@ def _load_json(path: Path, config: dict) -> Tokenizer:
         max(vocab) + 1,
         *(bos_id, eos_id, bool(add_bos), final, _sha256(path.read_bytes())),
         frozenset(i for i in vocab if i not in specials),
+        _any_of(specials.values()),
     )
 
 
@@ -342,6 +348,7 @@ def _load_ranks(path: Path, config: dict) -> Tokenizer:
         add_eos=True,
         fingerprint=_sha256(path.read_bytes()),
         ordinary=frozenset(ranks.values()),
+        spelled=_any_of(special),
     )
 
 
