@@ -48,7 +48,7 @@ from data import Corpus
 from machine.checkpoints import LFS, LFS_REMEDY, free_name
 from machine.tokenizer import Tokenizer, optional
 
-FORMAT = 4  # part of the cache key: raise it when the files' layout or the cutting rule changes
+FORMAT = 5  # part of the cache key: raise it when the files' layout or the cutting rule changes
 PIECE = 1 << 14  # characters: longer documents go to the tokenizer in pieces, for speed and memory
 LONGEST_PIECE = 1 << 16  # without a safe cut an unsafe one is made: a million blanks kill tiktoken
 BATCH = 1 << 20  # characters handed to the tokenizer at once; it has two batches in hand
@@ -92,7 +92,7 @@ class Piece:
     text: str
     first: bool  # of its document
     last: bool
-    checksum: int  # of its document up to its end
+    checksum: int  # of its document's whole text, where this is the last piece
     source: int
     position: int  # bytes of all files read before its end, for the progress bar
     ids: list[int] | None = None  # of a file of ids, whose documents are one piece each
@@ -480,6 +480,23 @@ def _split(blocks: Iterable[str], cut: re.Pattern | None) -> Iterator[tuple[str,
         yield rest, True
 
 
+def _split_and_sum(blocks: Iterable[str], cut) -> Iterator[tuple[str, bool, int]]:
+    """_split's pieces, and the crc32 of what was read: at the last piece that of the whole text.
+
+    Not of the pieces, which lack what cuts drop: copies of a document would differ by tokenizer.
+    """
+    checksum = 0
+
+    def read():
+        nonlocal checksum
+        for block in blocks:
+            checksum = zlib.crc32(block.encode(), checksum)
+            yield block
+
+    for text, last in _split(read(), cut):
+        yield text, last, checksum
+
+
 class Zstd(io.RawIOBase):
     """The bytes in a .zst file, frame after frame; EOFError where it ends inside one.
 
@@ -629,9 +646,8 @@ def _pieces(files: list[File], tokenizer: Tokenizer | None, skip_bad: bool, coun
                     if document is None:
                         count["bad"] += 1
                         continue
-                    checksum, first, returns = 0, True, False
-                    for text, last in _split(document, cut):
-                        checksum = zlib.crc32(text.encode(), checksum)
+                    first, returns = True, False
+                    for text, last, checksum in _split_and_sum(document, cut):
                         for token in tokenizer.spelled.findall(text) if tokenizer else ():
                             count["spelled"][token] = count["spelled"].get(token, 0) + 1
                         returns |= "\r" in text

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import types
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers
 
 import data
 import machine.corpus
@@ -92,6 +94,31 @@ def test_real_books_are_stored_whole_with_bos_and_eos(tmp_path):
         text = path.read_bytes().decode("utf-8-sig")
         assert ids == [1, *tk.encode_batch([text])[0], 2]
     assert corpus.tokens.dtype == np.uint16 and isinstance(corpus.tokens, np.memmap)
+
+
+def dropping_tokenizer(folder):
+    """Like sentencepiece's: a text may be cut at a blank between letters, which is dropped."""
+    vocab = {t: i for i, t in enumerate(["<unk>", "\u2581", *map(chr, range(33, 127)), "\n", "\r"])}
+    tk = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    tk.normalizer = normalizers.Sequence(steps)
+    folder.mkdir()
+    tk.save(str(folder / "tokenizer.json"))
+    return data.load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", ["keep", "drop"])
+def test_a_checksum_is_that_of_the_whole_text_wherever_it_is_cut(tmp_path, kind):
+    make = dropping_tokenizer if kind == "drop" else byte_tokenizer
+    tk, texts = make(tmp_path / "tk"), [f"{i} words to cut it at " * 3000 for i in range(3)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "b.txt").write_text(texts[0])
+    corpus = data.tokenize([tmp_path / "a.jsonl", tmp_path / "b.txt"], tk, tmp_path / "cache")
+    whole = [zlib.crc32(text.encode()) for text in (*texts, texts[0])]
+    assert corpus.doc_checksums.tolist() == whole
+    pieces = [piece for piece, _ in machine.corpus._split([texts[0]], tk.cut)]
+    assert len(pieces) > 3 and ("".join(pieces) == texts[0]) == (kind == "keep")
 
 
 def test_a_million_blanks_do_not_kill_the_tokenizer(tmp_path):
