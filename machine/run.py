@@ -45,7 +45,7 @@ from machine.settings import (
     resumed_config,
     source_shares,
 )
-from machine.tokenizer import check_export, load_tokenizer
+from machine.tokenizer import check_export, find_tokenizer, load_tokenizer
 from model import Llama, hf_name, merge_weights, stored_dtype
 
 
@@ -108,6 +108,7 @@ class Run(longred.Run):
         if self.resumed:
             self.keeper.claim(Path(config.resume), resumed=True)
         self.source = resolve_checkpoint(config.ckpt)
+        find_tokenizer(self.source)  # where there is none, that comes before every question
         self.original = load_config(self.source)
         self.c = c = resolve(config, self.original, self.source)
         self.out_dir = Path(c.out_dir)
@@ -212,10 +213,10 @@ class Run(longred.Run):
         self.record = {
             "data": {name: text.corpus.fingerprint for name, text in self.texts.items()},
             "weights": states.weight_fingerprints(self.source),
-            "own_samples": self.own,
         }
         if self.resumed:
             states.check_same(self.resumed, self.record, self.out_dir, c.resume_anyway)
+        self.record["own_samples"] = self.own  # where they are and what they cost; they are data
         self.record["code"] = states.code_fingerprints()
         self.record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
 
@@ -301,6 +302,8 @@ class Run(longred.Run):
             keeper.claim(self.out_dir, resumed=False)
         self.record["config"] = asdict(c)
         config = {k: v for k, v in self.record["config"].items() if k not in HARMLESS}
+        if c.source_weights:  # shares in the order of the sources, whose names may change
+            config["source_weights"] = [text.rpartition("=")[2] for text in c.source_weights]
         before = self.resumed["config"] if self.resumed else {}
         first = keeper.load(c, config, before, self.student, self.adamw)
         self.note_changed_code(first)

@@ -273,6 +273,15 @@ def resumed_config(saved: dict, given: MachineConfig) -> MachineConfig:
             if f.name not in now and getattr(given, f.name) != f.default:
                 now[f.name] = getattr(given, f.name)
     check_kinds(given, saved)
+    # A source that was named anew is so wherever else it is named.
+    pairs = (zip(saved.get(name) or (), now.get(name) or (), strict=False) for name in TEXTS)
+    renamed = {old: str(new) for pair in pairs for old, new in pair}
+    for name in TEXTS:
+        if saved.get(name):
+            saved[name] = [renamed.get(spec, spec) for spec in saved[name]]
+    if shares := saved.get("source_weights"):
+        shares = (text.rpartition("=") for text in shares)
+        saved["source_weights"] = [f"{renamed.get(s, s)}={share}" for s, _, share in shares]
     return type(given)(**(saved | now))
 
 

@@ -1,7 +1,6 @@
 """machine/tokenizer.py: what a tokenizer says, in which pieces, and how it is exported."""
 
 import functools
-import io
 import json
 import random
 from pathlib import Path
@@ -77,7 +76,7 @@ def test_a_missing_or_broken_tokenizer_is_one_line(tmp_path):
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-@pytest.mark.parametrize("which", ["llama3", "gpt2", "tiktoken", "sentencepiece"])
+@pytest.mark.parametrize("which", ["llama3", "gpt2", "tiktoken", "stories260K"])
 @given(st.lists(st.sampled_from([" ", "\n", "a", "Be", "\r\n", "'s", "1", ",", "\t", "e\u0301"])))
 @settings(max_examples=60, deadline=None)
 def test_a_document_in_pieces_has_the_tokens_of_the_whole(which, parts):
@@ -96,7 +95,7 @@ def test_a_document_in_pieces_has_the_tokens_of_the_whole(which, parts):
 def cutters(which):
     import tempfile
 
-    if which == "sentencepiece":
+    if which == "stories260K":
         if not STORIES.is_dir():
             pytest.skip(f"real weights: no {STORIES}")
         return load_tokenizer(STORIES)
@@ -110,29 +109,15 @@ def cutters(which):
 # ------------------------------------------------------------------------------------------- export
 
 
-def sentencepiece_file(path, text):
-    """As in Llama 2: BPE with byte fallback, spaces written as U+2581, one put in front."""
-    sentencepiece = pytest.importorskip("sentencepiece")
-    written = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text.splitlines()), model_writer=written, model_type="bpe",
-        vocab_size=500, byte_fallback=True, normalization_rule_name="identity", split_digits=True,
-        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2,
-    )  # fmt: skip
-    path.write_bytes(written.getvalue())
-
-
 MIXED = "I'll re-read 12,345.67 caf\u00e9s\n\n\tdef f(x):  return x['a']  # \u4e16\u754c "
 MIXED += "\U0001f600 WE'RE "
 
 
-@pytest.mark.parametrize("kind", ["tiktoken", "sentencepiece"])
-def test_metas_tokenizer_is_exported_as_one_that_encodes_alike(tmp_path, kind):
+def test_metas_tokenizer_is_exported_as_one_that_encodes_alike(tmp_path):
     prose = (HERE / "longred.py").read_text()[:20000] + MIXED * 5
     model = tiny_llama(vocab_size=812, n_layers=1)
     folder = meta_folder(tmp_path / "meta", model, 1)
-    write = tiktoken_file if kind == "tiktoken" else sentencepiece_file
-    write(folder / "tokenizer.model", prose)
+    tiktoken_file(folder / "tokenizer.model", prose)
     out = save_checkpoint(load_checkpoint(folder), tmp_path / "hf", tokenizer_from=folder)
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     meta, rng = load_tokenizer(folder), random.Random(0)
@@ -144,7 +129,7 @@ def test_metas_tokenizer_is_exported_as_one_that_encodes_alike(tmp_path, kind):
     assert (theirs.bos_token_id, theirs.eos_token_id) == (meta.bos_id, meta.eos_id)
     config = json.loads((out / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (meta.bos_id, meta.eos_id)
-    assert (out / "tokenizer.model").exists() == (kind == "sentencepiece")
+    assert not (out / "tokenizer.model").exists()  # it would be taken for a sentencepiece model
 
 
 # ---------------------------------------------------------------- special tokens, and forged files
@@ -243,40 +228,29 @@ def test_a_forged_tokenizer_ends_in_one_line(tmp_path, kind, capfd):
     assert "\n" not in str(e.value) and "panicked" not in capfd.readouterr().err
 
 
-SENTENCEPIECE = {
-    "plain": {},
-    "no dummy prefix": dict(add_dummy_prefix=False),
-    "no bos": dict(bos_id=-1),
-    "nfkc": dict(normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True),
-    "unigram": dict(model_type="unigram"),
-    "user defined": dict(user_defined_symbols=["<|im_start|>"]),
-}
+SENTENCEPIECE = b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02"  # as each of its models begins
 
 
-@pytest.mark.parametrize("kind", SENTENCEPIECE)
-def test_a_sentencepiece_model_is_exported_alike_or_refused_before_training(tmp_path, kind):
-    spm = pytest.importorskip("sentencepiece")
-    text, written = (HERE / "longred.py").read_text(), io.BytesIO()
-    options = dict(vocab_size=400, model_type="bpe", byte_fallback=True, minloglevel=2)
-    options |= dict(normalization_rule_name="identity", remove_extra_whitespaces=False)
-    lines = iter(text.splitlines())
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=lines, model_writer=written, **options | SENTENCEPIECE[kind]
+@pytest.mark.parametrize("content, kind", [(SENTENCEPIECE, "a sentencepiece model"), (b"?", "dam")])
+def test_a_tokenizer_model_of_another_kind_is_refused_naming_what_to_take(tmp_path, content, kind):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    said = (
+        f"tokenizer.model is {kind}.*hf download OWNER/NAME tokenizer.json --local-dir {tmp_path}"
     )
-    (tmp_path / "tokenizer.model").write_bytes(written.getvalue())
-    tk, out = load_tokenizer(tmp_path), tmp_path / "out"
-    assert tk.add_bos == (kind != "no bos")
+    with pytest.raises(ValueError, match=said) as e:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_a_sentencepiece_model_beside_a_tokenizer_json_goes_along(tmp_path):
+    """llama.cpp's converter reads it."""
+    tk, out = byte_tokenizer(tmp_path / "tk"), tmp_path / "out"
+    (tmp_path / "tk" / "tokenizer.model").write_bytes(SENTENCEPIECE)
+    assert load_tokenizer(tmp_path / "tk").fingerprint == tk.fingerprint
     out.mkdir()
-    try:
-        check_export(tmp_path, tk)
-        carry_tokenizer(tmp_path, out, None)
-    except ValueError as e:
-        assert "tokenizer.json" in str(e) and kind not in ("plain", "no bos", "no dummy prefix")
-        return
-    theirs = transformers.AutoTokenizer.from_pretrained(out)
-    for line in text.splitlines():
-        got = theirs(line, add_special_tokens=False).input_ids
-        assert got == tk.encode_batch([line])[0], line
+    carry_tokenizer(tmp_path / "tk", out, None)
+    assert (out / "tokenizer.model").read_bytes() == SENTENCEPIECE
+    assert (out / "tokenizer.json").is_file()
 
 
 def test_an_export_that_reads_the_runs_text_otherwise_is_refused(tmp_path):
