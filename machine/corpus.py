@@ -12,6 +12,8 @@ A document is stored as [BOS] + tokens + [EOS]:
         tokenizer_config.json, else the post-processor of tokenizer.json; Meta's own: always);
     EOS wherever the tokenizer names one: pretraining ends documents with it, whether or not the
         tokenizer adds it to prompts. For a model trained otherwise: `--no-add_eos`.
+Of the checkpoint's own samples (samples.py) the file holds ids: they are stored as they were
+sampled, behind the same [BOS], with an EOS where one was sampled and nowhere else.
 """
 
 import codecs
@@ -75,7 +77,7 @@ class File:
     path: str  # on disk, or inside its hub dataset; kind "rows": the dataset's name
     source: int  # index of the spec that named it
     column: str  # field of a record that holds the text
-    kind: str  # text | jsonl | json | csv | tsv | parquet | rows (of a hub dataset, streamed)
+    kind: str  # text | jsonl | json | csv | tsv | parquet | rows (of a hub dataset, streamed) | ids
     fingerprint: str = ""
     stat: tuple = ()  # size, mtime, ctime, device and inode before it was read; hub: size
     hub: tuple = ()  # (dataset, commit): fetched when it is read; rows: also config and split
@@ -89,6 +91,20 @@ class Piece:
     checksum: int  # of its document up to its end
     source: int
     position: int  # bytes of all files read before its end, for the progress bar
+    ids: list[int] | None = None  # of a file of ids, whose documents are one piece each
+
+
+# A file of token ids begins with this line; then a document a line, as a JSON list.
+IDS = "token ids, a document a line, of the tokenizer "
+
+
+def ids_header(fingerprint: str) -> str:
+    return f"{IDS}{fingerprint}\n"
+
+
+def _is_ids(path: str) -> bool:
+    with open(path, "rb") as f:
+        return f.read(len(IDS)) == IDS.encode()
 
 
 def _kind(path: str) -> str:
@@ -138,7 +154,8 @@ def find_files(
             what = "only empty files" if stats else "no file"
             raise ValueError(f"{what} at {spec}: need a text file, folder, glob or hf:owner/name")
         for p, stat in full.items():
-            found.setdefault(stat[3:], File(p, source, column, _kind(p), stat=stat))
+            kind = "ids" if _is_ids(p) else _kind(p)
+            found.setdefault(stat[3:], File(p, source, column, kind, stat=stat))
     return list(found.values())
 
 
@@ -432,14 +449,34 @@ def _documents(file: File, stream, skip_bad: bool) -> Iterator[Iterable[str] | N
             yield None
 
 
-def _pieces(files: list[File], cut, skip_bad: bool, count: dict) -> Iterator[Piece]:
+def _ids(file: File, stream, tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Documents of a file of token ids; those without any, as an empty text, are none."""
+    if stream.readline().decode() != ids_header(tokenizer.fingerprint):
+        raise ValueError(f"{file.path} holds another tokenizer's ids; name the text it was made of")
+    allowed = tokenizer.ordinary | {tokenizer.eos_id}
+    for number, line in enumerate(stream, 2):
+        ids = json.loads(line)
+        if not isinstance(ids, list) or not allowed.issuperset(ids):
+            raise ValueError(f"{file.path}:{number} is no list of this tokenizer's ids; remove it")
+        if ids not in ([], [tokenizer.eos_id]):
+            yield ids
+
+
+def _pieces(files: list[File], tokenizer: Tokenizer | None, skip_bad: bool, count: dict):
     """Documents in order, as pieces. count["bad"] goes up with every record left out, count["cr"]
-    with every document that holds carriage returns: records keep theirs."""
-    before = 0  # bytes in files read
+    with every document that holds carriage returns: records keep theirs.
+
+    tokenizer: by which texts are cut and ids checked; None: no cuts, and files of ids left out.
+    """
+    before, cut = 0, tokenizer and tokenizer.cut  # bytes in files read
     for file in files:
         try:
             with _open(file) as (stream, raw):
-                for document in _documents(file, stream, skip_bad):
+                known = file.kind == "ids" and tokenizer
+                for ids in _ids(file, stream, tokenizer) if known else ():
+                    checksum, position = zlib.crc32(str(ids).encode()), before + raw.tell()
+                    yield Piece("", True, True, checksum, file.source, position, ids)
+                for document in _documents(file, stream, skip_bad) if file.kind != "ids" else ():
                     if document is None:
                         count["bad"] += 1
                         continue
@@ -461,7 +498,10 @@ def _pieces(files: list[File], cut, skip_bad: bool, count: dict) -> Iterator[Pie
 def beginnings(
     specs: list[str], cache_dir: str | Path, skip_bad: bool = False, most: int = 200
 ) -> list[str]:
-    """The first 2,000 characters of up to `most` documents, taken evenly from the specs' files."""
+    """The first 2,000 characters of up to `most` documents, taken evenly from the specs' files.
+
+    None of files of ids, which no tokenizer reads again.
+    """
     memo = _read_memo(Path(cache_dir) / "seen_files.json")
     files = find_files(specs, memo, lambda line: None)
     chosen = files[:: max(1, len(files) // 20)]
@@ -479,7 +519,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)
-        size += len(piece.text)
+        size += len(piece.text) + len(piece.ids or ())
         if size >= BATCH:
             yield batch
             batch, size = [], 0
@@ -730,7 +770,7 @@ def _build(folder, files, tokenizer, name, skip_bad, log) -> dict:
         # What was tokenised is read again and dropped, plain text 100 times as fast as one core
         # tokenises it.
         state["bad"] = state["cr"] = 0
-        pieces = _pieces(files, tokenizer.cut, skip_bad, state)
+        pieces = _pieces(files, tokenizer, skip_bad, state)
         pieces = itertools.islice(pieces, state["pieces"], None)
         size = 0  # characters
         for n, (batch, ids) in enumerate(_encoded(_batches(pieces), tokenizer.encode), 1):
@@ -786,6 +826,8 @@ def _append(batch, ids, tokenizer, state, tokens, records) -> None:
     for piece, piece_ids in zip(batch, ids, strict=True):
         first = [tokenizer.bos_id] if tokenizer.add_bos and piece.first else []
         last = [tokenizer.eos_id] if tokenizer.add_eos and piece.last else []
+        if piece.ids is not None:
+            piece_ids, last = piece.ids, []
         parts += [first, piece_ids, last]
         n_tokens += len(first) + len(piece_ids) + len(last)
         if piece.last:

@@ -43,7 +43,7 @@ class Tokenizer:
     add_bos: bool  # documents begin with bos_id
     add_eos: bool  # documents end with eos_id
     fingerprint: str  # of the tokenizer's file
-    largest: int  # of the ids that a text can become; special ones are made by nobody
+    ordinary: frozenset[int]  # ids that a text can become: no special token, no hole, no padding
     cut: re.Pattern | None = None  # where a text may be cut without changing its tokens
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -53,7 +53,7 @@ class Tokenizer:
     def check_fits(self, vocab_size: int) -> None:
         """ValueError if a document can hold ids that a model's vocabulary does not."""
         final = self.bos_id if self.add_bos else 0, self.eos_id if self.add_eos else 0
-        if (largest := max(self.largest, *final)) >= vocab_size:
+        if (largest := max(max(self.ordinary, default=0), *final)) >= vocab_size:
             raise ValueError(
                 f"tokenizer does not fit the model: its ids go up to {largest}, the "
                 f"model has {vocab_size} embeddings; use the tokenizer that came with the weights"
@@ -292,7 +292,7 @@ def _load_json(path: Path, config: dict) -> Tokenizer:
         lambda ids: tk.decode([int(i) for i in ids], skip_special_tokens=False),
         max(vocab) + 1,
         *(bos_id, eos_id, bool(add_bos), final, _sha256(path.read_bytes())),
-        max((i for i in vocab if i not in specials), default=0),
+        frozenset(i for i in vocab if i not in specials),
     )
 
 
@@ -334,15 +334,18 @@ def _load_model(path: Path, config: dict) -> Tokenizer:
         one = functools.partial(coder.encode_to_numpy, disallowed_special=())
         encode = lambda texts: list(pool.map(one, texts))  # noqa: E731
         ids = len(ranks) + 256, special["<|begin_of_text|>"], special["<|end_of_text|>"]
-        largest = len(ranks) - 1
+        ordinary = frozenset(ranks.values())
     else:
         coder = optional("sentencepiece", path).SentencePieceProcessor(model_file=str(path))
         final = (i if i >= 0 else None for i in (coder.bos_id(), coder.eos_id()))  # -1: it has none
-        encode, ids, largest = coder.encode, (coder.vocab_size(), *final), coder.vocab_size() - 1
+        encode, ids, n = coder.encode, (coder.vocab_size(), *final), coder.vocab_size()
+        ordinary = frozenset(
+            i for i in range(n) if not (coder.is_control(i) or coder.is_unknown(i))
+        )
     add_bos = ids[1] is not None and bool(config.get("add_bos_token", True))
     decode = lambda ids: coder.decode([int(i) for i in ids])  # noqa: E731
     fingerprint = _sha256(path.read_bytes())
-    return Tokenizer(encode, decode, *ids, add_bos, ids[2] is not None, fingerprint, largest)
+    return Tokenizer(encode, decode, *ids, add_bos, ids[2] is not None, fingerprint, ordinary)
 
 
 def optional(package: str, what: object):

@@ -58,7 +58,7 @@ from machine.keeper import lock
 from machine.log import finite, outlive_readers
 from machine.memory import pad_heads
 from machine.plan import available_memory, expand_segments, parameter_count
-from machine.samples import sample_texts
+from machine.samples import sample_ids
 from machine.settings import check_device, fits
 from machine.states import read_run, refuse_foreign, whole_file
 from machine.tokenizer import Tokenizer
@@ -852,8 +852,9 @@ def write_samples(a: Namespace) -> None:
     with whole_file(a.write_samples) as f, tqdm(total=a.n_samples, unit="text") as bar:
         for start in range(0, a.n_samples, 50):
             n = min(50, a.n_samples - start)
-            texts, _ = sample_texts(model, tokenizer, n, length, generator, a.temperature)
-            f.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+            texts = sample_ids(model, tokenizer, n, length, generator, a.temperature)
+            texts = ([i for i in ids if i != tokenizer.eos_id] for ids in texts)
+            f.writelines(json.dumps({"text": tokenizer.decode(ids)}) + "\n" for ids in texts)
             bar.update(n)
 
 
