@@ -103,13 +103,18 @@ def tell(out_dir: Path, seed: int, device: str | None) -> Path:
     return out_dir
 
 
-def write_demo_text(prose: Path, code: Path) -> None:
-    """Two .jsonl files: Python's help topics, and the sources of its standard library."""
+def write_prose(path: Path) -> None:
+    """Write Python's help topics as .jsonl: English prose that every Python has with it."""
     from pydoc_data.topics import topics
 
-    prose.parent.mkdir(parents=True, exist_ok=True)
-    with open(prose, "w", encoding="utf-8") as f:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as f:
         f.writelines(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics))
+
+
+def write_demo_text(prose: Path, code: Path) -> None:
+    """Write two .jsonl files: Python's help topics, and the sources of its standard library."""
+    write_prose(prose)
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     with open(code, "w", encoding="utf-8") as f:
         for path in sorted(stdlib.rglob("*.py")):

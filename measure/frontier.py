@@ -109,7 +109,7 @@ SEEDS = [1, 2, 3]  # a comparison is decided on these
 MORE_SEEDS = [1, 2, 3, 4, 5]  # own samples' comparisons are repeated on these
 SETTING = (
     "--target_len 2048 --no-add_eos --steps 80 --lr 5e-4 --long_micro 2 --long_batch 2 "
-    "--short_micro 3 --short_batch 4 --s2l_micro 1 --s2l_batch 4 --eval_tokens 0 --keep 0"
+    "--short_micro 3 --short_batch 4 --s2l_micro 1 --s2l_batch 4 --eval_tokens 0 --keep 1 --save_every 20"
 )
 OWN_TEXTS = 2000  # samples of the original, drawn anew for each seed
 STORIES, STORIES_SEED, STORY_LEN = 600, 90210, 512  # samples that no run trains on
@@ -465,7 +465,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--books", nargs="+", metavar="TEXT", help="books that no run reads, scored whole")
     add("--out_dir", type=Path, default=Path("out/frontier"), help="default: out/frontier")
     add("--cache_dir", default="out/tokens", help="where tokenised text is kept")
-    add("--train", action=argparse.BooleanOptionalAction, default=True, help="train what is missing")
+    add(
+        "--train", action=argparse.BooleanOptionalAction, default=True, help="train what is missing"
+    )
     add("--scores", type=Path, metavar="FILE", help="print an earlier frontier.json.gz")
     a = parser.parse_args(argv)
     board = [a.out_dir / f"frontier.{kind}" for kind in ("json.gz", "md", "png")]
