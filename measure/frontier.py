@@ -32,7 +32,7 @@ import data
 from machine.formats import load_checkpoint
 from machine.memory import pad_heads
 from machine.samples import sample_ids
-from machine.states import refuse_foreign, whole_file
+from machine.states import whole_file
 from measure.demo import write_prose
 from measure.evaluate import short_text_drift
 from measure.far_context import interval, tail_losses
@@ -109,7 +109,8 @@ SEEDS = [1, 2, 3]  # a comparison is decided on these
 MORE_SEEDS = [1, 2, 3, 4, 5]  # own samples' comparisons are repeated on these
 SETTING = (
     "--target_len 2048 --no-add_eos --steps 80 --lr 5e-4 --long_micro 2 --long_batch 2 "
-    "--short_micro 3 --short_batch 4 --s2l_micro 1 --s2l_batch 4 --eval_tokens 0 --keep 1 --save_every 20"
+    "--short_micro 3 --short_batch 4 --s2l_micro 1 --s2l_batch 4 --eval_tokens 0 --keep 1 "
+    "--save_every 20"
 )
 OWN_TEXTS = 2000  # samples of the original, drawn anew for each seed
 STORIES, STORIES_SEED, STORY_LEN = 600, 90210, 512  # samples that no run trains on
