@@ -103,18 +103,17 @@ def tell(out_dir: Path, seed: int, device: str | None) -> Path:
     return out_dir
 
 
-def write_prose(path: Path) -> None:
-    """Write Python's help topics as .jsonl: English prose that every Python has with it."""
+def prose_lines() -> str:
+    """Return Python's help topics as .jsonl: English prose that every Python has with it."""
     from pydoc_data.topics import topics
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics))
+    return "".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics))
 
 
 def write_demo_text(prose: Path, code: Path) -> None:
     """Write two .jsonl files: Python's help topics, and the sources of its standard library."""
-    write_prose(prose)
+    prose.parent.mkdir(parents=True, exist_ok=True)
+    prose.write_text(prose_lines(), encoding="utf-8")
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     with open(code, "w", encoding="utf-8") as f:
         for path in sorted(stdlib.rglob("*.py")):

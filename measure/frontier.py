@@ -8,17 +8,19 @@ The first command trains and scores what is missing, one run after another in th
 Every run has a folder of its own and is skipped once it is scored, so a stopped command continues
 where it was. `--no-train` only scores what has been trained. The second command reads the scores of
 an earlier one and needs neither texts nor weights. Both print the table and the comparisons, with
-NOT RUN for what is missing, and write frontier.md and frontier.png; the first also writes
-frontier.json.gz.
+NOT RUN for what is missing, and write frontier.md, frontier.png and frontier.json.gz.
 """
 
 import argparse
 import gzip
 import json
+import os
+import platform
 import resource
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +35,7 @@ from machine.formats import load_checkpoint
 from machine.memory import pad_heads
 from machine.samples import sample_ids
 from machine.states import whole_file
-from measure.demo import write_prose
+from measure.demo import prose_lines
 from measure.evaluate import short_text_drift
 from measure.far_context import interval, tail_losses
 from measure.pictures import COLORS, GREY
@@ -182,10 +184,11 @@ def train(a, text: str, point: Point, seed: int) -> None:
 def stories(model, tokenizer) -> torch.Tensor:
     """Samples of the original that no run trains on, packed: (sequences, STORY_LEN + 1) int64."""
     generator, tokens = torch.Generator().manual_seed(STORIES_SEED), []
+    first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     for start in range(0, STORIES, 50):
         n = min(50, STORIES - start)
         for ids in sample_ids(model, tokenizer, n, STORY_LEN, generator):
-            tokens += [tokenizer.bos_id, *(i for i in ids if i != tokenizer.eos_id)]
+            tokens += [first, *(i for i in ids if i != tokenizer.eos_id)]
     return sequences(np.array(tokens), STORY_LEN, len(tokens))
 
 
@@ -218,6 +221,17 @@ def score(base, model, texts: dict) -> dict:
     return found
 
 
+def write_prose(path: Path) -> None:
+    """Write the foreign text; ValueError if another text has its name."""
+    if not path.exists():
+        with whole_file(path) as f:
+            f.write(prose_lines())
+    elif path.read_text(encoding="utf-8") != prose_lines():
+        raise ValueError(
+            f"{path} is not the prose of Python {platform.python_version()}: pass another --out_dir"
+        )
+
+
 def write_scores(path: Path, content: dict) -> None:
     """Compressed JSON, without a time in it: equal content gives equal bytes."""
     with whole_file(path) as f:
@@ -226,8 +240,11 @@ def write_scores(path: Path, content: dict) -> None:
 
 def read_scores(path: Path) -> dict:
     try:
-        return json.loads(gzip.decompress(path.read_bytes()))
-    except (OSError, EOFError, ValueError) as e:
+        content = json.loads(gzip.decompress(path.read_bytes()))
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+        return content
+    except (OSError, EOFError, zlib.error, ValueError) as e:
         raise ValueError(
             f"{path}: not a file of scores ({e}); need one that this command wrote, such as "
             "results/frontier.json.gz"
@@ -237,9 +254,7 @@ def read_scores(path: Path) -> dict:
 def run_all(a) -> tuple[dict, dict]:
     """Train and score what is missing. Returns ({(text, point, seed): scores}, the original's)."""
     base = pad_heads(load_checkpoint(a.base))
-    a.out_dir.mkdir(parents=True, exist_ok=True)
-    if not (a.out_dir / "prose.jsonl").exists():
-        write_prose(a.out_dir / "prose.jsonl")
+    write_prose(a.out_dir / "prose.jsonl")
     texts = open_texts(a, base)
     print("sequences scored:", {name: len(ids) for name, ids in texts.items()}, flush=True)
     kept = a.out_dir / "original.json.gz"
@@ -442,6 +457,20 @@ def draw(runs: dict, original: dict, path: Path) -> None:
     plt.close(figure)
 
 
+def refuse_foreign(out_dir: Path) -> None:
+    """ValueError if a file that this command would replace is there and is not its own."""
+    names = [f"frontier.{kind}" for kind in ("json.gz", "md", "png")]
+    there = [out_dir / name for name in names if os.path.lexists(out_dir / name)]
+    try:
+        ours = not there or read_scores(out_dir / names[0]).keys() >= {"original", "runs"}
+    except ValueError:
+        ours = False
+    if not ours:
+        raise ValueError(
+            f"{there[0]} is in the way, and this command did not write it: pass another --out_dir"
+        )
+
+
 def show(a, runs: dict, original: dict) -> None:
     """Print the table and the comparisons; write frontier.md and frontier.png."""
     table = [*leaderboard(runs, original), ""]
@@ -471,21 +500,22 @@ def main(argv: list[str] | None = None) -> None:
     )
     add("--scores", type=Path, metavar="FILE", help="print an earlier frontier.json.gz")
     a = parser.parse_args(argv)
-    board = [a.out_dir / f"frontier.{kind}" for kind in ("json.gz", "md", "png")]
     try:
+        refuse_foreign(a.out_dir)
         if a.scores:
             content = read_scores(a.scores)
+            if not content.keys() >= {"original", "runs"}:
+                raise ValueError(f"{a.scores}: scores of one model; need a frontier.json.gz")
             runs = {run: r for run in RUNS if (r := content["runs"].get(run_name(*run)))}
             original = content["original"]
-            a.out_dir.mkdir(parents=True, exist_ok=True)
         else:
             if missing := [f"--{x}" for x in ("base", "long", "books") if not getattr(a, x)]:
                 raise ValueError(f"{', '.join(missing)} missing; or --scores FILE to print one")
             if {*map(Path.resolve, map(Path, a.long))} & {*map(Path.resolve, map(Path, a.books))}:
-                raise ValueError("a book of --books is in --long too: it would be trained on")
+                raise ValueError("a book of --books is in --long too, so it would be trained on")
             runs, original = run_all(a)
-            content = {run_name(*run): scores for run, scores in runs.items()}
-            write_scores(board[0], {"original": original, "runs": content})
+        content = {run_name(*run): scores for run, scores in runs.items()}
+        write_scores(a.out_dir / "frontier.json.gz", {"original": original, "runs": content})
         show(a, runs, original)
     except subprocess.CalledProcessError as e:
         raise SystemExit(f"frontier: {e}; its output is in {a.out_dir}/RUN.log") from None

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from longred import main, train
-from measure import bench, demo, evaluate, leaderboard, multiple_choice
+from measure import bench, demo, evaluate, frontier, multiple_choice
 from measure import text as text_command
 from model import save_checkpoint
 from tests.conftest import WORDS, killed_after_two, tiny_llama, tiny_run, with_eos
@@ -93,19 +93,11 @@ def benched(ckpt, folder, texts):
 
 
 def ranked(ckpt, folder, texts):
-    argv = ["--base", ckpt[0], "--long", *texts, "--own", texts[0], "--foreign", texts[0]]
-    short = folder.parent / "short.txt"
-    short.write_text(texts[1].read_text()[:3000])
-    argv += [
-        "--test",
-        short,
-        "--no-train",
-        "--out_dir",
-        folder,
-        "--cache_dir",
-        folder,
-    ]
-    leaderboard.main([str(x) for x in argv])
+    base = folder.parent / "base"
+    if not base.exists():
+        with_eos(ckpt[0], base)  # which a text may start from
+    argv = ["--base", base, "--long", texts[0], "--books", texts[1], "--no-train"]
+    frontier.main([str(x) for x in (*argv, "--out_dir", folder, "--cache_dir", folder)])
 
 
 def chosen(ckpt, folder, texts):
@@ -127,7 +119,7 @@ COMMANDS = {
     compared: "report.md results.json overview.png drift.png training.png repeat.png lock cache",
     written: "own.jsonl best.jsonl seen_files.json",
     benched: "rope-cpu-smoke.json prove-cpu-smoke.json rope.json",
-    ranked: "leaderboard.md leaderboard.json leaderboard.png",
+    ranked: "frontier.md frontier.json.gz frontier.png prose.jsonl original.json.gz",
     chosen: "cache",
     looked_at: "seen_files.json",
 }
@@ -137,7 +129,9 @@ COMMANDS = {
 def folder(whole, tmp_path, request, monkeypatch):
     """The folder that a command works in; of a resumed run it is a run's."""
     monkeypatch.setattr(evaluate, "draw", lambda results, out_dir, *more: [])  # takes seconds
-    monkeypatch.setattr(leaderboard, "draw", lambda *args: None)
+    monkeypatch.setattr(frontier, "STORIES", 4)
+    monkeypatch.setattr(frontier, "STORY_LEN", 64)
+    monkeypatch.setattr(frontier, "BOOK_SEQUENCES", 2)
     monkeypatch.setattr(demo, "train_demo_model", make_demo_model)
     monkeypatch.setattr(demo, "write_demo_text", short_demo_text)
     small = dict(steps=1, eval_tokens=256, distill_layers=[3], long_micro=1, long_batch=1)
