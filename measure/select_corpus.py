@@ -1,6 +1,6 @@
 """LongRecipe's choice of text: whole sentences rich in what an extension changed most.
 
-    python -m measure.evaluate --base DIR --ckpt DIR --data TEXT... --select_corpus selected.jsonl
+    python -m measure.evaluate corpus selected.jsonl --base DIR --ckpt DIR --data TEXT...
 
 LongRecipe (arXiv 2409.00509, section 4.1) scores each token by how far extending the model moved
 its logit, calls the kinds of token that are frequent among the highest scores anchors, and trains
@@ -128,13 +128,13 @@ def select_corpus(a: Namespace) -> None:
     What training holds out is left out here too: selected text has other checksums.
     """
     if not a.data or len(a.ckpt) != 1 or not 0 < a.keep <= 1:
-        raise ValueError("--select_corpus needs one --ckpt, --data, and a --keep in (0, 1]")
+        raise ValueError("corpus: need one --ckpt, --data, and a --keep in (0, 1]")
     tokenizer = data.load_tokenizer(resolve_checkpoint(a.base), a.add_eos)
     corpus = data.tokenize(a.data, tokenizer, a.cache_dir, "data")
     is_anchor, is_end = find_anchors(a, corpus, tokenizer), data.sentence_ends(tokenizer)
     special = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
     total = selected = documents = 0
-    with whole_file(a.select_corpus) as f:
+    with whole_file(a.file) as f:
         for start, size in zip(*corpus.segments(), strict=True):
             ids = corpus.tokens[start : start + size].astype(np.int64)
             ids = ids[~np.isin(ids, special)]
@@ -147,5 +147,5 @@ def select_corpus(a: Namespace) -> None:
                 selected, documents = selected + len(ids), documents + 1
     print(
         f"kept {selected:,} of {total:,} tokens in {documents:,} of {corpus.n_docs:,} documents: "
-        f"{a.select_corpus}; train on it with --method longrecipe --long_data {a.select_corpus}"
+        f"{a.file}; train on it with --method longrecipe --long_data {a.file}"
     )

@@ -80,10 +80,32 @@ def written(ckpt, folder, texts):
     base = folder.parent / "base"
     if not base.exists():
         with_eos(ckpt[0], base)  # which a text may start from
-    samples = ["--base", base, "--n_samples", 2, "--length", 20, "--device", "cpu"]
-    evaluate.main([str(x) for x in (*samples, "--write_samples", folder / "own.jsonl")])
-    corpus = ["--base", ckpt[0], "--ckpt", ckpt[0], "--data", texts[0], "--eval_tokens", 256]
-    corpus += ["--cache_dir", folder, "--select_corpus", folder / "best.jsonl", "--device", "cpu"]
+    samples = [
+        "samples",
+        folder / "own.jsonl",
+        "--base",
+        base,
+        "--n_samples",
+        2,
+        "--length",
+        20,
+        "--device",
+        "cpu",
+    ]
+    evaluate.main([str(x) for x in samples])
+    corpus = [
+        "corpus",
+        folder / "best.jsonl",
+        "--base",
+        ckpt[0],
+        "--ckpt",
+        ckpt[0],
+        "--data",
+        texts[0],
+        "--eval_tokens",
+        256,
+    ]
+    corpus += ["--cache_dir", folder, "--device", "cpu"]
     evaluate.main([str(x) for x in corpus])
 
 
