@@ -433,5 +433,6 @@ class Run:
         if said := log.unheard():  # after the last line of log.jsonl
             self.record["notes"] = [said]
         self.write_record()
-        print(f"more: python -m measure.evaluate --base {c.ckpt} --ckpt {self.out_dir}")
+        evaluation = ("measure/evaluate.py", "--base", c.ckpt, "--ckpt", self.out_dir)
+        print("more:", log.command(*evaluation))
         return exported

@@ -18,6 +18,7 @@ from longred import Config, cross_entropy, train
 from machine.checkpoints import read_json
 from machine.formats import save_checkpoint
 from machine.keeper import clear_run, lock
+from machine.log import command
 from machine.settings import check_device, whole_path
 from machine.states import read_run, write_json
 from measure import evaluate
@@ -92,10 +93,8 @@ def tell(out_dir: Path, seed: int, device: str | None) -> Path:
         losses["position"] = {"whole": {"nll": reports[name]["long loss in 32 parts"][name]}}
         measured.append((title, out_dir / name / "hf", losses))
     print(f"\nWhat the longer window gained, and what it cost:\n\n{evaluate.table(rows, errors)}\n")
-    print(
-        f"More: python -m measure.evaluate --base {original} --ckpt {out_dir}/long_cpt "
-        f"{out_dir}/longred --out_dir {out_dir}/more"
-    )
+    flags = ["--base", original, "--ckpt", out_dir / "long_cpt", out_dir / "longred"]
+    print("More:", command("measure/evaluate.py", *flags, "--out_dir", out_dir / "more"))
     try:
         print("pictures:", *evaluate.draw(measured, out_dir, 256, 1024))
     except ImportError:
