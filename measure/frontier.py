@@ -457,12 +457,15 @@ def draw(runs: dict, original: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def refuse_foreign(out_dir: Path) -> None:
-    """ValueError if a file that this command would replace is there and is not its own."""
-    names = [f"frontier.{kind}" for kind in ("json.gz", "md", "png")]
+def refuse_foreign(out_dir: Path, stem: str, keys: set[str]) -> None:
+    """ValueError if a file that a command would replace is there and is not its own.
+
+    stem: of its files; STEM.json.gz holds these keys where the command wrote it.
+    """
+    names = [f"{stem}.{kind}" for kind in ("json.gz", "md", "png")]
     there = [out_dir / name for name in names if os.path.lexists(out_dir / name)]
     try:
-        ours = not there or read_scores(out_dir / names[0]).keys() >= {"original", "runs"}
+        ours = not there or read_scores(out_dir / names[0]).keys() >= keys
     except ValueError:
         ours = False
     if not ours:
@@ -501,7 +504,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--scores", type=Path, metavar="FILE", help="print an earlier frontier.json.gz")
     a = parser.parse_args(argv)
     try:
-        refuse_foreign(a.out_dir)
+        refuse_foreign(a.out_dir, "frontier", {"original", "runs"})
         if a.scores:
             content = read_scores(a.scores)
             if not content.keys() >= {"original", "runs"}:

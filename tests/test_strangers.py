@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from longred import main, train
-from measure import bench, demo, evaluate, frontier, multiple_choice
+from measure import bench, demo, evaluate, frontier, tasks
 from measure import text as text_command
 from model import save_checkpoint
 from tests.conftest import WORDS, killed_after_two, tiny_llama, tiny_run, with_eos
@@ -122,11 +122,9 @@ def ranked(ckpt, folder, texts):
     frontier.main([str(x) for x in (*argv, "--out_dir", folder, "--cache_dir", folder)])
 
 
-def chosen(ckpt, folder, texts):
-    examples = [{"input": f"{i} +", "target_scores": {"a": 1, "b": 0}} for i in range(4)]
-    (folder.parent / "sums.json").write_text(json.dumps({"examples": examples}))
-    argv = ["--base", ckpt[0], "--tasks", folder.parent, "--names", "sums", "--out_dir", folder]
-    multiple_choice.main([str(x) for x in (*argv, "--device", "cpu")])
+def scored(ckpt, folder, texts):
+    argv = ["--base", ckpt[0], "--tasks", "piqa", "--out_dir", folder, "--device", "cpu"]
+    tasks.main([str(x) for x in argv])
 
 
 def looked_at(ckpt, folder, texts):
@@ -142,7 +140,7 @@ COMMANDS = {
     written: "own.jsonl best.jsonl seen_files.json",
     benched: "rope-cpu-smoke.json prove-cpu-smoke.json rope.json",
     ranked: "frontier.md frontier.json.gz frontier.png prose.jsonl original.json.gz",
-    chosen: "cache",
+    scored: "tasks.md tasks.json.gz cache",
     looked_at: "seen_files.json",
 }
 
@@ -151,6 +149,8 @@ COMMANDS = {
 def folder(whole, tmp_path, request, monkeypatch):
     """The folder that a command works in; of a resumed run it is a run's."""
     monkeypatch.setattr(evaluate, "draw", lambda results, out_dir, *more: [])  # takes seconds
+    requests = [("the cat", " runs"), ("the cat", " reads")]
+    monkeypatch.setattr(tasks, "read_items", lambda task, most: [tasks.Item(requests, 0)] * 4)
     monkeypatch.setattr(frontier, "STORIES", 4)
     monkeypatch.setattr(frontier, "STORY_LEN", 64)
     monkeypatch.setattr(frontier, "BOOK_SEQUENCES", 2)
