@@ -5,9 +5,9 @@
 
 The items are those of that package: contexts and answers as plain text, no download beyond it. Each
 answer's tokens are those of context + answer from where they part from the context's own, which is
-lm-evaluation-harness's split unless a token joins the two. Differences from the original are paired by item. The command
-leaves tasks.md and, with every item's score, tasks.json.gz in --out_dir; a checkpoint's tasks are
-kept there as they end, so a stopped command continues.
+lm-evaluation-harness's split unless a token joins the two. Differences from the original are paired
+by item. The command leaves tasks.md and, with every item's score, tasks.json.gz in --out_dir; a
+checkpoint's tasks are kept there as they end, so a stopped command continues.
 """
 
 import argparse
