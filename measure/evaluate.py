@@ -973,7 +973,11 @@ def compare(a: Namespace) -> None:
     seen = Counter(["original", *(name for name, _, _ in found)])
     for i, (spec, (name, folder, why)) in enumerate(zip(a.ckpt, found, strict=True)):
         if seen[name] > 1 and not spec.startswith(f"{name}="):
-            found[i] = (spec, folder, why)  # two folders of one name are two rows unless asked for as one
+            found[i] = (
+                spec,
+                folder,
+                why,
+            )  # two folders of one name are two rows unless asked for as one
     for _, folder, _ in found:  # the text that a run of longred.py was given
         run = folder and folder.parent / "longred.json"
         if run and run.is_file() and not a.data:

@@ -12,6 +12,7 @@ NOT RUN for what is missing, and write frontier.md, frontier.png and frontier.js
 """
 
 import argparse
+import functools
 import gzip
 import json
 import os
@@ -255,11 +256,10 @@ def run_all(a) -> tuple[dict, dict]:
     """Train and score what is missing. Returns ({(text, point, seed): scores}, the original's)."""
     base = pad_heads(load_checkpoint(a.base))
     write_prose(a.out_dir / "prose.jsonl")
-    texts = open_texts(a, base)
-    print("sequences scored:", {name: len(ids) for name, ids in texts.items()}, flush=True)
+    texts = functools.cache(lambda: open_texts(a, base))  # read only if something is scored
     kept = a.out_dir / "original.json.gz"
     if not kept.exists():
-        write_scores(kept, score(base, base, texts))
+        write_scores(kept, score(base, base, texts()))
     original, runs = read_scores(kept), {}
     for run in RUNS:
         out = a.out_dir / run_name(*run)
@@ -268,7 +268,7 @@ def run_all(a) -> tuple[dict, dict]:
                 train(a, *run)
             if not (out / "hf" / "config.json").exists():
                 continue
-            found = score(base, pad_heads(load_checkpoint(out)), texts)
+            found = score(base, pad_heads(load_checkpoint(out)), texts())
             seconds = out / "processor_seconds.json"
             found["processor_seconds"] = (
                 json.loads(seconds.read_text()) if seconds.exists() else None
