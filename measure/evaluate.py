@@ -13,8 +13,8 @@ folder the command is python PATH/measure/evaluate.py.
     ----------  ------------------------------------------------------------------------------------
     kept        short text: loss, KL(original || it), first choices, drift  (short_text_drift)
     position    long text: loss by position, whole and with the window cut  (position_losses)
-    far         long text: what far text brings by content, what by length alone: the same tokens
-                behind the far part of another document  (measure/far_context.py)
+    far         long text: what far text adds by its content, and what by its length alone: the
+                same tokens behind the far part of another document  (measure/far_context.py)
     repeat      is a passage better known the second time, and from how far?  (repeat_scores)
     niah_...    needles, RULER's retrieval tasks (arXiv 2404.06654), in our own words  (make_sample)
 
@@ -188,7 +188,7 @@ def repeat_scores(
 ) -> Tensor:
     """How well the last `passage` tokens of each sequence are known, the first `cue` not counted.
 
-    cue: 8 unless told, of a passage under 16 tokens half: something has to be left to count.
+    cue: if None, 8, or half of a passage under 16 tokens, so that some tokens are left to count.
     sequences: (B, T) int64. pcd: predict by contrast, model.PCD's settings; a token outside its
     gamma likeliest ones has probability 0 then, so that only first choices can be compared.
     Returns (B, 2) float64, means over the counted tokens: loss in nats; 1 where the first choice
@@ -218,9 +218,9 @@ def repeat_scores(
 def repeat_sequences(
     tokens: np.ndarray, length: int, depths: list[float], n: int, seed: int
 ) -> tuple[Tensor, int]:
-    """Sequences ending in a passage that also stands earlier, at each depth, or not at all.
+    """Sequences that end in a passage which also occurs earlier, at each depth, or does not.
 
-    tokens: held-out text. depths: 0 = the passage opens the sequence, 1 = it stands just before
+    tokens: held-out text. depths: 0 = the passage opens the sequence, 1 = it comes just before
         its repetition.
     Returns ((len(depths) + 1) * n, length) int64, per sample the depths in order and then the
     control, whose passage is new; and the passage's length.
@@ -603,7 +603,7 @@ def summarize(result: dict, original_len: int, lengths: list[int], asked: dict) 
     if "far" in result:
         from measure.far_context import columns
 
-        tables[f"Gained: what text beyond {original_len:,} tokens brings, nats"] = {
+        tables[f"Gained: what text beyond {original_len:,} tokens adds, nats"] = {
             column: (value, None) for column, value in columns(result["far"]).items()
         }
     if "repeat" in result:
@@ -637,16 +637,16 @@ def _by_position(found: dict, original_len: int, lengths: list[int]) -> dict:
     """The two tables of loss by position; a cut window is compared with the whole text by text."""
     edges = _edges(original_len, lengths)
     whole, cut = (found[name]["spans"] for name in ("whole", "cut"))
-    losses, brings = {}, {}
+    losses, gains = {}, {}
     for i, (lo, hi) in enumerate(zip(edges, edges[1:], strict=False)):
         span = f"{lo + 1:,}-{hi:,}"
         losses[span] = statistics.mean(whole[i]), standard_error(whole[i])
         gain = [b - a for a, b in zip(whole[i], cut[i], strict=True)]
         if lo >= original_len:
-            brings[span] = statistics.mean(gain), standard_error(gain)
+            gains[span] = statistics.mean(gain), standard_error(gain)
     return {
         "Gained: loss by position, the whole text before it read": losses,
-        f"Loss with the window cut to {original_len:,} tokens, less that above, nats": brings,
+        f"Loss with the window cut to {original_len:,} tokens, less that above, nats": gains,
     }
 
 
@@ -707,7 +707,7 @@ def write_report(a: Namespace, texts: Texts, results: list, unfinished: list) ->
 def table(rows: dict[str, dict[str, float | list[float]]], errors: dict | None = None) -> str:
     """{row: {column: a number, or one from each run}} as a Markdown table.
 
-    errors: {row: {column: standard error or None}} of the numbers that stand alone.
+    errors: {row: {column: standard error or None}} of the single numbers.
     """
     columns = list(dict.fromkeys(c for row in rows.values() for c in row))
     lines = ["| model | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]

@@ -39,7 +39,7 @@ from machine.states import whole_file
 from measure.demo import prose_lines
 from measure.evaluate import short_text_drift
 from measure.far_context import interval, tail_losses
-from measure.pictures import COLORS, GREY
+from measure.pictures import COLORS
 
 # ------------------------------------------------------------------------------ what is declared
 
@@ -448,8 +448,7 @@ def draw(runs: dict, original: dict, path: Path) -> None:
                     label, xy, (4, 4), textcoords="offset points", color=color, fontsize=8
                 )
         x, y = place(original)
-        axes.axvline(x, color=GREY, lw=0.8)
-        axes.set_title(f"short text: {words[text]}; grey: the original ({y:.2f} on books)")
+        axes.set_title(f"short text: {words[text]}\n(the original: {x:.2f} and {y:.2f})")
         axes.set(xlabel="loss on unread stories, nats a token")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].set(ylabel="loss on two unread books, nats a token")

@@ -1,8 +1,8 @@
 """The pictures of a comparison: what each model kept and gained, how it drifted, how it trained.
 
-Names stand beside what they name, in its colour; grey is the original's alone. Several runs of one
-name are their mean, and a band from the least to the most. Thick lines are smoothed, faint ones
-raw. One unit to an axis; a signed quantity has a map centred on 0.
+Each line or point has its name next to it, in its own colour; grey is the original's alone. Several
+runs of one name are drawn as their mean with a band from the least to the most. Thick lines are
+smoothed, faint ones are raw. An axis has one unit; a signed quantity has a map centred on 0.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-# Okabe and Ito's colours, told apart by colour-blind readers, and five more for long comparisons.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and five for long comparisons.
 GREY = "#777777"
 COLORS = ["#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 COLORS += ["#7f3b08", "#5e3c99", "#8c0d2c", "#4d7c0f", "#b8a100"]
@@ -185,7 +185,7 @@ def draw_overview(plt, results: list, style: dict, original_len: int, target_len
 
 
 def draw_points(axes, points: dict, short: dict, long: dict, style: dict, first: str) -> None:
-    """A point a name, bars from the least to the most run, the name beside it."""
+    """Draw each name's point, with bars from the least to the most run and the name next to it."""
     ys = [v for n in points if n != first for v in long[n].mean(1)] or [points[first][1]]
     # A small difference of one must not look as large as a large one of the other.
     wide = np.ptp([x for x, _ in points.values()])

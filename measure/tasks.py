@@ -142,11 +142,11 @@ def score(model: Llama, tokenizer: Tokenizer, items: list[Item], right_only: boo
 
     The best answer is the one with the fewest bits per byte of its own.
     """
-    wanted = [[item.requests[item.right]] if right_only else item.requests for item in items]
-    flat = [request for requests in wanted for request in requests]
+    asked = [[item.requests[item.right]] if right_only else item.requests for item in items]
+    flat = [request for requests in asked for request in requests]
     per_byte = answer_bits(model, tokenizer, flat)
     per_byte /= [len(answer.encode()) for _, answer in flat]
-    ends = np.cumsum([len(requests) for requests in wanted])
+    ends = np.cumsum([len(requests) for requests in asked])
     options = np.split(per_byte, ends[:-1])
     if right_only:
         return {"bits": [round(float(x[0]), 5) for x in options]}
