@@ -789,15 +789,13 @@ def parse_args(argv: list[str] | None) -> Namespace:
         argv = ["compare", *argv]
     command = "python -m measure.evaluate"
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    about = f"flags of a job: {command} JOB --help; without a job's name: compare"
-    parser = argparse.ArgumentParser(command, epilog=about, **form)
+    hint = f"flags of a job: {command} JOB --help; without a job's name: compare"
+    parser = argparse.ArgumentParser(command, epilog=hint, **form)
     jobs = parser.add_subparsers(dest="job", metavar="JOB", required=True)
-    for job, (usage, about) in JOBS.items():
+    for job, (usage, what) in JOBS.items():
         lengths = "Lengths may be written 4K, 32K, 128K (K = 1,024)."
         usage = f"{command} {job} {usage}"
-        one = jobs.add_parser(
-            job, help=about, description=about, usage=usage, epilog=lengths, **form
-        )
+        one = jobs.add_parser(job, help=what, description=what, usage=usage, epilog=lengths, **form)
         _add_flags(job, one)
         one.error = parser.error = functools.partial(_refuse, f"{command} {argv[0]} --help")
     a = parser.parse_args(argv)

@@ -257,10 +257,10 @@ def run_all(a) -> tuple[dict, dict]:
     base = pad_heads(load_checkpoint(a.base))
     write_prose(a.out_dir / "prose.jsonl")
     texts = functools.cache(lambda: open_texts(a, base))  # read only if something is scored
-    kept = a.out_dir / "original.json.gz"
-    if not kept.exists():
-        write_scores(kept, score(base, base, texts()))
-    original, runs = read_scores(kept), {}
+    path = a.out_dir / "original.json.gz"
+    if not path.exists():
+        write_scores(path, score(base, base, texts()))
+    original, runs = read_scores(path), {}
     for run in RUNS:
         out = a.out_dir / run_name(*run)
         if not (out / "scores.json.gz").exists():
@@ -376,8 +376,7 @@ def comparisons(runs: dict, text: str, seeds: list[int]) -> list[str]:
             ranges = [f"{low:+.4f} to {high:+.4f}" for low, high in (f["t"], f["bootstrap"])]
             row = f"{f['mean']:+.4f} | {ranges[0]} | {p:.3f} | {ranges[1]} | {f['stories']:+.4f} |"
             row += f" {verdict(f, p)} |"
-        at = title(c.anchor)
-        lines.append(f"| {TITLES[c.rival][0]}, at {at}'s story loss | {row}")
+        lines.append(f"| {TITLES[c.rival][0]}, at {title(c.anchor)}'s story loss | {row}")
     return [*lines, ""]
 
 

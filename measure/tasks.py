@@ -146,8 +146,8 @@ def score(model: Llama, tokenizer: Tokenizer, items: list[Item], right_only: boo
     flat = [request for requests in asked for request in requests]
     per_byte = answer_bits(model, tokenizer, flat)
     per_byte /= [len(answer.encode()) for _, answer in flat]
-    ends = np.cumsum([len(requests) for requests in asked])
-    options = np.split(per_byte, ends[:-1])
+    borders = np.cumsum([len(requests) for requests in asked])
+    options = np.split(per_byte, borders[:-1])
     if right_only:
         return {"bits": [round(float(x[0]), 5) for x in options]}
     found = {"bits": [round(float(x[i.right]), 5) for x, i in zip(options, items, strict=True)]}
