@@ -330,21 +330,31 @@ def holm(p: list[float]) -> list[float]:
     return out
 
 
-def compare(runs: dict, text: str, c: Comparison, seeds: list[int]) -> dict | None:
-    """Soft replay less the rival, test half, at equal story loss; None if a run is missing."""
-    if not all((text, p, s) in runs for p in (c.anchor, *c.curve) for s in seeds):
+def differences(runs: dict, text: str, c: Comparison, seed: int):
+    """Soft replay less the rival by test sequence: (books, stories, share of the second neighbour).
+
+    None if one of the seed's runs is missing.
+    """
+    if not all((text, point, seed) in runs for point in (c.anchor, *c.curve)):
         return None
     sign = 1 if c.anchor.method == "soft_replay" else -1
-    books, short, shares = [], [], []
-    for seed in seeds:
-        anchor = runs[text, c.anchor, seed]
-        one, two, share = between(anchor, [runs[text, p, seed] for p in c.curve])
-        shares.append(share)
-        for found, losses in ((books, book_losses), (short, story_losses)):
-            interpolated = (1 - share) * losses(one, 1) + share * losses(two, 1)
-            found.append(sign * (losses(anchor, 1) - interpolated))
+    anchor = runs[text, c.anchor, seed]
+    one, two, share = between(anchor, [runs[text, point, seed] for point in c.curve])
+    books, stories = (
+        sign * (losses(anchor, 1) - (1 - share) * losses(one, 1) - share * losses(two, 1))
+        for losses in (book_losses, story_losses)
+    )
+    return books, stories, share
+
+
+def compare(runs: dict, text: str, c: Comparison, seeds: list[int]) -> dict | None:
+    """Soft replay less the rival at equal story loss, over seeds; None if a run is missing."""
+    found = [differences(runs, text, c, seed) for seed in seeds]
+    if None in found:
+        return None
+    books, stories, shares = zip(*found, strict=True)
     mean, low, high, p = paired_t([d.mean() for d in books])
-    stories_less = float(np.mean([d.mean() for d in short]))
+    stories_less = float(np.mean([d.mean() for d in stories]))
     bootstrap = interval(np.mean(books, axis=0))[1:]
     return dict(
         mean=mean, t=(low, high), p=p, bootstrap=bootstrap, stories=stories_less, shares=shares
@@ -363,6 +373,12 @@ def verdict(found: dict, corrected: float) -> str:
     return "soft replay ahead" if ahead else "soft replay behind"
 
 
+def by_seed(runs: dict, text: str, c: Comparison, seeds: list[int]) -> list[str]:
+    """The difference on books of each seed whose runs are there, without a verdict."""
+    found = {seed: differences(runs, text, c, seed) for seed in seeds}
+    return [f"seed {seed}: {d[0].mean():+.4f}" for seed, d in found.items() if d]
+
+
 def comparisons(runs: dict, text: str, seeds: list[int]) -> list[str]:
     """One short text's comparisons as a Markdown table; what was not run has p = 1."""
     found = [compare(runs, text, c, seeds) for c in COMPARISONS]
@@ -371,7 +387,7 @@ def comparisons(runs: dict, text: str, seeds: list[int]) -> list[str]:
     lines += ["| soft replay less | books | 95% t | Holm's p | bootstrap | stories | says |"]
     lines += ["|---|---:|---:|---:|---:|---:|---|"]
     for c, f, p in zip(COMPARISONS, found, corrected, strict=True):
-        row = "NOT RUN | | | | | |"
+        row = "NOT RUN | | | | | " + " ".join(by_seed(runs, text, c, seeds)) + " |"
         if f:
             ranges = [f"{low:+.4f} to {high:+.4f}" for low, high in (f["t"], f["bootstrap"])]
             row = f"{f['mean']:+.4f} | {ranges[0]} | {p:.3f} | {ranges[1]} | {f['stories']:+.4f} |"

@@ -113,6 +113,8 @@ def test_a_comparison_without_one_of_its_runs_is_not_run_and_counts_in_holm():
     del runs["own", Point("longred", 15), 3]
     lines = comparisons(runs, "own", [1, 2, 3])
     assert sum("NOT RUN" in line for line in lines) == 1
+    (row,) = (line for line in lines if line.startswith("| LongReD-C"))
+    assert "NOT RUN | | | | | seed 1: -0.0" in row and "seed 2" in row and "seed 3" not in row
     (row,) = (line for line in lines if line.startswith("| Mix CPT"))
     assert f"| {2 * alone:.3f} |" in row and alone > 0.001
     assert sum("NOT RUN" in line for line in comparisons(runs, "foreign", [1, 2, 3])) == 2
