@@ -420,15 +420,22 @@ class Run:
         if c.eval_tokens:
             from measure.report import report
 
-            models = (memory.pad_heads(m.to(c.device, self.compute)) for m in (teacher, student))
+            teacher, student = (
+                memory.pad_heads(m.to(c.device, self.compute)) for m in (teacher, student)
+            )
             texts = {
                 name: [self.own.get(spec, {"file": spec})["file"] for spec in getattr(c, name)]
                 for name in ("long_data", "short_data")
             }
             corpora = {name: text.corpus for name, text in self.texts.items()}
-            told = self.record["code_changes"], self.own
             self.record["report"] = report(
-                replace(c, **texts), self.streams, corpora, *models, *told
+                replace(c, **texts),
+                streams=self.streams,
+                corpora=corpora,
+                teacher=teacher,
+                student=student,
+                code_changes=self.record["code_changes"],
+                own_samples=self.own,
             )
         if said := log.unheard():  # after the last line of log.jsonl
             self.record["notes"] = [said]

@@ -16,13 +16,20 @@ from model import Llama
 
 
 def report(
-    c, streams: dict, corpora: dict, teacher: Llama, student: Llama, code_changes: list, own: dict
+    c,
+    *,
+    streams: dict,
+    corpora: dict,
+    teacher: Llama,
+    student: Llama,
+    code_changes: list,
+    own_samples: dict,
 ) -> dict:
-    """Measure both models, print the table, write OUT_DIR/report.md; returns the numbers.
+    """Measure both models, print the table, write OUT_DIR/report.md and return the numbers.
 
     c: the run's Config. streams: of longred.plan_streams. corpora: the data.Corpus of each stream.
     code_changes: {"after_step", "files"} for each time that the run continued with changed code.
-    own: {source: cost} of short text sampled from the checkpoint.
+    own_samples: {source: cost} of short text sampled from the checkpoint.
     """
     texts = held_out_texts(c, corpora)
     rows, errors, curves = {}, {}, {}
@@ -67,7 +74,7 @@ def report(
     changes += "".join(
         f"{spec}: {cost['texts']:,} of the checkpoint's own texts, {cost['tokens']:,} tokens, "
         f"sampled in {cost['seconds']:,.0f} s.\n\n"
-        for spec, cost in own.items()
+        for spec, cost in own_samples.items()
     )
     text = (
         f"# {c.method}: {c.original_len:,} -> {c.target_len:,}\n\n"
