@@ -26,7 +26,7 @@ from model import Llama, ModelConfig
 
 
 def demo(config: Config) -> Path:
-    """Train the original, stretch it both ways, compare the three. Returns the demo's folder.
+    """Train the original, stretch it both ways and compare the three. Return the demo's folder.
 
     config: out_dir (default: out/demo), seed and device count; the rest is the demo's own.
     """
@@ -36,7 +36,7 @@ def demo(config: Config) -> Path:
     device = config.device
     check_device(config, 0)
     with lock(out_dir, "--out_dir"):
-        return tell(out_dir, config.seed, device)
+        return run_demo(out_dir, config.seed, device)
 
 
 MADE = "prose.jsonl code.jsonl original tokenizer tokens long_cpt longred".split()
@@ -46,7 +46,7 @@ MAKER = "python longred.py"
 
 
 def take_folder(out_dir: Path) -> None:
-    """Mark a folder as the demo's; ValueError where somebody's files have the demo's names."""
+    """Mark a folder as the demo's; raise ValueError if other files there have the demo's names."""
     mark = out_dir / MARK
     if not mark.is_file() or read_json(mark).get("made by") != MAKER:
         if there := [name for name in (MARK, *MADE) if os.path.lexists(out_dir / name)]:
@@ -57,8 +57,8 @@ def take_folder(out_dir: Path) -> None:
         write_json(mark, {"made by": MAKER})
 
 
-def tell(out_dir: Path, seed: int, device: str | None) -> Path:
-    """The demo, in a folder that is locked."""
+def run_demo(out_dir: Path, seed: int, device: str | None) -> Path:
+    """Run the demo in a folder that is locked. Return the folder."""
     take_folder(out_dir)
     prose, code, original = out_dir / "prose.jsonl", out_dir / "code.jsonl", out_dir / "original"
     if not (original / "config.json").is_file():

@@ -78,7 +78,7 @@ BATCH_TOKENS = 65536  # tokens whose keys and values are held at a time
 def short_text_drift(
     base: Llama, model: Llama, input_ids: Tensor, rows: int = 512, attention_sequences: int = 8
 ) -> dict:
-    """How far a model has moved from the original on short text (LongReD section 3).
+    """Measure how far a model has moved from the original on short text (LongReD section 3).
 
     input_ids: (B, T + 1) int64, read a sequence at a time, logits `rows` tokens at a time: two 8B
         models at 8,192 need 30 GiB for the weights and 5 GiB for hidden states in bf16.
@@ -130,7 +130,7 @@ def short_text_drift(
 def position_losses(
     model: Llama, input_ids: Tensor, window: int | None = None, rows: int = 512
 ) -> Tensor:
-    """Next-token loss at each position, mean over sequences.
+    """Return the next-token loss at each position, as a mean over sequences.
 
     input_ids: (B, T + 1) int64, read one sequence at a time, logits `rows` tokens at a time.
     window: None reads each sequence whole. Else each token is predicted from at most the `window`
@@ -145,7 +145,7 @@ def position_losses(
 def losses_by_sequence(
     model: Llama, input_ids: Tensor, window: int | None = None, rows: int = 512
 ) -> Tensor:
-    """position_losses before the mean: (B, T) float64."""
+    """Return position_losses before the mean: (B, T) float64."""
     length = input_ids.shape[1] - 1
     found = torch.zeros(len(input_ids), length, dtype=torch.float64)
     window = min(window or length, length)
@@ -173,7 +173,10 @@ def read(model: Llama, input_ids: Tensor):
 
 
 def token_losses(model: Llama, hidden: Tensor, labels: Tensor, rows: int = 512) -> Tensor:
-    """hidden (T, D) and the tokens that follow, (at least T,) -> (T,) float64 nats on the CPU."""
+    """Return each token's loss, (T,) float64 nats on the CPU.
+
+    hidden: (T, D). labels: the tokens that follow, at least T of them.
+    """
     parts = []
     for start in range(0, len(hidden), rows):
         logits = model.logits(hidden[start : start + rows]).float()
@@ -186,7 +189,7 @@ def token_losses(model: Llama, hidden: Tensor, labels: Tensor, rows: int = 512) 
 def repeat_scores(
     model: Llama, sequences: Tensor, passage: int, cue: int | None = None, pcd: dict | None = None
 ) -> Tensor:
-    """How well the last `passage` tokens of each sequence are known, the first `cue` not counted.
+    """Score the last `passage` tokens of each sequence, without the first `cue` of them.
 
     cue: if None, 8, or half of a passage under 16 tokens, so that some tokens are left to count.
     sequences: (B, T) int64. pcd: predict by contrast, model.PCD's settings; a token outside its
@@ -218,7 +221,7 @@ def repeat_scores(
 def repeat_sequences(
     tokens: np.ndarray, length: int, depths: list[float], n: int, seed: int
 ) -> tuple[Tensor, int]:
-    """Sequences that end in a passage which also occurs earlier, at each depth, or does not.
+    """Return sequences that end in a passage which also occurs earlier, at each depth, or does not.
 
     tokens: held-out text. depths: 0 = the passage opens the sequence, 1 = it comes just before
         its repetition.
@@ -240,7 +243,7 @@ def repeat_sequences(
 
 
 def repeat(a: Namespace, model: Llama, long: Tensor, length: int, pcd: dict | None) -> dict:
-    """What a passage's having been read before is worth at one length, a.samples at each depth.
+    """Compare passages that were read before with new ones at one length, a.samples at each depth.
 
     long: (B, T) int64, held-out text. Returns losses in nats on seen and new passages and shares
     of right first choices; under PCD (`repeat_scores`) only the latter.
@@ -293,7 +296,7 @@ class Sample:
 
 
 class Source:
-    """What samples are made of: a tokenizer, and text with its words and ends of sentences."""
+    """A tokenizer, and text with its words and ends of sentences, of which samples are made."""
 
     def __init__(self, tokenizer: Tokenizer, tokens: np.ndarray):
         self.tokenizer, self.tokens = tokenizer, tokens
@@ -314,7 +317,7 @@ class Source:
         return np.array(self.tokenizer.encode_batch([text])[0], dtype=np.int64)
 
     def draw(self, rng: np.random.Generator, kind: str, n: int) -> list[str]:
-        """n different pairs of words, 7-digit numbers, or uuids."""
+        """Return n different pairs of words, 7-digit numbers, or uuids."""
         found = {}  # a set that keeps its order
         while len(found) < n:
             if kind == "number":
@@ -330,7 +333,7 @@ class Source:
 def make_sample(
     source: Source, task: str, length: int, depth: float, rng: np.random.Generator
 ) -> Sample:
-    """A task's prompt and answer; prompt and room for the answer are exactly `length` tokens.
+    """Make a prompt and its answer; prompt and room for the answer are exactly `length` tokens.
 
     depth: where the needle asked for is in the haystack, to the nearest end of a sentence. The
         others are at random depths.
@@ -364,7 +367,7 @@ def make_sample(
 
 
 def _bury(source, haystack: str, pieces: list, depths: list, room: int, rng) -> np.ndarray:
-    """Each piece at the end of the sentence nearest to its depth in the haystack, `room` in all."""
+    """Put each piece at the end of the sentence nearest to its depth; `room` tokens in all."""
     n = room - sum(len(p) for p in pieces)
     if n < 0:
         raise ValueError(f"{-n} tokens too few")
@@ -383,12 +386,12 @@ def _bury(source, haystack: str, pieces: list, depths: list, room: int, rng) -> 
 
 
 def found(text: str, answer: str) -> bool:
-    """Whether the text holds the answer as a whole word, in any case."""
+    """Return whether the text holds the answer as a whole word, in any case."""
     return answer.lower() in re.findall(r"[\w-]+", text.lower())
 
 
 def ask(generate: Callable, samples: list[Sample], tokenizer: Tokenizer) -> list[float]:
-    """1.0 or 0.0 for each sample; all are of one task and length, so a batch needs no padding.
+    """Score each sample 1.0 or 0.0. All are of one task and length, so a batch needs no padding.
 
     generate: (prompts (B, T) int64, n_new) -> (B, n_new) int64.
     """
@@ -405,7 +408,7 @@ def ask(generate: Callable, samples: list[Sample], tokenizer: Tokenizer) -> list
 def needles(
     a: Namespace, model: Llama, source: Source, task: str, length: int, pcd: dict | None
 ) -> dict:
-    """A task at one length, a.samples at each of a.depths: the share of needles found.
+    """Return the share of needles found in one task at one length, a.samples at each depth.
 
     Returns {"skipped": why} where the task does not fit the length.
     """
@@ -433,7 +436,7 @@ def needles(
 
 
 def find_run(spec: str) -> tuple[str, Path | None, str]:
-    """[NAME=]CHECKPOINT -> (name, its folder, ""), or (name, None, how far the run has come).
+    """Split [NAME=]CHECKPOINT into (name, folder, ""), or (name, None, how far the run has come).
 
     Runs given one NAME share a row, as mean +- standard deviation. Raises ValueError where there is
     neither a checkpoint nor a run that will export one.
@@ -451,7 +454,7 @@ def find_run(spec: str) -> tuple[str, Path | None, str]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Of a checkpoint's content: its config and every byte of the weights."""
+    """Return a checksum of a checkpoint's config and of every byte of its weights."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in (".safetensors", ".pth") or path.name in ("config.json", "params.json"):
@@ -461,7 +464,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def remember(folder: Path, key: dict, compute: Callable[[], dict]) -> dict:
-    """compute(), or what it returned when it was last called under this key."""
+    """Return compute(), or what it returned when it was last called under this key."""
     text = json.dumps({"format": FORMAT, **key}, sort_keys=True)
     path = folder / f"{key['task']}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     try:
@@ -481,7 +484,7 @@ def remember(folder: Path, key: dict, compute: Callable[[], dict]) -> dict:
 
 @dataclass
 class Texts:
-    """What all checkpoints are asked about."""
+    """The text that all checkpoints are measured on."""
 
     short: Tensor  # (B, original_len + 1)
     long: Tensor  # (B, longest + 1)
@@ -503,7 +506,7 @@ def row(
     pcd: dict | None = None,
     share: float = 0.0,
 ) -> dict:
-    """One checkpoint's results, {task: result}, measured now or found in OUT_DIR/cache.
+    """Return one checkpoint's results, {task: result}, measured now or found in OUT_DIR/cache.
 
     pcd: of measure.pcd.generate; where given, only the tasks that ask for tokens are done.
     share: of the original, averaged into the weights (model.merge_weights).
@@ -557,7 +560,7 @@ def measure(
 
 
 def by_position(model: Llama, long: Tensor, window: int | None, edges: list[int]) -> dict:
-    """{"nll": loss at each position, "spans": of each sequence, between the edges}, nats."""
+    """Return {"nll": loss at each position, "spans": each sequence's means between the edges}."""
     losses = losses_by_sequence(model, long, window)
     spans = [losses[:, lo:hi].mean(1).tolist() for lo, hi in zip(edges, edges[1:], strict=False)]
     nll = [round(nll, 4) for nll in losses.mean(0).tolist()]
@@ -565,12 +568,12 @@ def by_position(model: Llama, long: Tensor, window: int | None, edges: list[int]
 
 
 def _edges(original_len: int, lengths: list[int]) -> list[int]:
-    """Between these positions a loss is reported: 0, the old window, and each length."""
+    """Return the positions between which a loss is reported: 0, the old window, each length."""
     return sorted(n for n in {0, original_len, *lengths} if n <= lengths[-1])
 
 
 def standard_error(values: list[float]) -> float | None:
-    """Of their mean, were they drawn anew; None: one value tells nothing about that."""
+    """Return the standard error of the values' mean, or None if there is only one value."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
     return statistics.stdev(values) / len(values) ** 0.5
@@ -581,7 +584,7 @@ def _digest(ids: Tensor) -> str:
 
 
 def summarize(result: dict, original_len: int, lengths: list[int], asked: dict) -> dict:
-    """One checkpoint's numbers for the report: {table's title: {column: (number, its error)}}.
+    """Return one checkpoint's numbers as {table's title: {column: (number, its error)}}.
 
     asked: {length: the needle tasks of its mean}. Errors are standard errors of a mean over
     sequences, passages or questions; None where there was one.
@@ -634,7 +637,7 @@ def _times(factor: float, error: float | None) -> float | None:
 
 
 def _by_position(found: dict, original_len: int, lengths: list[int]) -> dict:
-    """The two tables of loss by position; a cut window is compared with the whole text by text."""
+    """Make the two tables of loss by position. A cut window is compared text by text."""
     edges = _edges(original_len, lengths)
     whole, cut = (found[name]["spans"] for name in ("whole", "cut"))
     losses, gains = {}, {}
@@ -651,7 +654,7 @@ def _by_position(found: dict, original_len: int, lengths: list[int]) -> dict:
 
 
 def fitting_tasks(results: list, lengths: list[int]) -> tuple[dict[int, list[str]], list[str]]:
-    """{length: the needle tasks that every row did at it}; and why others were not, a line each."""
+    """Return {length: the needle tasks that every row did}, and a line for each one left out."""
     tasks = list(dict.fromkeys(t for _, _, result in results for t in result if t in NIAH))
     done, why = {length: list(tasks) for length in lengths}, {}
     for _, _, result in results:
@@ -665,7 +668,7 @@ def fitting_tasks(results: list, lengths: list[int]) -> tuple[dict[int, list[str
 
 
 def write_report(a: Namespace, texts: Texts, results: list, unfinished: list) -> str:
-    """report.md and results.json in a.out_dir; returns the report."""
+    """Write report.md and results.json into a.out_dir and return the report."""
     asked, left_out = fitting_tasks(results, texts.lengths)
     named, errors = {}, {}
     for name, _, result in results:
@@ -705,7 +708,7 @@ def write_report(a: Namespace, texts: Texts, results: list, unfinished: list) ->
 
 
 def table(rows: dict[str, dict[str, float | list[float]]], errors: dict | None = None) -> str:
-    """{row: {column: a number, or one from each run}} as a Markdown table.
+    """Print {row: {column: a number, or one from each run}} as a Markdown table.
 
     errors: {row: {column: standard error or None}} of the single numbers.
     """
@@ -719,7 +722,7 @@ def table(rows: dict[str, dict[str, float | list[float]]], errors: dict | None =
 
 
 def _cell(value: float | list[float], error: float | None = None) -> str:
-    """A mean and its error, to the error's first digit (its second where the first is a 1)."""
+    """Print a mean and its error, to the error's first digit (the second if the first is a 1)."""
     values = value if isinstance(value, list) else [value]
     if not all(map(math.isfinite, values)):
         return "not finite"
@@ -783,7 +786,7 @@ GROUPS = {
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
-    """The flags of a job; without a job's name, of compare."""
+    """Parse the flags of a job; if no job is named, those of compare."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] not in (*JOBS, "-h", "--help"):
         argv = ["compare", *argv]
@@ -808,7 +811,7 @@ def _refuse(help_command: str, message: str) -> None:
 
 
 def _add_flags(job: str, parser: argparse.ArgumentParser) -> None:
-    """The flags of one job, out of the list of every flag with the jobs that read it."""
+    """Add one job's flags, out of the list of every flag with the jobs that read it."""
     group = parser.add_argument_group("needed")
 
     def add(jobs: str, *names, **settings) -> None:
@@ -868,7 +871,7 @@ def _add_flags(job: str, parser: argparse.ArgumentParser) -> None:
 
 
 def open_weights(folder: Path, config) -> None:
-    """Look at a checkpoint's headers, names and sizes; ValueError for what cannot be read."""
+    """Check a checkpoint's headers, names and sizes; raise ValueError if it cannot be read."""
     with torch.device("meta"):
         shapes = {hf_name(name): p.shape for name, p in Llama(config).named_parameters()}
     open_tensors(folder, shapes, config)
@@ -919,7 +922,7 @@ def open_texts(a: Namespace, base: Path, folders: list[Path]) -> Texts:
 
 
 def far_parts(a: Namespace, corpus, long: Tensor, short: Tensor, window: int):
-    """Other far parts for the long sequences, by name; or, printed too, why there are none."""
+    """Return other far parts for the long sequences, by name, or the reason why there are none."""
     from measure.far_context import other_documents, shuffled
 
     length = long.shape[1] - 1
@@ -936,7 +939,7 @@ def far_parts(a: Namespace, corpus, long: Tensor, short: Tensor, window: int):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line. A user's error ends as SystemExit with one line."""
+    """The command line. An error that the user can correct ends it with a message of one line."""
     expand_segments()  # before anything asks for the GPU
     outlive_readers()
     a = parse_args(argv)
@@ -995,7 +998,7 @@ def compare(a: Namespace) -> None:
 
 
 def measure_all(a: Namespace, texts: Texts, runs: list, base: Path, unfinished: list) -> None:
-    """The comparison itself, in a folder that is locked."""
+    """Run the comparison in a folder that is locked."""
     results, stopped = [], False
     try:
         for name, folder in runs:

@@ -153,7 +153,7 @@ def run_name(text: str, point: Point, seed: int) -> str:
 
 
 def flags_of(a, text: str, point: Point, seed: int) -> list[str]:
-    """The flags of one run, as a user would type them."""
+    """Return the flags of one run, as a user would type them."""
     method = {**TITLES, **ALONE}[point.method][1].format(w=point.weight)
     flags = ["--ckpt", a.base, "--long_data", *a.long, *SETTING.split(), *method.split()]
     if text != "none":
@@ -164,7 +164,7 @@ def flags_of(a, text: str, point: Point, seed: int) -> list[str]:
 
 
 def train(a, text: str, point: Point, seed: int) -> None:
-    """One run into its folder; what a stopped one left there is continued."""
+    """Train one run into its folder, or continue what a stopped one left there."""
     out = a.out_dir / run_name(text, point, seed)
     script = Path(__file__).resolve().parent.parent / "longred.py"
     started = (out / "longred.json").exists()
@@ -183,7 +183,7 @@ def train(a, text: str, point: Point, seed: int) -> None:
 
 @torch.no_grad()
 def stories(model, tokenizer) -> torch.Tensor:
-    """Samples of the original that no run trains on, packed: (sequences, STORY_LEN + 1) int64."""
+    """Sample texts of the original that no run trains on, packed: (sequences, STORY_LEN + 1)."""
     generator, tokens = torch.Generator().manual_seed(STORIES_SEED), []
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     for start in range(0, STORIES, 50):
@@ -194,14 +194,14 @@ def stories(model, tokenizer) -> torch.Tensor:
 
 
 def sequences(tokens: np.ndarray, length: int, most: int) -> torch.Tensor:
-    """Up to `most` of its stretches of length + 1 tokens, evenly over a text: (n, length + 1)."""
+    """Cut up to `most` stretches of length + 1 tokens evenly from a text: (n, length + 1) int64."""
     n = min(most, (len(tokens) - 1) // length)
     starts = np.linspace(0, len(tokens) - length - 1, n).astype(int)
     return torch.from_numpy(np.stack([tokens[i : i + length + 1] for i in starts]).astype(np.int64))
 
 
 def open_texts(a, base) -> dict[str, torch.Tensor]:
-    """The scored text: unread stories, and sequences over the whole of each unread book."""
+    """Return the scored text: unread stories, and sequences over the whole of each unread book."""
     tokenizer = data.load_tokenizer(a.base, add_eos=False)
     texts = {"stories": stories(base, tokenizer)}
     for book in a.books:
@@ -212,7 +212,7 @@ def open_texts(a, base) -> dict[str, torch.Tensor]:
 
 
 def score(base, model, texts: dict) -> dict:
-    """A model's mean loss on every sequence; on stories also KL and drift from the original."""
+    """Measure the mean loss on every sequence; on stories also KL and drift from the original."""
     rounded = lambda values: [round(x, 5) for x in values]  # noqa: E731
     moved = short_text_drift(base, model, texts["stories"], attention_sequences=0)["by_sequence"]
     found = {"stories": rounded(moved["loss"])}
@@ -223,7 +223,7 @@ def score(base, model, texts: dict) -> dict:
 
 
 def write_prose(path: Path) -> None:
-    """Write the foreign text; ValueError if another text has its name."""
+    """Write the foreign text; raise ValueError if another text has its name."""
     if not path.exists():
         with whole_file(path) as f:
             f.write(prose_lines())
@@ -234,7 +234,7 @@ def write_prose(path: Path) -> None:
 
 
 def write_scores(path: Path, content: dict) -> None:
-    """Compressed JSON, without a time in it: equal content gives equal bytes."""
+    """Write compressed JSON. It holds no time, so that equal content gives equal bytes."""
     with whole_file(path) as f:
         f.buffer.write(gzip.compress(json.dumps(content).encode(), mtime=0))
 
@@ -282,7 +282,7 @@ def run_all(a) -> tuple[dict, dict]:
 
 
 def book_losses(run: dict, half: int) -> np.ndarray:
-    """Of every second sequence of each book, from `half` on: 0 is validation, 1 is test."""
+    """Return every second sequence's loss of each book. half: 0 is validation, 1 is test."""
     return np.concatenate([losses[half::2] for losses in run["books"].values()])
 
 
@@ -291,7 +291,7 @@ def story_losses(run: dict, half: int) -> np.ndarray:
 
 
 def between(anchor: dict, curve: list[dict]) -> tuple[dict, dict, float]:
-    """The curve's two neighbours of the anchor by story loss, and the second one's share.
+    """Return the curve's two neighbours of the anchor by story loss, and the second one's share.
 
     Read from the validation half. Beyond the curve's end the end itself is taken, with share 0.
     """
@@ -308,7 +308,7 @@ def between(anchor: dict, curve: list[dict]) -> tuple[dict, dict, float]:
 
 
 def paired_t(differences: list[float]) -> tuple[float, float, float, float]:
-    """Of 3 or 5 paired differences: mean, 95% interval, two-sided p of the t test."""
+    """Return mean, ends of the 95% t interval and two-sided p of 3 or 5 paired differences."""
     d = np.array(differences)
     assert len(d) in (3, 5), "declared for three and for five seeds"
     error, freedom = d.std(ddof=1) / np.sqrt(len(d)), len(d) - 1
@@ -322,7 +322,7 @@ def paired_t(differences: list[float]) -> tuple[float, float, float, float]:
 
 
 def holm(p: list[float]) -> list[float]:
-    """Holm's corrected p values, in the order given."""
+    """Return Holm's corrected p values, in the order given."""
     order, out, most = np.argsort(p), [0.0] * len(p), 0.0
     for rank, i in enumerate(order):
         most = max(most, min(1.0, (len(p) - rank) * p[i]))
@@ -331,7 +331,7 @@ def holm(p: list[float]) -> list[float]:
 
 
 def differences(runs: dict, text: str, c: Comparison, seed: int):
-    """Soft replay less the rival by test sequence: (books, stories, share of the second neighbour).
+    """Return soft replay less the rival by test sequence: (books, stories, second one's share).
 
     None if one of the seed's runs is missing.
     """
@@ -348,7 +348,7 @@ def differences(runs: dict, text: str, c: Comparison, seed: int):
 
 
 def compare(runs: dict, text: str, c: Comparison, seeds: list[int]) -> dict | None:
-    """Soft replay less the rival at equal story loss, over seeds; None if a run is missing."""
+    """Compare soft replay with the rival at equal story loss; None if a run is missing."""
     found = [differences(runs, text, c, seed) for seed in seeds]
     if None in found:
         return None
@@ -362,7 +362,7 @@ def compare(runs: dict, text: str, c: Comparison, seeds: list[int]) -> dict | No
 
 
 def verdict(found: dict, corrected: float) -> str:
-    """What the declared rule says of soft replay: ahead, behind, or neither."""
+    """Say by the declared rule whether soft replay is ahead, behind, or neither."""
     low, high = found["bootstrap"]
     if corrected >= 0.05 or low * high <= 0:
         return "no difference shown"
@@ -374,13 +374,13 @@ def verdict(found: dict, corrected: float) -> str:
 
 
 def by_seed(runs: dict, text: str, c: Comparison, seeds: list[int]) -> list[str]:
-    """The difference on books of each seed whose runs are there, without a verdict."""
+    """Print the difference on books of each seed whose runs are there, without a verdict."""
     found = {seed: differences(runs, text, c, seed) for seed in seeds}
     return [f"seed {seed}: {d[0].mean():+.4f}" for seed, d in found.items() if d]
 
 
 def comparisons(runs: dict, text: str, seeds: list[int]) -> list[str]:
-    """One short text's comparisons as a Markdown table; what was not run has p = 1."""
+    """Print one short text's comparisons as a Markdown table; one that was not run has p = 1."""
     found = [compare(runs, text, c, seeds) for c in COMPARISONS]
     corrected = holm([f["p"] if f else 1.0 for f in found])
     lines = [f"Short text: {text}; seeds {seeds[0]} to {seeds[-1]}.", ""]
@@ -405,7 +405,7 @@ def spread(values: list[float], form: str = ".3f") -> str:
 
 
 def leaderboard(runs: dict, original: dict) -> list[str]:
-    """One row for each point and short text, from the test half."""
+    """Print one row for each point and short text, from the test half."""
     names = list(original["books"])
     head = ["method", "short text", "seeds", "story loss", "KL", "drift", "books"]
     head += [*(name.replace("_", " ") for name in names), "processor seconds"]
@@ -428,7 +428,7 @@ def leaderboard(runs: dict, original: dict) -> list[str]:
 
 
 def draw(runs: dict, original: dict, path: Path) -> None:
-    """Story loss against unread books' loss, a panel for each short text, a line for each method.
+    """Draw story loss against book loss: a panel for each short text, a line for each method.
 
     Large points are means over seeds and are labelled by the method's weight; pale ones are runs.
     """
@@ -472,7 +472,7 @@ def draw(runs: dict, original: dict, path: Path) -> None:
 
 
 def refuse_foreign(out_dir: Path, stem: str, keys: set[str]) -> None:
-    """ValueError if a file that a command would replace is there and is not its own.
+    """Raise ValueError if a file that a command would replace is there and is not its own.
 
     stem: of its files; STEM.json.gz holds these keys where the command wrote it.
     """

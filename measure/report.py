@@ -1,4 +1,4 @@
-"""The report that closes a run: original against extended model, on held-out text."""
+"""The report that closes a run: original against extended model on held-out text."""
 
 import statistics
 from pathlib import Path
@@ -92,11 +92,11 @@ def report(
 
 
 def held_out_texts(c, corpora: dict) -> dict:
-    """{"short": (n, original_len + 1) ids, "long": (n, target_len + 1), "beyond": twice the target
-    window}, what there is of them.
+    """Return the held-out ids that there are, (n, length + 1) of each text.
 
-    Of a text that was no stream of the run too, nothing that one of its streams trained on, as far
-    as those gave a document's end. The default short text, 2.9 GB to fetch, is measured only where
+    "short" has the original window's length, "long" the target's and "beyond" twice the target's.
+    A text that was no stream of the run is held out too, as far as the streams that share documents
+    with it hold out a document's end. The default short text, 2.9 GB to fetch, is measured only if
     the run reads it anyway.
     """
     tokenizer, texts = data.load_tokenizer(c.ckpt, c.add_eos), {}

@@ -28,7 +28,7 @@ from model import Llama
 
 @torch.no_grad()
 def logit_change(base: Llama, extended: Llama, input_ids: Tensor, rows: int = 256) -> Tensor:
-    """log softmax(S' - S) of each token that came, S and S' the two models' logits (eq. 2).
+    """Return log softmax(S' - S) of each token that came, from both models' logits S, S' (eq. 2).
 
     input_ids: (T + 1,) int64. Returns (T,) fp32 on the CPU: above -ln V the extension raised the
     token that came more than the rest of the vocabulary.
@@ -47,7 +47,7 @@ def logit_change(base: Llama, extended: Llama, input_ids: Tensor, rows: int = 25
 
 
 def token_kinds(tokenizer: Tokenizer) -> tuple[np.ndarray, list[str]]:
-    """A kind for every token: ((V,) index into the names, names).
+    """Return a kind for every token: ((V,) index into the names, names).
 
     Differs: the paper counts parts of speech. A tagger would tie us to one language and one way of
     cutting words, so a kind is the token's own text, case and blanks aside, and all numbers are
@@ -63,7 +63,7 @@ def token_kinds(tokenizer: Tokenizer) -> tuple[np.ndarray, list[str]]:
 def anchor_kinds(
     scores: np.ndarray, kinds: np.ndarray, n_kinds: int, top: float = 0.2
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The kinds that are frequent among the `top` share of tokens by score: impactful ones.
+    """Return the kinds that are frequent among the `top` share of tokens by score (impactful ones).
 
     scores: (T,) of tokens; kinds: (T,) theirs. Returns (anchors, most frequent first; each kind's
     share of the impactful tokens; its share of all).
@@ -83,7 +83,7 @@ def anchor_kinds(
 def select_sentences(
     ids: np.ndarray, starts: np.ndarray, is_anchor: np.ndarray, keep: float
 ) -> np.ndarray:
-    """The part of a document to train on: (T,) bool, whole sentences only.
+    """Return the part of a document to train on: (T,) bool, whole sentences only.
 
     Sentences without an anchor go; of the others the ones densest in anchors stay, in their order
     in the text, until they make up `keep` of the document's tokens (the last may exceed it).

