@@ -452,20 +452,26 @@ class Run(longred.Run):
         if c.eval_tokens:
             from measure.report import report
 
-            models = (m.to(c.device, self.compute) for m in (teacher, student))
+            teacher, student = (m.to(c.device, self.compute) for m in (teacher, student))
             texts = {
                 name: [self.own.get(spec, {"file": spec})["file"] for spec in getattr(c, name)]
                 for name in ("long_data", "short_data")
             }
             corpora = {name: text.corpus for name, text in self.texts.items()}
-            told = self.record["code_changes"], self.own
             self.record["report"] = report(
-                replace(c, **texts), self.streams, corpora, *models, *told
+                replace(c, **texts),
+                streams=self.streams,
+                corpora=corpora,
+                teacher=teacher,
+                student=student,
+                code_changes=self.record["code_changes"],
+                own_samples=self.own,
             )
         if said := log.unheard():  # after the last line of log.jsonl
             self.record["notes"] = [said]
         self.write_record()
-        print(f"more: python -m measure.evaluate --base {c.ckpt} --ckpt {self.out_dir}")
+        evaluation = ("measure/evaluate.py", "--base", c.ckpt, "--ckpt", self.out_dir)
+        print("more:", log.command(*evaluation))
         return exported
 
 

@@ -373,7 +373,7 @@ def test_what_only_a_gpu_reaches_is_known_by_name():
     assert found == ONLY_ON_A_GPU
 
 
-ENTRIES = ["bench", "evaluate", "multiple_choice"]
+ENTRIES = ["bench", "evaluate", "tasks"]
 
 
 @pytest.mark.parametrize("name", ["longred", *ENTRIES])

@@ -1,4 +1,10 @@
-"""The comparison that results/PLAN.md declares: train what is missing, score it, print who leads.
+"""FROZEN: the driver of the first part of results/PLAN.md, which made leaderboard.json and .png.
+
+It is kept to show how those figures were made and is not maintained. It runs at commit 447d774
+(`git checkout 447d774`, then the command below); its four runs with two rotaries need that commit.
+measure/frontier.py drives the second part.
+
+The comparison that results/PLAN.md declares: train what is missing, score it, print who leads.
 
     python -m measure.leaderboard --base stories260K --long texts/*.txt --own own.jsonl \\
         --foreign texts/war_and_peace.txt --test test.jsonl --out_dir out/leaderboard
