@@ -19,7 +19,7 @@ import gc
 import math
 import mmap
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, partial, wraps
 
 import torch
@@ -33,7 +33,15 @@ from model import MLP, Llama, causal_attention, fp32_product
 
 # ------------------------------------------------------------------------------------- host memory
 
-_PINNED = []  # kept for the life of the process: registered pages must not be unmapped
+
+class HostMemoryRefused(ValueError):
+    """The system does not give, or does not lock, the host memory that a plan uses.
+
+    A plan that uses none may still fit: plan.make_plan with host_bytes=0.
+    """
+
+
+_LOCKED = []  # buffers that CUDA has registered; each must stay mapped until it is unregistered
 
 
 def host_buffer(nbytes: int, pin: bool) -> Tensor:
@@ -41,42 +49,59 @@ def host_buffer(nbytes: int, pin: bool) -> Tensor:
 
     nbytes: its size; no rounding, where torch's own pinned allocator goes to the next power of
         two (10% more on Llama-3-8B's shapes). pin: register it with CUDA, which takes a GPU.
-    Returns (nbytes,) uint8. Raises ValueError where there is not that much, or where the system
-    refuses to lock it.
+    Returns (nbytes,) uint8. Raises HostMemoryRefused.
     """
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8)
-    free = available_memory()
-    if free is not None and nbytes > free:  # else the system would kill us as the pages are touched
-        raise ValueError(
-            f"{nbytes / GIB:.1f} GiB of host memory were planned for, {free / GIB:.1f} are left; "
-            "what else runs here takes it: end that, or plan for less with --host_gib"
-        )
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as e:
+        raise HostMemoryRefused(
+            f"the system refuses {nbytes / GIB:.1f} GiB of host memory ({e.strerror})"
+        ) from e
     # Big pages make locking 90 GB quick; a forked child must not get copies of locked pages.
     for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
-        if hasattr(mmap, advice):
+        with suppress(AttributeError, OSError):  # a system that does not know it is only slower
             memory.madvise(getattr(mmap, advice))
     buffer = torch.frombuffer(memory, dtype=torch.uint8)
     buffer.zero_()  # by all cores: the first touch is what allocates
     if pin:
         code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), nbytes, 0))
         if code:
-            raise ValueError(
-                f"cannot lock {nbytes / GIB:.1f} GiB of host memory (CUDA error {code}); see "
-                "`ulimit -l` and the container's memory limit, or try --moments bf16"
+            _forget_cuda_error()
+            raise HostMemoryRefused(
+                f"the system refuses to lock {nbytes / GIB:.1f} GiB of host memory (CUDA error "
+                f"{code}; see `ulimit -l` and the container's memory limit)"
             )
-        _PINNED.append(buffer)
+        _LOCKED.append(buffer)
     return buffer
 
 
+def _forget_cuda_error() -> None:
+    """Launch a kernel that takes the error which a refused call of CUDA's runtime leaves behind.
+
+    torch's cudart returns the code only. The next launch, whatever it is, would raise the error.
+    """
+    with suppress(RuntimeError):
+        torch.zeros(1, device="cuda").add_(1)
+        torch.cuda.synchronize()
+
+
 def free_host_buffers() -> None:
-    """Unlock every host buffer; each goes with whatever still views it."""
+    """Unlock every host buffer. Its memory is free as soon as nothing views it any more."""
     gc.collect()
-    if _PINNED:
+    if _LOCKED:
         torch.cuda.synchronize()  # no copy of theirs is under way
-    while _PINNED:
-        torch.cuda.cudart().cudaHostUnregister(_PINNED.pop().data_ptr())
+    refused = []
+    while _LOCKED:
+        buffer = _LOCKED.pop()  # held by this name until CUDA has let go of its pages
+        if int(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())):
+            refused.append(buffer)
+    if refused:
+        _forget_cuda_error()
+        _LOCKED.extend(refused)
+        gib = sum(buffer.nbytes for buffer in refused) / GIB
+        print(f"CUDA does not unlock {gib:.1f} GiB of host memory: they stay in use until the end")
 
 
 def empty_cache(device: torch.device | str) -> None:
@@ -739,18 +764,33 @@ def _padded_attention(q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor
 class OneGPU:
     """A plan at work: the optimizer, the teacher's visits, the inputs' slots."""
 
-    def __init__(self, plan: Plan, student: Llama, teacher: Llama, *adamw):
-        """adamw: lr, betas, eps, weight_decay. Student and teacher are on the GPU, in bf16."""
-        self.plan, self.student, self.name = plan, student, None
+    def __init__(self, plan: Plan, student: Llama, teacher: Llama, **adamw):
+        """adamw: lr, betas, eps, weight_decay. Student and teacher are on the GPU, in bf16.
+
+        Raises HostMemoryRefused, with both models as they were.
+        """
+        self.plan, self.student = plan, student
+        self.teacher = self.offload = self.optimizer = self.name = None
         self.device = device = student.embed_tokens.weight.device
-        self.teacher = None if plan.teacher_resident else Visitor(teacher, device)
-        empty_cache(device)  # gradients and state live for the run: they come first
-        self.offload = None
-        if plan.slot_bytes:
-            self.offload = Offload(student.config.n_layers, plan.slot_bytes, device)
-        where = dict(host=plan.host_state, host_gradients=plan.host_gradients)
-        where |= dict(moments_dtype=plan.moments)
-        self.optimizer = AdamW(student.parameters(), *adamw, **where)
+        need, free = sum(plan.host.values()), available_memory()
+        if free is not None and need > free and not plan.host_given:
+            # The system would end this process as the pages are touched.
+            raise HostMemoryRefused(
+                f"{need / GIB:.1f} GiB of host memory were planned for, {free / GIB:.1f} are left; "
+                "end what else uses it here, or plan for less with --host_gib"
+            )
+        try:
+            if not plan.teacher_resident:
+                self.teacher = Visitor(teacher, device)
+            empty_cache(device)  # gradients and state live for the run: they come first
+            if plan.slot_bytes:
+                self.offload = Offload(student.config.n_layers, plan.slot_bytes, device)
+            where = dict(host=plan.host_state, host_gradients=plan.host_gradients)
+            where |= dict(moments_dtype=plan.moments)
+            self.optimizer = AdamW(student.parameters(), **adamw, **where)
+        except HostMemoryRefused:
+            self.finish()
+            raise
 
     def ready(self, name: str) -> None:
         """Set up for the passes of unit `name`: the student's policy, the teacher here or not."""
@@ -767,13 +807,14 @@ class OneGPU:
         self.name = name
 
     def finish(self) -> None:
-        """After the last step: gradients, state and policies go, the whole teacher comes to stay.
+        """Free gradients, state and host memory, and put the whole teacher on the GPU to stay.
 
-        Export and report need the memory, of the GPU and of the host.
+        Called after the last step: export and report need the memory of the GPU and of the host.
         """
         self.student.__dict__.pop("run_block", None)
         llama.LOSS_ROWS = Policy().loss_rows
-        self.optimizer.close()
+        if self.optimizer:
+            self.optimizer.close()
         self.offload = None
         if self.teacher:
             self.teacher.come(lm_head=True)

@@ -13,6 +13,7 @@ import bisect
 import math
 import os
 import shutil
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -148,6 +149,7 @@ class Plan:
     seconds: float  # of one optimizer step at the ceilings above: ranks plans, promises nothing
     expandable: bool = True  # whether the allocator's segments can expand
     host_gradients: bool = False  # gradients are summed in host memory
+    host_given: bool = False  # by --host_gib, so that more than what is free is tried
     card: Card | None = None  # None: not one whose ceilings are known; an H200's were taken
 
     def reserved(self, name: str) -> int:
@@ -598,12 +600,25 @@ ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # torch reads both
 
 
 def expand_segments() -> None:
-    """Have the GPU's allocator map pages where memory is free, whatever lies between them.
+    """Have the GPU's allocator map pages where memory is free, if the system can do that.
 
-    To be called before CUDA starts, which reads the setting once. A setting of the user's wins.
+    To be called before CUDA starts, which reads the setting once. A setting of the user's wins. A
+    child process tries it first: where the driver cannot, the first allocation fails.
     """
-    if not any(os.environ.get(name) for name in ALLOCATOR):
-        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+    if any(os.environ.get(name) for name in ALLOCATOR):
+        return
+    os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+    if torch.cuda.device_count() and not _gpu_allocates():  # the count does not start CUDA
+        os.environ[ALLOCATOR[0]] = "expandable_segments:False"
+
+
+def _gpu_allocates() -> bool:
+    """Whether a process of this environment can allocate memory on the GPU."""
+    code = "import torch; torch.empty(2**25, device='cuda')"
+    with suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+        return done.returncode == 0
+    return False
 
 
 def segments_expand() -> bool:
@@ -617,12 +632,24 @@ def segments_expand() -> bool:
     )
 
 
-def asked(flag: str, gib: float | None, free: int | None) -> int:
-    """Bytes to plan for: what a flag asks for, no more than is free, else all that is free."""
+def asked(flag: str, gib: float | None, free: int | None, grows: bool = False) -> int:
+    """Bytes to plan for: what a flag asks for, else all that is free.
+
+    Raises ValueError for more than is free. grows: the free memory of some systems grows as it is
+    asked for, so more than is free is a warning and the run tries.
+    """
     if not gib and free is None:
         raise ValueError(f"this system does not say how much memory is free; pass {flag}")
     if gib and free is not None and gib * GIB > free:
-        raise ValueError(f"{flag} {gib:g}: {free / GIB:.1f} GiB are free; pass less, or free some")
+        if not grows:
+            raise ValueError(
+                f"{flag} {gib:g}: {free / GIB:.1f} GiB are free; pass less, or free some"
+            )
+        print(
+            f"warning: {flag} {gib:g}, but the system says that {free / GIB:.1f} GiB are free; "
+            "if it cannot give more, it ends this process without a word",
+            flush=True,
+        )
     return int(gib * GIB) if gib else free
 
 

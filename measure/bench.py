@@ -325,8 +325,8 @@ class Trainer:
     def __init__(self, config, plan, device):
         self.student, self.teacher = (random_llama(config, device, seed) for seed in (0, 1))
         self.teacher.requires_grad_(False)
-        adamw = 2e-5, (0.9, 0.95), 1e-8, 0.1
-        self.machine = memory.OneGPU(plan, self.student, self.teacher, *adamw)
+        adamw = dict(lr=2e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        self.machine = memory.OneGPU(plan, self.student, self.teacher, **adamw)
         tokens = dict(generator=torch.Generator(device).manual_seed(2), device=device)
         self.draw = functools.partial(torch.randint, config.vocab_size, **tokens)
 

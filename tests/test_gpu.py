@@ -293,11 +293,18 @@ def test_a_limit_on_the_gpus_memory_goes_to_a_device_by_number(monkeypatch):
 
 # What only tensors on a real GPU reach, wherever it is: file -> functions.
 ONLY_ON_A_GPU = {
-    "model.py": {"causal_attention", "document_attention", "fp32_product"}
+    "model.py": {"causal_attention", "kernels_without_a_square", "document_attention"}
+    | {"fp32_product"}
     | {"next_token_loss", "next_token_kl"},  # more rows at a time
     "rope_kernels.py": {"_launch", "apply_rope", "rope_backend"},
     "machine/keeper.py": {"_write_beside"},  # a stream of its own
-    "machine/memory.py": {"host_buffer", "free_host_buffers", "pad_heads", "empty_cache"}
+    "machine/memory.py": {
+        "host_buffer",
+        "_forget_cuda_error",
+        "free_host_buffers",
+        "pad_heads",
+        "empty_cache",
+    }
     | {"__init__"},  # whether host memory is locked
 }
 
@@ -384,6 +391,7 @@ def test_segments_expand_before_an_entry_asks_for_the_gpu(name, monkeypatch):
     ]
     assert took == ENTRIES  # a new one is tested too
     settings = []
+    monkeypatch.setattr(plan, "_gpu_allocates", lambda: True)
 
     def asked(*_):
         settings.append(os.environ.get("PYTORCH_ALLOC_CONF"))

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import functools
 import gc
+import json
 import os
 import re
 import sys
@@ -37,6 +38,9 @@ from model import Llama, ModelConfig, load_checkpoint, next_token_loss
 from tests.conftest import killed_after_two, read_log, same_run, tiny_config, tiny_run
 
 # -------------------------------------------------------------------------------------------- AdamW
+
+
+ADAMW = dict(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 
 def optimizer_pair(host, moments=torch.float32, chunk=100, weight_decay=0.1):
@@ -341,9 +345,9 @@ def run_losses(student, teacher, optimizer, ready, compare):
 
 
 def test_the_whole_small_memory_path_trains_like_plain_fp32():
-    adamw = 3e-3, (0.9, 0.95), 1e-8, 0.1
+    adamw = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     student, teacher = (tiny(seed).bfloat16().float() for seed in (0, 1))
-    reference = torch.optim.AdamW(student.parameters(), *adamw)
+    reference = torch.optim.AdamW(student.parameters(), **adamw)
     plain = run_losses(student, teacher, reference, lambda name: None, cosine_distance)
     lean, teacher = tiny(0, torch.bfloat16), tiny(1, torch.bfloat16).requires_grad_(False)
     passes = [Unit("long", 2, 40), Unit("short", 2, 40, hidden_states=2)]
@@ -351,7 +355,7 @@ def test_the_whole_small_memory_path_trains_like_plain_fp32():
     policy = Policy(1, 2, offload=True, mlp_rows=32)
     plan = replace(plan, host_state=True, teacher_resident=False, slot_bytes=2 * 40 * 48 * 2)
     machine = memory.OneGPU(
-        replace(plan, policies=dict(long=policy, short=policy)), lean, teacher, *adamw
+        replace(plan, policies=dict(long=policy, short=policy)), lean, teacher, **adamw
     )
     compare = functools.partial(cosine_distance, rows=30)
     losses = run_losses(lean, teacher, machine.optimizer, machine.ready, compare)
@@ -640,7 +644,7 @@ def test_fewer_rows_of_logits_where_nothing_else_fits_and_the_loss_takes_them():
     student, teacher = tiny(0, torch.bfloat16), tiny(1, torch.bfloat16).requires_grad_(False)
     small = make_plan(student.config, [Unit("long", 1, 64)], 8 * GIB, 8 * GIB)
     small = replace(small, policies={"long": Policy(loss_rows=1024)})
-    machine = memory.OneGPU(small, student, teacher, 1e-3, (0.9, 0.95), 1e-8, 0.1)
+    machine = memory.OneGPU(small, student, teacher, **ADAMW)
     machine.ready("long")
     assert model_module.LOSS_ROWS == 1024
     machine.finish()
@@ -737,17 +741,127 @@ def test_free_host_memory_is_the_least_along_the_path_of_control_groups(name, tm
     assert control_groups(tmp_path, own, files) == pytest.approx(left)
 
 
-def test_more_host_memory_than_there_is_is_refused_before_it_is_touched(monkeypatch):
-    with pytest.raises(ValueError, match="--host_gib 120: 60.0 GiB are free"):
-        plan.asked("--host_gib", 120, 60 * GIB)
+def test_more_memory_than_there_is_is_refused_or_where_it_may_grow_warned_of(capsys):
+    with pytest.raises(ValueError, match="--gpu_gib 120: 60.0 GiB are free"):
+        plan.asked("--gpu_gib", 120, 60 * GIB)
     with pytest.raises(ValueError, match="pass --host_gib"):
         plan.asked("--host_gib", None, None)
-    assert plan.asked("--host_gib", 40.5, 60 * GIB) == 40.5 * GIB
+    assert plan.asked("--host_gib", 40.5, 60 * GIB, grows=True) == 40.5 * GIB
     assert plan.asked("--host_gib", None, 7) == 7 and plan.asked("--host_gib", 2, None) == 2 * GIB
+    assert not capsys.readouterr().out
+    assert plan.asked("--host_gib", 120, 60 * GIB, grows=True) == 120 * GIB
+    assert re.fullmatch("warning: --host_gib 120.* 60.0 GiB .*\n", capsys.readouterr().out)
+
+
+def away(plan: plan.Plan) -> plan.Plan:
+    """The plan made to use all the host memory that it can."""
+    policies = dict.fromkeys(plan.units, Policy(1, 1, offload=True, mlp_rows=50))
+    slot = max(2 * 48 * u.tokens for u in plan.units.values())
+    where = dict(host_state=True, host_gradients=True, teacher_resident=False)
+    return replace(plan, policies=policies, slot_bytes=slot, host={"all": 10**6}, **where)
+
+
+def test_host_memory_that_is_gone_is_refused_before_it_is_touched_unless_it_was_given(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
-    with pytest.raises(ValueError, match="plan for less with --host_gib"):
-        memory.host_buffer(1001, pin=False)
+    student, teacher = tiny(0, torch.bfloat16), tiny(1, torch.bfloat16).requires_grad_(False)
+    found = away(make_plan(student.config, [Unit("long", 1, 40)], 8 * GIB, 8 * GIB))
+    with pytest.raises(memory.HostMemoryRefused, match="plan for less with --host_gib"):
+        memory.OneGPU(found, student, teacher, **ADAMW)
+    memory.OneGPU(replace(found, host_given=True), student, teacher, **ADAMW).finish()
+
+
+def test_a_kernel_that_knows_no_advice_on_big_pages_locks_memory_all_the_same(monkeypatch):
+    class Map(memory.mmap.mmap):
+        def madvise(self, *_):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(memory.mmap, "mmap", Map)
     assert len(memory.host_buffer(1000, pin=False)) == 1000
+
+
+def test_a_refused_lock_leaves_no_error_to_the_next_kernel(cuda_runtime):
+    cuda_runtime.refuse_after = 0
+    with pytest.raises(memory.HostMemoryRefused, match="refuses to lock .*CUDA error 2"):
+        memory.host_buffer(2**20, pin=True)
+    torch.ones(3, device="cuda").sum()
+
+
+def test_locked_memory_is_unmapped_only_after_cuda_has_let_go_of_it(cuda_runtime, capsys):
+    """CudaRuntime looks whether it is."""
+    buffers = [memory.host_buffer(2**20, pin=True) for _ in range(3)]
+    assert len(cuda_runtime.locked) == 3
+    del buffers
+    memory.free_host_buffers()
+    assert not cuda_runtime.locked and not memory._LOCKED
+    lost = memory.host_buffer(2**20, pin=True)
+    (size,) = [cuda_runtime.locked.pop(lost.data_ptr())]  # so that the runtime refuses
+    memory.free_host_buffers()
+    assert "does not unlock" in capsys.readouterr().out and len(memory._LOCKED) == 1
+    cuda_runtime.locked[lost.data_ptr()] = size
+    lost.add_(1)  # the error was taken away
+
+
+@pytest.mark.parametrize("locks", range(4))  # of teacher, block inputs, state, gradients
+def test_a_refused_lock_leaves_both_models_as_they_were(cuda_runtime, locks):
+    student, teacher = tiny(0, torch.bfloat16), tiny(1, torch.bfloat16).requires_grad_(False)
+    before = [(p, p.clone()) for m in (student, teacher) for p in m.parameters()]
+    found = away(make_plan(student.config, [Unit("long", 1, 40)], 8 * GIB, 8 * GIB))
+    cuda_runtime.refuse_after = locks
+    with pytest.raises(memory.HostMemoryRefused):
+        memory.OneGPU(found, student, teacher, **ADAMW)
+    assert not cuda_runtime.locked and all(torch.equal(p, old) for p, old in before)
+    alone = replace(found, host_state=False, host_gradients=False, teacher_resident=True)
+    alone = replace(alone, slot_bytes=0, policies={"long": Policy()})
+    machine = memory.OneGPU(alone, student, teacher, **ADAMW)
+    machine.ready("long")
+    student(torch.arange(40)[None])[0].sum().backward()
+    assert all(p.grad is not None for p in student.layers.parameters())
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_a_run_whose_host_memory_cannot_be_locked_goes_on_without(
+    ckpt, tmp_path, monkeypatch, capsys, cuda_runtime, moments
+):
+    """moments: what fits the GPU alone."""
+    made = plan.make_plan
+
+    def make_plan(*args, host_bytes, **more):
+        if host_bytes:
+            return away(made(*args, host_bytes=host_bytes, **more))
+        if moments == "bf16" and more["moments"] == torch.float32:
+            raise ValueError("this does not fit")
+        return made(*args, host_bytes=0, **more)
+
+    monkeypatch.setattr(plan, "make_plan", make_plan)
+    cuda_runtime.refuse_after = 1
+    sizes = dict(original_len=128, target_len=256, train_len=256, device="cuda", steps=1)
+    sizes |= dict(long_micro=1, s2l_batch=1, short_batch=2)
+    train(tiny_run(ckpt, tmp_path / "run", **sizes, eval_tokens=0))
+    said = capsys.readouterr().out
+    assert said.count("the system refuses to lock") == 1
+    assert f"going on without, AdamW's moments in {moments}" in said
+    assert len(read_log(tmp_path / "run")) == 1
+    record = json.loads((tmp_path / "run" / "longred.json").read_text())
+    assert record["config"]["moments"] == moments
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_expandable_segments_are_tried_in_a_child_before_they_are_set(monkeypatch, works):
+    for name in plan.ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    tried = []
+
+    def run(command, **_):
+        tried.append(os.environ["PYTORCH_ALLOC_CONF"])
+        return mock.Mock(returncode=0 if works else 1)
+
+    monkeypatch.setattr(plan.subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    plan.expand_segments()
+    assert tried == ["expandable_segments:True"]
+    assert os.environ["PYTORCH_ALLOC_CONF"] == f"expandable_segments:{works}"
+    plan.expand_segments()  # set by now: the user's, or a parent's
+    assert len(tried) == 1
 
 
 @pytest.mark.parametrize("host_gradients", [False, True])
