@@ -6,7 +6,7 @@ Four mechanisms compose; machine/plan.py chooses among them and OneGPU is such a
                   where the GPU has no room, streamed through it once a step
     HostGradients fp32 gradients, summed in host memory where the GPU has no room for them either
     apply_policy  how blocks run: recomputed in backward, attention outputs saved, some blocks left
-                  alone, inputs waiting in host memory (Offload), the MLP in tiles (TiledMLP)
+                  alone, inputs waiting in host memory (Offload), the MLP in tiles (_Tiles)
     Visitor       a frozen teacher, on the GPU only while it is needed
     in_chunks     hidden states compared a few thousand tokens at a time
 
@@ -27,9 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-import model as llama
 from machine.plan import DISTANCE_ROWS, GIB, IN_FLIGHT, Plan, Policy, available_memory
-from model import MLP, Llama, causal_attention, fp32_product
+from model import Llama, add_product, causal_attention, fp32_product
 
 # ------------------------------------------------------------------------------------- host memory
 
@@ -513,16 +512,26 @@ class Offload:
         self.on_gpu[i] = t
 
 
-class TiledMLP(MLP):
-    """The MLP with its tokens in tiles; apply_policy gives a model's MLPs this class."""
+# True while a block runs a second time, only for what it saves. For all threads: backward runs in
+# another one.
+RECOMPUTING = False
 
-    recomputing = False  # for all: true while a block runs a second time, only for what it saves
-    rows = 8192  # tokens in a tile
-    save = False  # gate and up for backward
 
-    def forward(self, x: Tensor) -> Tensor:
-        weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
-        return _Tiles.apply(x, *weights, self.rows, self.save, self.recomputing)
+def tiled_swiglu(
+    x: Tensor,
+    gate_proj: nn.Linear,
+    up_proj: nn.Linear,
+    down_proj: nn.Linear,
+    *,
+    rows: int,
+    save: bool,
+) -> Tensor:
+    """model.swiglu in tiles of `rows` tokens. save: keep gate and up for backward.
+
+    apply_policy puts it into a model's MLPs; they must have no biases.
+    """
+    weights = gate_proj.weight, up_proj.weight, down_proj.weight
+    return _Tiles.apply(x, *weights, rows, save, RECOMPUTING)
 
 
 class _Tiles(torch.autograd.Function):
@@ -571,8 +580,8 @@ class _Tiles(torch.autograd.Function):
             else:
                 gate, up = (F.linear(flat[tile], w) for w in (gate_weight, up_weight))
             grad_gate, grad_up = _swiglu_backward(grad_out[tile], gate, up, down_weight, sums)
-            _add_product(sums, 0, grad_gate, flat[tile])
-            _add_product(sums, 1, grad_up, flat[tile])
+            _add_to_sum(sums, 0, grad_gate, flat[tile])
+            _add_to_sum(sums, 1, grad_up, flat[tile])
             torch.mm(grad_gate, gate_weight, out=grad_x[tile])
             grad_x[tile].addmm_(grad_up, up_weight)
             del gate, up, grad_gate, grad_up  # or they would outlive the next tile's first half
@@ -582,42 +591,29 @@ class _Tiles(torch.autograd.Function):
 def _swiglu_backward(grad_out: Tensor, gate: Tensor, up: Tensor, down_weight: Tensor, sums: list):
     """From (rows, D) to the gradients of gate and up, (rows, d_ff); adds that of down to sums."""
     act = F.silu(gate)
-    _add_product(sums, 2, grad_out, act * up)
+    _add_to_sum(sums, 2, grad_out, act * up)
     grad_act = grad_out @ down_weight
     grad_up = act.mul_(grad_act)
     return torch.ops.aten.silu_backward(grad_act.mul_(up), gate), grad_up
 
 
-@cache
-def matmul_adds(device: torch.device) -> bool:
-    """Whether a matmul of bf16 adds to an fp32 sum in place there: on a GPU, from torch 2.10 on."""
-    try:  # asked, as a refusal has many types and a version number says little of a build
-        total = torch.ones(16, 16, device=device)
-        ones = total.bfloat16()
-        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
-        return (total == 17).all().item()
-    except Exception:
-        return False
-
-
-def _add_product(sums: list, i: int, a: Tensor, b: Tensor) -> None:
-    """sums[i] += a.T @ b in fp32: 8 bytes of traffic a weight inside the matmul, 16 after it."""
+def _add_to_sum(sums: list, i: int, a: Tensor, b: Tensor) -> None:
+    """sums[i] += a.T @ b in fp32; the first tile's product is the sum so far."""
     if sums[i] is None:
         sums[i] = fp32_product(a.T, b)
-    elif not torch.compiler.is_compiling() and matmul_adds(a.device):  # not known to its graphs
-        torch.addmm(sums[i], a.T, b, out_dtype=torch.float32, out=sums[i])
     else:
-        sums[i].add_(fp32_product(a.T, b))
+        add_product(sums[i], a.T, b)
 
 
 @contextmanager
 def _recomputing(inner):
-    TiledMLP.recomputing = True  # for all threads: backward runs in another one
+    global RECOMPUTING
+    RECOMPUTING = True
     try:
         with inner:
             yield
     finally:  # the checkpoint leaves by an exception as soon as it has what it needs
-        TiledMLP.recomputing = False
+        RECOMPUTING = False
 
 
 def _save_attention():
@@ -668,8 +664,8 @@ def apply_policy(model: Llama, policy: Policy, offload: Offload | None = None) -
     assert 0 <= first_saved and bool(offload) >= policy.offload, (policy, len(model.layers))
     for i, block in enumerate(model.layers):
         if not model.config.mlp_bias:
-            block.mlp.__class__ = TiledMLP
-            block.mlp.rows, block.mlp.save = policy.mlp_rows, i >= first_unchecked
+            save = i >= first_unchecked
+            block.mlp.swiglu = partial(tiled_swiglu, rows=policy.mlp_rows, save=save)
     run = _compiled() if policy.compile else _eager
 
     def run_block(i: int, block: nn.Module, x: Tensor, rotary, cached, documents) -> Tensor:
@@ -796,7 +792,7 @@ class OneGPU:
         """Set up for the passes of unit `name`: the student's policy, the teacher here or not."""
         policy = self.plan.policies[name]
         apply_policy(self.student, policy, self.offload)
-        llama.LOSS_ROWS = policy.loss_rows
+        self.student.loss_rows = policy.loss_rows
         units = self.plan.units
         if self.teacher and not units[name].teacher:
             self.teacher.leave()
@@ -812,7 +808,7 @@ class OneGPU:
         Called after the last step: export and report need the memory of the GPU and of the host.
         """
         self.student.__dict__.pop("run_block", None)
-        llama.LOSS_ROWS = Policy().loss_rows
+        self.student.loss_rows = None
         if self.optimizer:
             self.optimizer.close()
         self.offload = None

@@ -1,7 +1,7 @@
 """Choices that only a GPU can make, each as rows: python -m measure.bench kernels
 
     attention      flash, cuDNN, the efficient kernel, FA3 where installed, and what the model gets
-    weight sums    dW added inside the matmul (machine.memory.matmul_adds) or after it
+    weight sums    dW added inside the matmul (model.matmul_adds) or after it
     swiglu, loss   the elementwise lines of the MLP's tiles and of the loss, eager or torch.compile
 
 A hand-written kernel for the last two is worth its lines only where it beats torch.compile of the
@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from machine import memory
 from measure import bench
-from model import causal_attention, fp32_product
+from model import add_product, causal_attention, fp32_product, matmul_adds
 
 
 def bench_kernels(args):
@@ -138,9 +137,9 @@ def weight_sum(way, sizes, device):
     dy, x, sums = make(rows_, d_out), make(rows_, d_in), [torch.zeros(d_out, d_in, device=device)]
     if way == "after it":
         return (lambda: sums[0].add_(fp32_product(dy.T, x))), 2 * rows_ * d_out * d_in, "FLOP/s"
-    if not memory.matmul_adds(device):
+    if not matmul_adds(device):
         raise ValueError("this torch has no matmul that adds to an fp32 sum here")
-    return (lambda: memory._add_product(sums, 0, dy, x)), 2 * rows_ * d_out * d_in, "FLOP/s"
+    return (lambda: add_product(sums[0], dy.T, x)), 2 * rows_ * d_out * d_in, "FLOP/s"
 
 
 def swiglu(gate, up):

@@ -101,7 +101,7 @@ def test_products_of_bf16_come_out_in_fp32():
 
 def test_products_add_up_in_fp32_inside_the_matmul_where_torch_can(monkeypatch):
     """Small whole numbers, of which every product and sum is exact in bf16 and in fp32."""
-    assert memory.matmul_adds(torch.device(DEVICE)) == ON_GPU  # torch 2.10 or later
+    assert model.matmul_adds(torch.device(DEVICE)) == ON_GPU  # torch 2.10 or later
     pairs = [(random(48, 24, seed=s).sign(), random(48, 40, seed=s + 9).sign()) for s in range(3)]
     exact = sum(a.double().T @ b.double() for a, b in pairs)
     addmm, inside = torch.addmm, []
@@ -114,12 +114,14 @@ def test_products_add_up_in_fp32_inside_the_matmul_where_torch_can(monkeypatch):
 
     monkeypatch.setattr(torch, "addmm", spy)
     for can in (False, True):
-        monkeypatch.setattr(memory, "matmul_adds", lambda device, can=can: can)
-        sums = [None]
+        monkeypatch.setattr(model, "matmul_adds", lambda device, can=can: can)
+        sums, weight = [None], torch.zeros(24, 40, device=DEVICE)
         for a, b in pairs:
-            memory._add_product(sums, 0, a, b)
-        assert sums[0].dtype == torch.float32 and torch.equal(sums[0].double(), exact)
-        assert inside == [(torch.bfloat16, torch.float32, True)] * 2 * can
+            memory._add_to_sum(sums, 0, a, b)
+            model.add_product(weight, a.T, b)
+        for total in (sums[0], weight):
+            assert total.dtype == torch.float32 and torch.equal(total.double(), exact)
+        assert inside == [(torch.bfloat16, torch.float32, True)] * 5 * can
 
 
 @pytest.mark.parametrize("backend", ["CUDNN_ATTENTION", "FLASH_ATTENTION", "chosen"])
