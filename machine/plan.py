@@ -72,8 +72,9 @@ PCIE = 50e9  # bytes/s
 ELEMENTWISE = 152  # bytes per token, block and d_model: norms, rotary, SwiGLU, residuals, if fused
 # Kept free: CUDA's context lies outside the allocator, fragments inside it. Unmeasured.
 GPU_SPARE, GPU_SPARE_FRACTION, HOST_SPARE = 1.0 * GIB, 0.03, 6 * GIB
-# Reserved beyond what is allocated, by replay (tests/test_replay.py): 20 MiB pages not full where
-# segments of the allocator expand, else what lives on in the midst of freed ones.
+# Reserved beyond what is allocated: 20 MiB pages that are not full where segments of the allocator
+# expand, else what lives on in the midst of freed memory. Both were found by replaying planned runs
+# through a model of the allocator (README.md, "One GPU's memory"; measure/replay.py of c5ec068).
 PAGES, STRANDED_FRACTION = 0.5 * GIB, 0.13
 # Gradients bound for host memory that may still be on the GPU; three buffers of 2^24 fp32 beside.
 IN_FLIGHT, GRADIENT_BUFFERS = 2**29, 3 * 2**26
