@@ -263,7 +263,7 @@ def test_a_pass_without_memory_is_a_row_of_step_and_its_sum_is_not_whole(tmp_pat
     given = ["--device", "cpu", "--rounds", "1", "--no-peers", "--gpu_gib", "60"]
     bench.main(["step", *given, "--out_dir", str(tmp_path)])
     names = ["long", "short", "s2l"]
-    rows = [("step-60gib", names[:i], False) for i in (1, 2, 3)]
+    rows = [("step-60gib", names[:i], False) for i in (1, 2, 3)]  # after each pass
     assert written[:3] == rows and written[-1] == ("step-60gib", names, True)
 
 
