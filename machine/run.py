@@ -149,7 +149,7 @@ class Run:
         self.once(lambda: plan.preflight(c, self.original, streams.values(), self.units, size))
         self.take_plan(self.plan_memory() if c.device.startswith("cuda") else None)
 
-    def take_plan(self, found: plan.Plan | plan.SharedPlan | None) -> None:
+    def take_plan(self, found: plan.Plan | None) -> None:
         """Print a plan and run by it from here on."""
         if found:
             print(found.table(), flush=True)
@@ -158,28 +158,28 @@ class Run:
         if found and self.processes.size == 1:
             self.plan, self.stored = found, torch.bfloat16
 
-    def plan_memory(self, host_memory: bool = True) -> plan.Plan | plan.SharedPlan:
+    def plan_memory(self, host_memory: bool = True) -> plan.Plan:
         """On GPUs: the memory table, and what follows from it; the same in every process.
 
         host_memory: whether a plan for one GPU may use any.
         """
-        c, processes, units = self.c, self.processes, self.units
+        c, processes = self.c, self.processes
         room = plan.asked("--gpu_gib", c.gpu_gib, plan.gpu_room())
         host = plan.asked("--host_gib", c.host_gib, plan.available_memory(), grows=True)
         skipped = c.train_len < c.target_len
         length = ("--train_len", 0) if skipped else ("--target_len", c.original_len)
         if processes.size > 1:
             room, host = processes.total([room, host], "MIN")
-            shares = processes.size, c.context, room, host
-            return plan.shared_plan(self.original, units, *shares, length)
         found = plan.make_plan(
             self.original,
-            units,
+            self.units,
             gpu_bytes=room,
             host_bytes=host if host_memory else 0,
             moments=torch.bfloat16 if c.moments == "bf16" else torch.float32,
+            processes=processes.size,
+            context=c.context,
             compile=c.compile,
-            expandable=plan.segments_expand(),
+            expandable=processes.size > 1 or plan.segments_expand(),
             card=torch.cuda.get_device_name(),
             length=length,
         )

@@ -33,7 +33,6 @@ from machine.plan import (
     make_plan,
     model_flops,
     parameter_count,
-    shared_plan,
 )
 from machine.settings import fill
 from measure import bench
@@ -353,7 +352,7 @@ def test_the_whole_small_memory_path_trains_like_plain_fp32():
     reference = torch.optim.AdamW(student.parameters(), **adamw)
     plain = run_losses(student, teacher, reference, lambda name: None, cosine_distance)
     lean, teacher = tiny(0, torch.bfloat16), tiny(1, torch.bfloat16).requires_grad_(False)
-    passes = [Unit("long", 2, 40), Unit("short", 2, 40, hidden_states=2)]
+    passes = [Unit("long", 2, 40), Unit("short", 2, 40, hidden_states=2, heads=0)]
     plan = make_plan(lean.config, passes, 8 * GIB, 8 * GIB)
     policy = Policy(1, 2, offload=True, mlp_rows=32)
     plan = replace(plan, host_state=True, teacher_resident=False, slot_bytes=2 * 40 * 48 * 2)
@@ -546,8 +545,8 @@ def test_planner_meets_the_targets_and_more_memory_is_never_slower():
         return max(sum(terms.values()) for terms in plan.gpu.values())
 
     def plan(length, gib, host=120, moments=torch.float32):
-        args = bench.LLAMA3_8B, units(length), int(gib * GIB), host * GIB, moments
-        return make_plan(*args)
+        room = int(gib * GIB), host * GIB
+        return make_plan(bench.LLAMA3_8B, units(length), *room, moments=moments)
 
     at_80gb = plan(32768, 80e9 / 2**30)
     assert peak(at_80gb) < 74 * GIB and at_80gb.host_state
@@ -609,13 +608,13 @@ def tried(remedy, config, length, gpu, host, processes=1) -> str:
     if found := re.search(r"a GPU of (\d+) GB", remedy):
         gpu = int(found[1]) * 0.98
     context = re.search(r"--context (\d+)", remedy)
-    many = re.search(r"(\d+) (such GPUs|processes)", remedy)
-    processes = int(many[1]) if many else 1 if "alone" in remedy else processes
+    more = re.search(r"(\d+) (such GPUs|processes)", remedy)
+    processes = int(more[1]) if more else 1 if "alone" in remedy else processes
     room = int(gpu * GIB), host * GIB
     if processes == 1:
-        return make_plan(config, shorter(length), *room, moments).table()
-    parts = int(context[1]) if context else 1
-    return shared_plan(config, shorter(length), processes, parts, *room).table()
+        return make_plan(config, shorter(length), *room, moments=moments).table()
+    many = dict(processes=processes, context=int(context[1]) if context else 1)
+    return make_plan(config, shorter(length), *room, **many).table()
 
 
 @pytest.mark.parametrize(
@@ -650,7 +649,9 @@ def test_no_length_is_advised_that_a_run_would_refuse():
 
 
 def test_several_gpus_get_a_table_of_what_each_holds():
-    plan = shared_plan(bench.LLAMA3_8B, units(32768), 8, 1, int(79.1 * GIB), 500 * GIB)
+    plan = make_plan(
+        bench.LLAMA3_8B, units(32768), int(79.1 * GIB), 500 * GIB, processes=8, context=1
+    )
     n, rows = 8.03e9, dict(re.findall(r"^  (.{36}) +([\d.]+)", plan.table(), re.M))
     rows = {name.strip(): float(x) for name, x in rows.items()}
     spread = ["weights, fp32", "gradients, fp32", "AdamW's state", "teacher, bf16"]
@@ -659,11 +660,13 @@ def test_several_gpus_get_a_table_of_what_each_holds():
     assert rows["inputs of recomputed blocks"] == 8.0 and "of each of 8" in plan.table()
     assert 34 < rows["GPU peak, allocated"] < rows["GPU peak, reserved"] < 38
     assert plan.host == {"export, first process": 8 * parameter_count(bench.LLAMA3_8B)}
-    halves = shared_plan(bench.LLAMA3_8B, units(32768), 8, 2, int(79.1 * GIB), 500 * GIB)
+    halves = make_plan(
+        bench.LLAMA3_8B, units(32768), int(79.1 * GIB), 500 * GIB, processes=8, context=2
+    )
     assert halves.gpu["long"]["inputs of recomputed blocks"] == 4 * GIB
     assert "1 x 16,384 of 32,768 tokens a pass" in halves.table()
     # Fewer sequences a pass, where it would not fit otherwise.
-    tight = shared_plan(bench.LLAMA3_8B, units(32768), 8, 1, 38 * GIB, 500 * GIB)
+    tight = make_plan(bench.LLAMA3_8B, units(32768), 38 * GIB, 500 * GIB, processes=8)
     assert tight.units["short"].batch < plan.units["short"].batch
 
 
@@ -679,6 +682,7 @@ def test_a_run_on_several_gpus_prints_its_plan_and_reads_as_it_says(monkeypatch,
     for gib, batch in ((79.1, 32), (38, 16)):
         monkeypatch.setattr(plan, "gpu_room", lambda gib=gib: gib * GIB)
         monkeypatch.setattr(plan, "available_memory", lambda: 500 * GIB)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
         machine.check(streams)
         assert machine.sequences["short"] == batch and "each of 8" in capsys.readouterr().out
     assert machine.plan is None  # of one GPU
@@ -700,7 +704,7 @@ def test_a_run_on_several_gpus_prints_its_plan_and_reads_as_it_says(monkeypatch,
 def test_what_does_not_fit_several_gpus_is_refused_with_what_would(config, gpu, host, remedy):
     processes = 8 if config is LLAMA_70B else 2
     with pytest.raises(ValueError, match=f"does not fit {processes} GPUs with {gpu}") as refused:
-        shared_plan(config, units(32768), processes, 1, int(gpu * GIB), host * GIB)
+        make_plan(config, units(32768), int(gpu * GIB), host * GIB, processes=processes)
     said = remedies(str(refused.value))
     assert remedy in said
     for remedy in said:
@@ -708,8 +712,8 @@ def test_what_does_not_fit_several_gpus_is_refused_with_what_would(config, gpu, 
 
 
 def test_a_tied_head_counts_twice_at_its_gradient_on_several_gpus():
-    room = 2, 1, int(23.5 * GIB), 60 * GIB
-    plan = shared_plan(LLAMA_1B, units(32768), *room)
+    gpu = int(23.5 * GIB)
+    plan = make_plan(LLAMA_1B, units(32768), gpu, 60 * GIB, processes=2)
     assert max(sum(terms.values()) for terms in plan.gpu.values()) < 21 * GIB
     once = 4 * LLAMA_1B.vocab_size * LLAMA_1B.d_model
     long = Unit("long", 1, 262144)  # so long that a block's backward is the worst moment
@@ -720,7 +724,7 @@ def test_a_tied_head_counts_twice_at_its_gradient_on_several_gpus():
     assert {k for k in tied if "block's backward" in k} == {k for k in separate if "block's" in k}
     assert sum(tied.values()) - sum(separate.values()) == once
     with pytest.raises(ValueError, match="export takes 9.2 GiB"):
-        shared_plan(LLAMA_1B, units(32768), *room[:3], 12 * GIB)
+        make_plan(LLAMA_1B, units(32768), gpu, 12 * GIB, processes=2)
 
 
 def test_the_floor_of_a_step_is_the_cards_own_where_it_is_known():
