@@ -642,6 +642,26 @@ def test_stories260k_continues_a_story_as_transformers_does():
     assert rel(ours.logits(ours(ids, skipped)[0]), want) < 1e-4
 
 
+@pytest.mark.parametrize("head_dim", [2, 8, 16])
+def test_narrow_heads_on_a_cpu_attend_as_torch_does(head_dim):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 33, n, head_dim, generator=generator) for n in (6, 2, 2))
+    outputs = []
+    for attend in (model_module.causal_attention, plain_attention):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = attend(*leaves)
+        out.square().sum().backward()
+        outputs += [[out.detach(), *(t.grad for t in leaves)]]
+    for ours, theirs in zip(*outputs, strict=True):
+        assert rel(ours, theirs) < 1e-5
+
+
+def plain_attention(q, k, v):
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
 # ------------------------------------------------------------------------------- longred.py: losses
 
 

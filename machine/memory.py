@@ -6,7 +6,7 @@ Four mechanisms compose; machine/plan.py chooses among them and OneGPU is such a
                   where the GPU has no room, streamed through it once a step
     HostGradients fp32 gradients, summed in host memory where the GPU has no room for them either
     apply_policy  how blocks run: recomputed in backward, attention outputs saved, some blocks left
-                  alone, inputs waiting in host memory (Offload), the MLP in tiles (TiledMLP)
+                  alone, inputs waiting in host memory (Offload), the MLP in tiles (_Tiles)
     Visitor       a frozen teacher, on the GPU only while it is needed
 
 Everything here also runs on a CPU, where streams are empty words and every copy is done when it
@@ -18,7 +18,7 @@ import gc
 import math
 import mmap
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, partial
 
 import torch
@@ -26,13 +26,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-import model as llama
 from machine.plan import GIB, IN_FLIGHT, Plan, Policy, available_memory
-from model import MLP, Llama, fp32_product
+from model import Llama, add_product, fp32_product
 
 # ------------------------------------------------------------------------------------- host memory
 
-_PINNED = []  # kept for the life of the process: registered pages must not be unmapped
+
+class HostMemoryRefused(ValueError):
+    """The system does not give, or does not lock, the host memory that a plan uses.
+
+    A plan that uses none may still fit: plan.make_plan with host_bytes=0.
+    """
+
+
+_LOCKED = []  # buffers that CUDA has registered; each must stay mapped until it is unregistered
 
 
 def host_buffer(nbytes: int, pin: bool) -> Tensor:
@@ -40,42 +47,59 @@ def host_buffer(nbytes: int, pin: bool) -> Tensor:
 
     nbytes: its size; no rounding, where torch's own pinned allocator goes to the next power of
         two (10% more on Llama-3-8B's shapes). pin: register it with CUDA, which takes a GPU.
-    Returns (nbytes,) uint8. Raises ValueError where there is not that much, or where the system
-    refuses to lock it.
+    Returns (nbytes,) uint8. Raises HostMemoryRefused.
     """
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8)
-    free = available_memory()
-    if free is not None and nbytes > free:  # else the system would kill us as the pages are touched
-        raise ValueError(
-            f"{nbytes / GIB:.1f} GiB of host memory were planned for, {free / GIB:.1f} are left; "
-            "what else runs here takes it: end that, or plan for less with --host_gib"
-        )
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as e:
+        raise HostMemoryRefused(
+            f"the system refuses {nbytes / GIB:.1f} GiB of host memory ({e.strerror})"
+        ) from e
     # Big pages make locking 90 GB quick; a forked child must not get copies of locked pages.
     for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
-        if hasattr(mmap, advice):
+        with suppress(AttributeError, OSError):  # a system that does not know it is only slower
             memory.madvise(getattr(mmap, advice))
     buffer = torch.frombuffer(memory, dtype=torch.uint8)
     buffer.zero_()  # by all cores: the first touch is what allocates
     if pin:
         code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), nbytes, 0))
         if code:
-            raise ValueError(
-                f"cannot lock {nbytes / GIB:.1f} GiB of host memory (CUDA error {code}); see "
-                "`ulimit -l` and the container's memory limit, or try --moments bf16"
+            _forget_cuda_error()
+            raise HostMemoryRefused(
+                f"the system refuses to lock {nbytes / GIB:.1f} GiB of host memory (CUDA error "
+                f"{code}; see `ulimit -l` and the container's memory limit)"
             )
-        _PINNED.append(buffer)
+        _LOCKED.append(buffer)
     return buffer
 
 
+def _forget_cuda_error() -> None:
+    """Launch a kernel that takes the error which a refused call of CUDA's runtime leaves behind.
+
+    torch's cudart returns the code only. The next launch, whatever it is, would raise the error.
+    """
+    with suppress(RuntimeError):
+        torch.zeros(1, device="cuda").add_(1)
+        torch.cuda.synchronize()
+
+
 def free_host_buffers() -> None:
-    """Unlock every host buffer; each goes with whatever still views it."""
+    """Unlock every host buffer. Its memory is free as soon as nothing views it any more."""
     gc.collect()
-    if _PINNED:
+    if _LOCKED:
         torch.cuda.synchronize()  # no copy of theirs is under way
-    while _PINNED:
-        torch.cuda.cudart().cudaHostUnregister(_PINNED.pop().data_ptr())
+    refused = []
+    while _LOCKED:
+        buffer = _LOCKED.pop()  # held by this name until CUDA has let go of its pages
+        if int(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())):
+            refused.append(buffer)
+    if refused:
+        _forget_cuda_error()
+        _LOCKED.extend(refused)
+        gib = sum(buffer.nbytes for buffer in refused) / GIB
+        print(f"CUDA does not unlock {gib:.1f} GiB of host memory: they stay in use until the end")
 
 
 def empty_cache(device: torch.device | str) -> None:
@@ -487,16 +511,26 @@ class Offload:
         self.on_gpu[i] = t
 
 
-class TiledMLP(MLP):
-    """The MLP with its tokens in tiles; apply_policy gives a model's MLPs this class."""
+# True while a block runs a second time, only for what it saves. For all threads: backward runs in
+# another one.
+RECOMPUTING = False
 
-    recomputing = False  # for all: true while a block runs a second time, only for what it saves
-    rows = 8192  # tokens in a tile
-    save = False  # gate and up for backward
 
-    def forward(self, x: Tensor) -> Tensor:
-        weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
-        return _Tiles.apply(x, *weights, self.rows, self.save, self.recomputing)
+def tiled_swiglu(
+    x: Tensor,
+    gate_proj: nn.Linear,
+    up_proj: nn.Linear,
+    down_proj: nn.Linear,
+    *,
+    rows: int,
+    save: bool,
+) -> Tensor:
+    """model.swiglu in tiles of `rows` tokens. save: keep gate and up for backward.
+
+    apply_policy puts it into a model's MLPs; they must have no biases.
+    """
+    weights = gate_proj.weight, up_proj.weight, down_proj.weight
+    return _Tiles.apply(x, *weights, rows, save, RECOMPUTING)
 
 
 class _Tiles(torch.autograd.Function):
@@ -545,8 +579,8 @@ class _Tiles(torch.autograd.Function):
             else:
                 gate, up = (F.linear(flat[tile], w) for w in (gate_weight, up_weight))
             grad_gate, grad_up = _swiglu_backward(grad_out[tile], gate, up, down_weight, sums)
-            _add_product(sums, 0, grad_gate, flat[tile])
-            _add_product(sums, 1, grad_up, flat[tile])
+            _add_to_sum(sums, 0, grad_gate, flat[tile])
+            _add_to_sum(sums, 1, grad_up, flat[tile])
             torch.mm(grad_gate, gate_weight, out=grad_x[tile])
             grad_x[tile].addmm_(grad_up, up_weight)
             del gate, up, grad_gate, grad_up  # or they would outlive the next tile's first half
@@ -556,42 +590,29 @@ class _Tiles(torch.autograd.Function):
 def _swiglu_backward(grad_out: Tensor, gate: Tensor, up: Tensor, down_weight: Tensor, sums: list):
     """From (rows, D) to the gradients of gate and up, (rows, d_ff); adds that of down to sums."""
     act = F.silu(gate)
-    _add_product(sums, 2, grad_out, act * up)
+    _add_to_sum(sums, 2, grad_out, act * up)
     grad_act = grad_out @ down_weight
     grad_up = act.mul_(grad_act)
     return torch.ops.aten.silu_backward(grad_act.mul_(up), gate), grad_up
 
 
-@cache
-def matmul_adds(device: torch.device) -> bool:
-    """Whether a matmul of bf16 adds to an fp32 sum in place there: on a GPU, from torch 2.10 on."""
-    try:  # asked, as a refusal has many types and a version number says little of a build
-        total = torch.ones(16, 16, device=device)
-        ones = total.bfloat16()
-        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
-        return (total == 17).all().item()
-    except Exception:
-        return False
-
-
-def _add_product(sums: list, i: int, a: Tensor, b: Tensor) -> None:
-    """sums[i] += a.T @ b in fp32: 8 bytes of traffic a weight inside the matmul, 16 after it."""
+def _add_to_sum(sums: list, i: int, a: Tensor, b: Tensor) -> None:
+    """sums[i] += a.T @ b in fp32; the first tile's product is the sum so far."""
     if sums[i] is None:
         sums[i] = fp32_product(a.T, b)
-    elif not torch.compiler.is_compiling() and matmul_adds(a.device):  # not known to its graphs
-        torch.addmm(sums[i], a.T, b, out_dtype=torch.float32, out=sums[i])
     else:
-        sums[i].add_(fp32_product(a.T, b))
+        add_product(sums[i], a.T, b)
 
 
 @contextmanager
 def _recomputing(inner):
-    TiledMLP.recomputing = True  # for all threads: backward runs in another one
+    global RECOMPUTING
+    RECOMPUTING = True
     try:
         with inner:
             yield
     finally:  # the checkpoint leaves by an exception as soon as it has what it needs
-        TiledMLP.recomputing = False
+        RECOMPUTING = False
 
 
 def _save_attention():
@@ -642,8 +663,8 @@ def apply_policy(model: Llama, policy: Policy, offload: Offload | None = None) -
     assert 0 <= first_saved and bool(offload) >= policy.offload, (policy, len(model.layers))
     for i, block in enumerate(model.layers):
         if not model.config.mlp_bias:
-            block.mlp.__class__ = TiledMLP
-            block.mlp.rows, block.mlp.save = policy.mlp_rows, i >= first_unchecked
+            save = i >= first_unchecked
+            block.mlp.swiglu = partial(tiled_swiglu, rows=policy.mlp_rows, save=save)
     run = _compiled() if policy.compile else _eager
 
     def run_block(i: int, block: nn.Module, x: Tensor, rotary, cached, documents) -> Tensor:
@@ -688,33 +709,45 @@ class Visitor:
             p.data = home
 
 
-# ------------------------------------------------------------------------- distances, small heads
-
-
 # ------------------------------------------------------------------------------ a plan at work
 
 
 class OneGPU:
     """A plan at work: the optimizer, the teacher's visits, the inputs' slots."""
 
-    def __init__(self, plan: Plan, student: Llama, teacher: Llama, *adamw):
-        """adamw: lr, betas, eps, weight_decay. Student and teacher are on the GPU, in bf16."""
-        self.plan, self.student, self.name = plan, student, None
+    def __init__(self, plan: Plan, student: Llama, teacher: Llama, **adamw):
+        """adamw: lr, betas, eps, weight_decay. Student and teacher are on the GPU, in bf16.
+
+        Raises HostMemoryRefused, with both models as they were.
+        """
+        self.plan, self.student = plan, student
+        self.teacher = self.offload = self.optimizer = self.name = None
         self.device = device = student.embed_tokens.weight.device
-        self.teacher = None if plan.teacher_resident else Visitor(teacher, device)
-        empty_cache(device)  # gradients and state live for the run: they come first
-        self.offload = None
-        if plan.slot_bytes:
-            self.offload = Offload(student.config.n_layers, plan.slot_bytes, device)
-        where = dict(host=plan.host_state, host_gradients=plan.host_gradients)
-        where |= dict(moments_dtype=plan.moments)
-        self.optimizer = AdamW(student.parameters(), *adamw, **where)
+        need, free = sum(plan.host.values()), available_memory()
+        if free is not None and need > free and not plan.host_given:
+            # The system would end this process as the pages are touched.
+            raise HostMemoryRefused(
+                f"{need / GIB:.1f} GiB of host memory were planned for, {free / GIB:.1f} are left; "
+                "end what else uses it here, or plan for less with --host_gib"
+            )
+        try:
+            if not plan.teacher_resident:
+                self.teacher = Visitor(teacher, device)
+            empty_cache(device)  # gradients and state live for the run: they come first
+            if plan.slot_bytes:
+                self.offload = Offload(student.config.n_layers, plan.slot_bytes, device)
+            where = dict(host=plan.host_state, host_gradients=plan.host_gradients)
+            where |= dict(moments_dtype=plan.moments)
+            self.optimizer = AdamW(student.parameters(), **adamw, **where)
+        except HostMemoryRefused:
+            self.finish()
+            raise
 
     def ready(self, name: str) -> None:
         """Set up for the passes of unit `name`: the student's policy, the teacher here or not."""
         policy = self.plan.policies[name]
         apply_policy(self.student, policy, self.offload)
-        llama.LOSS_ROWS = policy.loss_rows
+        self.student.loss_rows = policy.loss_rows
         units = self.plan.units
         if self.teacher and not units[name].teacher:
             self.teacher.leave()
@@ -725,13 +758,14 @@ class OneGPU:
         self.name = name
 
     def finish(self) -> None:
-        """After the last step: gradients, state and policies go, the whole teacher comes to stay.
+        """Free gradients, state and host memory, and put the whole teacher on the GPU to stay.
 
-        Export and report need the memory, of the GPU and of the host.
+        Called after the last step: export and report need the memory of the GPU and of the host.
         """
         self.student.__dict__.pop("run_block", None)
-        llama.LOSS_ROWS = Policy().loss_rows
-        self.optimizer.close()
+        self.student.loss_rows = None
+        if self.optimizer:
+            self.optimizer.close()
         self.offload = None
         if self.teacher:
             self.teacher.come(lm_head=True)

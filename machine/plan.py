@@ -10,15 +10,16 @@ Sizes in bytes unless said otherwise; GiB = 2^30.
 """
 
 import bisect
-import math
 import os
 import shutil
+import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -76,8 +77,10 @@ PCIE = 50e9  # bytes/s
 ELEMENTWISE = 152  # bytes per token, block and d_model: norms, rotary, SwiGLU, residuals, if fused
 # Kept free: CUDA's context lies outside the allocator, fragments inside it. Unmeasured.
 GPU_SPARE, GPU_SPARE_FRACTION, HOST_SPARE = 1.0 * GIB, 0.03, 6 * GIB
-# Reserved beyond what is allocated, by replay (tests/test_replay.py): 20 MiB pages not full where
-# segments of the allocator expand, else what lives on in the midst of freed ones.
+NCCL = 1.0 * GIB  # its buffers, where several GPUs work together. Unmeasured
+# Reserved beyond what is allocated: 20 MiB pages that are not full where segments of the allocator
+# expand, else what lives on in the midst of freed memory. Both were found by replaying planned runs
+# through a model of the allocator (README.md, "One GPU's memory"; measure/replay.py of c5ec068).
 PAGES, STRANDED_FRACTION = 0.5 * GIB, 0.13
 # Gradients bound for host memory that may still be on the GPU; three buffers of 2^24 fp32 beside.
 IN_FLIGHT, GRADIENT_BUFFERS = 2**29, 3 * 2**26
@@ -109,13 +112,7 @@ class Unit:
     seq_len: int
     count: int = 1
     hidden_states: int = 0  # how many are compared with the teacher's
-    heads: int | None = (
-        None  # LM heads run: 1, of KL 2 (the teacher's); by default 1, or 0 if any are compared
-    )
-
-    def __post_init__(self):
-        if self.heads is None:
-            object.__setattr__(self, "heads", 0 if self.hidden_states else 1)
+    heads: int = 1  # LM heads run: of KL 2 (the teacher's), of hidden states alone 0
 
     @classmethod
     def of(cls, stream, c, most: int | None = None) -> "Unit":
@@ -145,15 +142,18 @@ class Plan:
     host_state: bool  # AdamW's state waits in host memory
     teacher_resident: bool  # else parked, on the GPU for the distillation units only
     moments: torch.dtype
-    units: dict[str, Unit]  # as they will run: with fewer sequences in a pass where that helps
-    policies: dict[str, Policy]
-    gpu: dict[str, dict[str, int]]
-    host: dict[str, int]
-    slot_bytes: int  # of Offload; 0: nothing is offloaded
-    seconds: float  # of one optimizer step at the ceilings above: ranks plans, promises nothing
+    units: dict[str, Unit] = field(default_factory=dict)  # as a process will run them
+    policies: dict[str, Policy] = field(default_factory=dict)  # on one GPU; on several Policy()
+    gpu: dict[str, dict[str, int]] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+    slot_bytes: int = 0  # of Offload; 0: nothing is offloaded
+    seconds: float = 0.0  # of one step at the ceilings above: ranks plans, promises nothing
     expandable: bool = True  # whether the allocator's segments can expand
     host_gradients: bool = False  # gradients are summed in host memory
+    host_given: bool = False  # by --host_gib, so that more than what is free is tried
     card: Card | None = None  # None: not one whose ceilings are known; an H200's were taken
+    processes: int = 1
+    context: int = 1  # processes to a sequence
 
     def reserved(self, name: str) -> int:
         """Bytes that the allocator takes for a unit, about: allocated at the peak, and gaps."""
@@ -166,41 +166,44 @@ class Plan:
         return 1.5 * PAGES if self.host_gradients else PAGES
 
     def table(self) -> str:
-        """The memory table, GiB, one column a unit."""
+        """The memory table, GiB: terms of each unit's peak on the GPU, one column a unit."""
+        each = f" of each of {self.processes}" if self.processes > 1 else ""
+        lines = [f"memory plan{each}, GiB".ljust(38) + "".join(n.rjust(9) for n in self.gpu)]
+        for term in dict.fromkeys(t for terms in self.gpu.values() for t in terms):
+            row = (terms.get(term, 0) / GIB for terms in self.gpu.values())
+            lines.append(f"  {term:<36}" + "".join(f"{x:9.2f}" for x in row))
+        total = (sum(terms.values()) / GIB for terms in self.gpu.values())
+        lines.append("  GPU peak, allocated".ljust(38) + "".join(f"{x:9.2f}" for x in total))
         how = "" if self.expandable else " (fixed segments)"
-        reserved = {name: self.reserved(name) for name in self.gpu}
-        lines = memory_table("memory plan, GiB", self.gpu, reserved, how, self.host)
-        for n, p in self.policies.items():
-            lines.append(
-                f"  {n}: {self.units[n].batch} x {self.units[n].seq_len:,} tokens a pass, "
-                f"{p.unchecked} blocks unchecked, {p.attention} recomputed but for attention, "
-                f"MLP tiles of {p.mlp_rows}"
-                + (f", {p.loss_rows} rows of logits" if p.loss_rows < LOSS_ROWS else "")
-                + (", inputs offloaded" if p.offload else "")
-            )
+        reserved = (self.reserved(name) / GIB for name in self.gpu)
+        row = ("  GPU peak, reserved" + how).ljust(38)
+        lines.append(row + "".join(f"{x:9.2f}" for x in reserved))
+        lines += [f"  host: {term:<30}{x / GIB:9.2f}" for term, x in self.host.items() if x]
+        lines.append("  host".ljust(38) + f"{sum(self.host.values()) / GIB:9.2f}")
+        lines += [f"  {name}: {self.how(name)}" for name in self.units]
         if self.host_gradients:
             lines.append("  gradients leave the GPU in every pass and add up in host memory")
-        which = (
-            f"on one {self.card.name}" if self.card else "were this an H200 (its own: not known)"
-        )
-        lines.append(
-            f"  a step takes {self.seconds:.3g} s at least {which}, every kernel at its ceiling"
-        )
+        if self.processes == 1:
+            card = self.card
+            which = f"on one {card.name}" if card else "were this an H200 (its own: not known)"
+            lines.append(
+                f"  a step takes {self.seconds:.3g} s at least {which}, every kernel at its ceiling"
+            )
         return "\n".join(lines)
 
-
-def memory_table(title: str, gpu: dict, reserved: dict, how: str, host: dict) -> list[str]:
-    """Lines: terms of each unit's peak on the GPU, what is reserved for it, terms of the host's."""
-    lines = [title.ljust(38) + "".join(name.rjust(9) for name in gpu)]
-    for term in dict.fromkeys(t for terms in gpu.values() for t in terms):
-        row = (terms.get(term, 0) / GIB for terms in gpu.values())
-        lines.append(f"  {term:<36}" + "".join(f"{x:9.2f}" for x in row))
-    total = (sum(terms.values()) / GIB for terms in gpu.values())
-    lines.append("  GPU peak, allocated".ljust(38) + "".join(f"{x:9.2f}" for x in total))
-    row = ("  GPU peak, reserved" + how).ljust(38)
-    lines.append(row + "".join(f"{x / GIB:9.2f}" for x in reserved.values()))
-    lines += [f"  host: {term:<30}{x / GIB:9.2f}" for term, x in host.items() if x]
-    return [*lines, "  host".ljust(38) + f"{sum(host.values()) / GIB:9.2f}"]
+    def how(self, name: str) -> str:
+        """How the passes of a unit run, in words."""
+        unit, policy = self.units[name], self.policies.get(name)
+        whole = f" of {unit.seq_len * self.context:,}" if self.context > 1 else ""
+        size = f"{unit.batch} x {unit.seq_len:,}{whole} tokens a pass"
+        if policy is None:
+            return f"{size}, every block recomputed"
+        return (
+            f"{size}, {policy.unchecked} blocks unchecked, {policy.attention} recomputed but for "
+            f"attention, MLP tiles of {policy.mlp_rows}"
+            + (f", {policy.loss_rows} rows of logits" if policy.loss_rows < LOSS_ROWS else "")
+            + (", inputs offloaded" if policy.offload else "")
+        )
 
 
 def parameter_count(config: ModelConfig, lm_head: bool = True) -> int:
@@ -300,29 +303,33 @@ def activation_memory(config: ModelConfig, unit: Unit, policy: Policy) -> dict[s
     return terms | {"working memory " + worst: moments[worst]}
 
 
-def best_policy(config, unit: Unit, room: int, offload: bool, card: Card, each_pass: float = 0):
-    """The fastest (seconds a step, unit, policy) whose activations fit in `room` bytes, or None.
+@dataclass(frozen=True)
+class Question:
+    """What has to fit where. The planner's advice is its answer to the same with one change."""
 
-    offload: whether inputs may wait in host memory, for units that gain by it. each_pass: seconds
-    that a pass takes beside its work.
-    """
-    best = None
-    logits = (LOSS_ROWS, LOSS_ROWS // 4) if unit.heads else (LOSS_ROWS,)
-    batches = sorted({max(1, unit.batch >> i) for i in range(6)})  # fewer a pass, more passes
-    choices = (False, True)[: 1 + offload], batches, (8192, 16384, 32768), logits
-    for away, batch, rows, loss_rows in product(*choices):
-        part = replace(unit, batch=batch, count=unit.count * -(-unit.batch // batch))
-        for unchecked in range(config.n_layers + 1 - away):
-            policy = Policy(unchecked, 0, away, rows, loss_rows)
-            left = room - sum(activation_memory(config, part, policy).values())
-            if left < 0:
-                break
-            saved = 2 * part.tokens * config.n_heads * (config.head_dim + 2)
-            policy.attention = min(config.n_layers - unchecked, left // saved)
-            seconds = part.count * (unit_seconds(config, part, policy, card) + each_pass)
-            if best is None or seconds < best[0]:
-                best = seconds, part, policy
-    return best
+    config: ModelConfig
+    units: tuple[Unit, ...]
+    gpu_bytes: int  # free on each GPU
+    host_bytes: int  # free on the host, for each process
+    moments: torch.dtype = torch.float32
+    processes: int = 1  # of torchrun
+    context: int = 1  # processes to a sequence
+    expandable: bool = True  # whether the allocator's segments expand; if not, more is left alone
+    card: str = "H200"  # as torch names it, whose ceilings count
+
+    @property
+    def gpu_room(self) -> float:
+        """Bytes of each GPU that a plan may allocate."""
+        free = self.gpu_bytes if self.expandable else int(self.gpu_bytes / (1 + STRANDED_FRACTION))
+        return free * (1 - GPU_SPARE_FRACTION) - GPU_SPARE - (NCCL if self.processes > 1 else 0)
+
+    @property
+    def host_room(self) -> int:
+        return max(0, self.host_bytes - HOST_SPARE)
+
+    @property
+    def ceilings(self) -> Card:
+        return Card.of(self.card) or H200
 
 
 def make_plan(
@@ -330,255 +337,280 @@ def make_plan(
     units: list[Unit],
     gpu_bytes: int,
     host_bytes: int,
-    moments: torch.dtype = torch.float32,
-    compile: bool = False,
-    expandable: bool = True,
-    card: str = "H200",
+    *,
     length: tuple[str, int] = ("--target_len", 0),
+    compile: bool = False,
+    **more,
 ) -> Plan:
-    """Choose the fastest plan that fits this model, these units, this GPU and this host.
+    """Choose the fastest plan that fits this model, these units, these GPUs and this host.
 
     gpu_bytes, host_bytes: free now, for all of the run; a spare part of each is left alone.
-    expandable: whether the allocator's segments expand; where not, more is left alone.
-    card: as torch names it, whose ceilings count. length: the flag of the longest unit's, and what
-    it has to be above.
-    Raises ValueError where none fits, saying what is missing and which changes would fit.
+    length: the flag of the longest unit's length, and what it has to be above. more: Question's
+    other fields. Raises ValueError where nothing fits, saying what is missing and which changes
+    would fit.
     """
-    given = gpu_bytes
-    if not expandable:
-        gpu_bytes = int(gpu_bytes / (1 + STRANDED_FRACTION))
-    known = Card.of(card)
-    ceilings = known or H200
-    plan = _fastest(config, units, gpu_bytes, host_bytes, moments, ceilings)
+    question = Question(config, tuple(units), gpu_bytes, host_bytes, **more)
+    plan = answer(question)
     if plan is None:
-        rest = gpu_bytes, host_bytes, moments, ceilings
-        advice = _advice(config, units, *rest, length)
-        if not expandable and _fastest(config, units, given, *rest[1:]):
-            advice.append("PYTORCH_ALLOC_CONF=expandable_segments:True")
-        raise ValueError(_refusal(config, units, gpu_bytes, host_bytes, moments, advice))
-    plan.expandable, plan.card = expandable, known
+        raise ValueError(refusal(question, *length))
+    plan.expandable, plan.card = question.expandable, Card.of(question.card)
     for policy in plan.policies.values():
         policy.compile = compile
     return plan
 
 
-# Whether AdamW's state and gradients are in host memory.
-PLACES = (False, False), (True, False), (True, True)
+def answer(question: Question) -> Plan | None:
+    """The fastest plan that fits, or None."""
+    return fastest(question) if question.processes == 1 else spread(question)
 
 
-def _fastest(config, units, gpu_bytes, host_bytes, moments, card: Card = H200) -> Plan | None:
-    n = parameter_count(config)
-    state_bytes = n * (2 + 2 * moments.itemsize)
-    parked = 2 * n  # the teacher, with its LM head: the closing report needs it
-    gpu_room = int(gpu_bytes * (1 - GPU_SPARE_FRACTION) - GPU_SPARE)
-    best = None
-    for offload, swapped, (host_state, away) in product((False, True), (False, True), PLACES):
-        host = {
-            "AdamW's state": state_bytes if host_state else 0,
-            "gradients, fp32": 4 * n if away else 0,
-            "teacher": parked if swapped else 0,
-            "block inputs": 0,
-        }
-        seconds = state_bytes / PCIE if host_state else 12 * n * 12 / card.copy
-        visiting = 2 * parameter_count(config, lm_head=any(u.heads == 2 for u in units))
-        seconds += visiting / PCIE if swapped and any(u.teacher for u in units) else 0
-        parts, policies, gpu, slot_bytes = {}, {}, {}, 0
-        for unit in units:
-            fixed = {
-                "weights, bf16": 2 * n,
-                "gradients, fp32": IN_FLIGHT + GRADIENT_BUFFERS if away else 4 * n,
-                "AdamW's state": 0 if host_state else state_bytes,
-                "teacher, bf16": (visiting if unit.teacher else 0) if swapped else parked,
-            }
-            # Counted in full, though backward may hide most of it.
-            each_pass = 4 * n / PCIE if away else 0
-            left = gpu_room - sum(fixed.values())
-            found = best_policy(config, unit, left, offload, card, each_pass)
-            if found is None:
-                break
-            cost, part, policy = found
-            seconds += cost
-            parts[unit.name], policies[unit.name] = part, policy
-            gpu[unit.name] = fixed | activation_memory(config, part, policy)
-            if policy.offload:
-                slot_bytes = max(slot_bytes, 2 * part.tokens * config.d_model)
-                host["block inputs"] = config.n_layers * slot_bytes
-        else:
-            fits = sum(host.values()) <= max(0, host_bytes - HOST_SPARE)
-            if fits and (best is None or seconds < best.seconds):
-                where = host_state, not swapped
-                best = Plan(*where, moments, parts, policies, gpu, host, slot_bytes, seconds)
-                best.host_gradients = away
+# ------------------------------------------------------------------------------------- one GPU
+
+
+class Place(NamedTuple):
+    """Where something is during a run: the bytes that it takes there, and what that costs."""
+
+    gpu: int
+    host: int = 0
+    step: float = 0.0  # seconds a step
+    each_pass: float = 0.0  # seconds a pass; counted in full, though backward may hide most
+
+
+def places(q: Question) -> dict[str, tuple[Place, Place]]:
+    """The mechanisms of a whole run: what may stay on the GPU, or leave it for host memory.
+
+    What the passes choose for themselves, each for its own, is in `passes`.
+    """
+    n = parameter_count(q.config)
+    state = n * (2 + 2 * q.moments.itemsize)
+    kl, taught = any(u.heads == 2 for u in q.units), any(u.teacher for u in q.units)
+    visiting = 2 * parameter_count(q.config, lm_head=kl)
+    return {
+        "gradients, fp32": (
+            Place(4 * n),
+            Place(IN_FLIGHT + GRADIENT_BUFFERS, 4 * n, each_pass=4 * n / PCIE),
+        ),
+        "AdamW's state": (
+            Place(state, step=12 * n * 12 / q.ceilings.copy),
+            Place(0, state, step=state / PCIE),
+        ),
+        # With its LM head, at home: the closing report needs it. It visits only who is taught.
+        "teacher, bf16": (
+            Place(2 * n),
+            Place(visiting, 2 * n, step=visiting / PCIE if taught else 0.0),
+        ),
+    }
+
+
+def passes(config: ModelConfig, unit: Unit):
+    """The mechanisms of a pass: yields (unit, policy, bytes by term), of every choice there is.
+
+    How many attention outputs are kept depends on what room is left: `best_pass`.
+    """
+    logits = (LOSS_ROWS, LOSS_ROWS // 4) if unit.heads else (LOSS_ROWS,)
+    batches = sorted({max(1, unit.batch >> i) for i in range(6)})  # fewer a pass, more passes
+    for offload, batch, rows, loss_rows in product(
+        (False, True), batches, (8192, 16384, 32768), logits
+    ):
+        part = replace(unit, batch=batch, count=unit.count * -(-unit.batch // batch))
+        for unchecked in range(config.n_layers + 1 - offload):
+            policy = Policy(unchecked, 0, offload, rows, loss_rows)
+            yield part, policy, activation_memory(config, part, policy)
+
+
+def best_pass(q: Question, choices: list, room: float, offload: bool, each_pass: float):
+    """The fastest of `choices` that fits in `room` bytes: (seconds a step, unit, policy), or None.
+
+    offload: whether inputs may wait in host memory. each_pass: seconds beside a pass's work.
+    """
+    best, n_layers = None, q.config.n_layers
+    for part, policy, terms in choices:
+        left = int(room - sum(terms.values()))
+        if left < 0 or policy.offload > offload:
+            continue
+        saved = 2 * part.tokens * q.config.n_heads * (q.config.head_dim + 2)
+        policy = replace(policy, attention=min(n_layers - policy.unchecked, left // saved))
+        seconds = part.count * (unit_seconds(q.config, part, policy, q.ceilings) + each_pass)
+        if best is None or seconds < best[0]:
+            best = seconds, part, policy
     return best
 
 
-def _refusal(config, units, gpu_bytes, host_bytes, moments, advice: list[str]) -> str:
-    """Why nothing fits, and what would."""
-    n, longest = parameter_count(config), max(units, key=lambda u: u.seq_len)
-    what = (
-        f"this does not fit {gpu_bytes / GIB:.1f} GiB of GPU and {host_bytes / GIB:.1f} GiB of "
-        f"host memory: weights take {2 * n / GIB:.1f} GiB of the GPU, gradients {4 * n / GIB:.1f} "
-        f"and AdamW's state {n * (2 + 2 * moments.itemsize) / GIB:.1f} GiB of either, and a pass "
-        f"over {longest.seq_len} tokens its activations"
-    )
-    fits = ", or ".join(advice)
-    return f"{what}; it fits with {fits}" if fits else f"{what}; no one change that was tried fits"
-
-
-def _advice(config, units, gpu_bytes, host_bytes, moments, card, length) -> list[str]:
-    """Changes with each of which it fits: tried, every one, by the planner itself."""
-
-    def fits(changed=units, m=moments, gpu=gpu_bytes, host=host_bytes) -> bool:
-        return _fastest(config, changed, gpu, host, m, card) is not None
-
-    def longest(m: torch.dtype) -> list[int]:
-        i = bisect.bisect_left(shorter, True, key=lambda cut: fits(cut[1], m))
-        return [n for n, _ in shorter[i : i + 1]]
-
-    advice, half, shorter = [], moments == torch.float32, list(_shorter(units, length[1]))
-    if half and fits(m=torch.bfloat16):
-        advice.append("--moments bf16")
-    found = longest(moments)
-    advice += [f"{length[0]} {n}" for n in found]
-    if half and not advice:
-        advice += [f"--moments bf16 and {length[0]} {n}" for n in longest(torch.bfloat16)]
-    hosts = range(8, 2049, 8)
-    i = bisect.bisect_left(hosts, True, key=lambda gib: fits(host=gib * GIB))
-    advice += [f"{gib} GiB of free host memory" for gib in hosts[i : i + 1]]
-    sizes = (g for g in (24, 32, 48, 80, 96, 141, 180, 288) if g * 0.98 * GIB > gpu_bytes)
-    advice += [f"a GPU of {g} GB" for g in sizes if fits(gpu=int(g * 0.98 * GIB))][:1]
-    for processes, context in product((2, 4, 8, 16, 32, 64), (1, 2, 4, 8)):
-        if _shares_fit(config, units, processes, context, gpu_bytes, host_bytes):
-            more = f" and --context {context}" if context > 1 else ""
-            advice.append(f"{processes} such GPUs (torchrun){more}")
-            break
-    return advice
-
-
-def _shorter(units: list[Unit], floor: int):
-    """(length, units): the longest cut, in steps of 8,192, but to more than `floor`."""
-    longest = max(u.seq_len for u in units)
-    floor = max([floor, *(u.seq_len for u in units if u.seq_len < longest)])
-    for length in range((longest - 1) // 8192 * 8192, floor, -8192):
-        yield length, [replace(u, seq_len=length) if u.seq_len == longest else u for u in units]
+def fastest(q: Question) -> Plan | None:
+    """The one search: everything that may leave the GPU stays or leaves, and the best passes."""
+    weights, table, best = 2 * parameter_count(q.config), places(q), None
+    choices = {unit.name: list(passes(q.config, unit)) for unit in q.units}
+    # Gradients leave only after AdamW's state: they move in every pass.
+    together = (), ("AdamW's state",), ("AdamW's state", "gradients, fp32")
+    for offload, visits, others in product((False, True), ((), ("teacher, bf16",)), together):
+        leave = visits + others
+        chosen = {name: pair[name in leave] for name, pair in table.items()}
+        plan = Plan(
+            host_state="AdamW's state" in leave,
+            teacher_resident=not visits,
+            moments=q.moments,
+            host_gradients="gradients, fp32" in leave,
+            host={name: place.host for name, place in chosen.items()},
+            seconds=sum(place.step for place in chosen.values()),
+        )
+        each_pass = sum(place.each_pass for place in chosen.values())
+        for unit in q.units:
+            fixed = {"weights, bf16": weights} | {n: place.gpu for n, place in chosen.items()}
+            if visits and not unit.teacher:
+                fixed["teacher, bf16"] = 0
+            room = q.gpu_room - sum(fixed.values())
+            found = best_pass(q, choices[unit.name], room, offload, each_pass)
+            if found is None:
+                break
+            seconds, part, policy = found
+            plan.seconds += seconds
+            plan.units[unit.name], plan.policies[unit.name] = part, policy
+            plan.gpu[unit.name] = fixed | activation_memory(q.config, part, policy)
+            if policy.offload:
+                plan.slot_bytes = max(plan.slot_bytes, 2 * part.tokens * q.config.d_model)
+        plan.host["block inputs"] = q.config.n_layers * plan.slot_bytes
+        fits = len(plan.units) == len(q.units) and sum(plan.host.values()) <= q.host_room
+        if fits and (best is None or plan.seconds < best.seconds):
+            best = plan
+    return best
 
 
 # -------------------------------------------------------------------------------- several GPUs
 
-NCCL = 1.0 * GIB  # its buffers, outside the allocator. Unmeasured
+
+def spread(q: Question) -> Plan | None:
+    """The plan of each of several GPUs over which a run's weights are spread (many.py)."""
+    plan = smallest_spread(q)
+    return plan if most(plan) <= q.gpu_room and sum(plan.host.values()) <= q.host_room else None
 
 
-@dataclass
-class SharedPlan:
-    """What each of several GPUs holds of a run whose weights are spread over them (many.py)."""
+def smallest_spread(q: Question) -> Plan:
+    """What each GPU holds, with fewer sequences in a pass where that fits, or one.
 
-    processes: int
-    context: int  # processes to a sequence
-    units: dict[str, Unit]  # as one process reads them: its part of a sequence
-    gpu: dict[str, dict[str, int]]
-    host: dict[str, int]
-
-    def table(self) -> str:
-        reserved = {name: int(sum(terms.values()) + PAGES) for name, terms in self.gpu.items()}
-        title = f"memory plan of each of {self.processes}, GiB"
-        lines = memory_table(title, self.gpu, reserved, "", self.host)
-        for name, u in self.units.items():
-            whole = f" of {u.seq_len * self.context:,}" if self.context > 1 else ""
-            lines.append(
-                f"  {name}: {u.batch} x {u.seq_len:,}{whole} tokens a pass, every block recomputed"
-            )
-        return "\n".join(lines)
-
-
-def shared_plan(
-    config, units, processes, context, gpu_bytes, host_bytes, length=("--target_len", 0)
-) -> SharedPlan:
-    """What each process of torchrun takes of its GPU and of the host.
-
-    gpu_bytes, host_bytes: free on the fullest. Raises ValueError where that is not enough, saying
-    what would be. length: as make_plan's.
+    Every block is recomputed. 20 bytes a parameter, 18 with the teacher in bf16, are spread.
     """
-    fewer = []  # sequences a pass
-    for unit in units:
-        parts = [replace(unit, batch=max(1, unit.batch >> i)) for i in range(8)]
-        held = (u for u in parts if _holds(_shares(config, [u], processes, context), gpu_bytes))
-        fewer.append(next(held, parts[-1]))
-    plan = _shares(config, fewer, processes, context)
-    if _holds(plan, gpu_bytes, host_bytes):
-        return plan
-    per, peak = parameter_count(config) * 18 / processes, _most(plan)
-    raise ValueError(
-        f"this does not fit {processes} GPUs with {gpu_bytes / GIB:.1f} GiB each and "
-        f"{host_bytes / GIB:.1f} GiB of host memory: {peak / GIB:.1f} GiB of each GPU are needed "
-        f"(weights, gradients, AdamW's state and teacher {per / GIB:.1f}), and the export takes "
-        f"{sum(plan.host.values()) / GIB:.1f} GiB of the first one's host; "
-        + _shared_advice(config, units, processes, context, gpu_bytes, host_bytes, length)
-    )
-
-
-def _shared_advice(config, units, processes, context, gpu_bytes, host_bytes, length) -> str:
-    advice = []
-    sizes = [processes * 2**i for i in range(10)]
-    for many, parts in product(sizes, (1, 2, 4, 8)):
-        fits = _shares_fit(config, units, many, parts, gpu_bytes, host_bytes)
-        if fits and (many, parts) != (processes, context):
-            other = f" and --context {parts}" if parts != context else ""
-            advice.append(f"{many} processes{other}" if many > processes else f"--context {parts}")
-            break
-    for n, changed in _shorter(units, length[1]):
-        if _shares_fit(config, changed, processes, context, gpu_bytes, host_bytes):
-            advice.append(f"{length[0]} {n}")
-            break
-    for moments in (torch.float32, torch.bfloat16):
-        if _fastest(config, units, gpu_bytes, host_bytes, moments):
-            bf16 = " and --moments bf16" if moments == torch.bfloat16 else ""
-            advice.append(f"one of these GPUs alone (python longred.py, no torchrun){bf16}")
-            break
-    if not advice:
-        return "no number of such GPUs that was tried fits"
-    return "it fits with " + ", or ".join(advice)
-
-
-def _shares(config, units, processes: int, context: int) -> SharedPlan:
-    """20 bytes a parameter, 18 with the teacher in bf16, spread; what is whole; activations."""
-    n, v, d = parameter_count(config), config.vocab_size, config.d_model
-    block = parameter_count(replace(config, n_layers=1, vocab_size=0))
-    rest = v * d * (1 if config.tie_embeddings else 2)  # gathered for all of a pass
-    own, gpu = {}, {}
-    for unit in units:
-        u = own[unit.name] = replace(unit, seq_len=unit.seq_len // context)
-        made = activation_memory(config, u, Policy())
-        gpu[u.name] = {
-            "weights, fp32": 4 * n // processes,
-            "gradients, fp32": 4 * n // processes,
-            "AdamW's state": 8 * n // processes,
-            "teacher, bf16": 2 * n // processes,
-            # Two blocks in bf16, one's gradient in bf16 and fp32.
-            "gathered blocks": 10 * block,
-            "gathered embeddings": 2 * rest * (2 if u.teacher else 1),
-            **made,
-            "gradient of the embeddings": max(0, 6 * rest - sum(made.values())),
-        }
+    n, d = parameter_count(q.config), q.config.d_model
+    block = parameter_count(replace(q.config, n_layers=1, vocab_size=0))
+    # The embeddings are gathered for all of a pass.
+    embeddings = q.config.vocab_size * d * (1 if q.config.tie_embeddings else 2)
+    plan = Plan(False, True, q.moments, processes=q.processes, context=q.context)
     # Student and teacher whole and in fp32, in the first process.
-    return SharedPlan(processes, context, own, gpu, {"export, first process": 8 * n})
+    plan.host = {"export, first process": 8 * n}
+    for unit in q.units:
+        for i in range(8):
+            length = unit.seq_len // q.context
+            part = replace(unit, batch=max(1, unit.batch >> i), seq_len=length)
+            made = activation_memory(q.config, part, Policy())
+            terms = {
+                "weights, fp32": 4 * n // q.processes,
+                "gradients, fp32": 4 * n // q.processes,
+                "AdamW's state": 8 * n // q.processes,
+                "teacher, bf16": 2 * n // q.processes,
+                # Two blocks in bf16, one's gradient in bf16 and fp32.
+                "gathered blocks": 10 * block,
+                "gathered embeddings": 2 * embeddings * (2 if unit.teacher else 1),
+                **made,
+                "gradient of the embeddings": max(0, 6 * embeddings - sum(made.values())),
+            }
+            plan.units[unit.name], plan.gpu[unit.name] = part, terms
+            if sum(terms.values()) <= q.gpu_room:
+                break
+    return plan
 
 
-def _most(plan: SharedPlan) -> int:
+def most(plan: Plan) -> int:
     return max(sum(terms.values()) for terms in plan.gpu.values())
 
 
-def _holds(plan: SharedPlan, gpu_bytes: int, host_bytes: float = math.inf) -> bool:
-    room = gpu_bytes * (1 - GPU_SPARE_FRACTION) - GPU_SPARE - NCCL
-    return _most(plan) <= room and sum(plan.host.values()) <= host_bytes - HOST_SPARE
+# --------------------------------------------------------------------------------------- advice
 
 
-def _shares_fit(config, units, processes: int, context: int, gpu_bytes: int, host_bytes: int):
-    """Whether so many GPUs, `context` to a sequence, would hold it."""
-    lengths = [u.seq_len for u in units]
-    if processes % context or any(n % context for n in (*lengths, config.n_kv_heads)):
-        return False
-    units = [replace(u, batch=1) for u in units]
-    return _holds(_shares(config, units, processes, context), gpu_bytes, host_bytes)
+def refusal(q: Question, flag: str, floor: int) -> str:
+    """Why nothing fits, and what would. flag, floor: make_plan's length."""
+    n, longest = parameter_count(q.config), max(unit.seq_len for unit in q.units)
+    gpu, host = q.gpu_bytes / GIB, q.host_bytes / GIB
+    if q.processes == 1:
+        why = (
+            f"this does not fit {gpu:.1f} GiB of GPU and {host:.1f} GiB of host memory: weights "
+            f"take {2 * n / GIB:.1f} GiB of the GPU, gradients {4 * n / GIB:.1f} and AdamW's state "
+            f"{n * (2 + 2 * q.moments.itemsize) / GIB:.1f} GiB of either, and a pass over "
+            f"{longest} tokens its activations"
+        )
+    else:
+        plan = smallest_spread(q)
+        why = (
+            f"this does not fit {q.processes} GPUs with {gpu:.1f} GiB each and {host:.1f} GiB of "
+            f"host memory: {most(plan) / GIB:.1f} GiB of each GPU are needed (weights, gradients, "
+            f"AdamW's state and teacher {18 * n / q.processes / GIB:.1f}), and the export takes "
+            f"{sum(plan.host.values()) / GIB:.1f} GiB of the first one's host"
+        )
+    fits = dict.fromkeys(filter(None, (first_that_fits(runs) for runs in changes(q, flag, floor))))
+    return f"{why}; " + (
+        "it fits with " + ", or ".join(fits) if fits else "no one change that was tried fits"
+    )
+
+
+def first_that_fits(runs) -> str | None:
+    """The words of the first change with which there is a plan. In a run later ones need less."""
+    for run in runs:
+        i = bisect.bisect_left(run, True, key=lambda change: answer(change[1]) is not None)
+        if i < len(run):
+            return run[i][0]
+    return None
+
+
+def changes(q: Question, flag: str, floor: int) -> list:
+    """The same question with one setting changed, as runs of (words, question): see above."""
+    cuts = shorter(q.units, floor)
+    cut = [(f"{flag} {n}", replace(q, units=units)) for n, units in cuts]
+    if q.processes > 1:
+        one = replace(q, processes=1, context=1)
+        words = "one of these GPUs alone (python longred.py, no torchrun)"
+        bf16 = f"{words} and --moments bf16", replace(one, moments=torch.bfloat16)
+        return [more_processes(q), [cut], [[(words, one), bf16]]]
+    half = replace(q, moments=torch.bfloat16)
+    bf16 = [("--moments bf16", half)] if q.moments != torch.bfloat16 else []
+    both = [(f"--moments bf16 and {flag} {n}", replace(half, units=units)) for n, units in cuts]
+    hosts = [
+        (f"{gib} GiB of free host memory", replace(q, host_bytes=gib * GIB))
+        for gib in range(8, 2049, 8)
+    ]
+    gpus = [
+        (f"a GPU of {g} GB", replace(q, gpu_bytes=int(g * 0.98 * GIB)))
+        for g in (24, 32, 48, 80, 96, 141, 180, 288)
+        if g * 0.98 * GIB > q.gpu_bytes
+    ]
+    expand = [("PYTORCH_ALLOC_CONF=expandable_segments:True", replace(q, expandable=True))]
+    found = [[bf16], [cut, bf16, both if bf16 else []], [hosts], [gpus], more_processes(q)]
+    return found if q.expandable else [*found, [expand]]
+
+
+def shorter(units: tuple[Unit, ...], floor: int) -> list[tuple[int, tuple[Unit, ...]]]:
+    """(length, units): the longest cut, in steps of 8,192, but to more than `floor`."""
+    longest = max(u.seq_len for u in units)
+    floor = max([floor, *(u.seq_len for u in units if u.seq_len < longest)])
+    return [
+        (n, tuple(replace(u, seq_len=n) if u.seq_len == longest else u for u in units))
+        for n in range((longest - 1) // 8192 * 8192, floor, -8192)
+    ]
+
+
+def more_processes(q: Question) -> list:
+    """More processes of torchrun, or more to a sequence; each a run of its own."""
+    runs, alone = [], q.processes == 1
+    lengths = [unit.seq_len for unit in q.units]
+    for i, context in product(range(1 if alone else 0, 10), (1, 2, 4, 8)):
+        many = q.processes * 2**i
+        divides = not any(n % context for n in (*lengths, q.config.n_kv_heads, many))
+        if not divides or (many, context) == (q.processes, q.context):
+            continue
+        words = f"{many} such GPUs (torchrun)" if alone else f"{many} processes"
+        same = context == (1 if alone else q.context)
+        words += "" if same else f" and --context {context}"
+        if many == q.processes:
+            words = f"--context {context}"
+        runs.append([(words, replace(q, processes=many, context=context, expandable=True))])
+    return runs
 
 
 # ------------------------------------------------------------------------------- what there is
@@ -603,12 +635,25 @@ ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # torch reads both
 
 
 def expand_segments() -> None:
-    """Have the GPU's allocator map pages where memory is free, whatever lies between them.
+    """Have the GPU's allocator map pages where memory is free, if the system can do that.
 
-    To be called before CUDA starts, which reads the setting once. A setting of the user's wins.
+    To be called before CUDA starts, which reads the setting once. A setting of the user's wins. A
+    child process tries it first: where the driver cannot, the first allocation fails.
     """
-    if not any(os.environ.get(name) for name in ALLOCATOR):
-        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+    if any(os.environ.get(name) for name in ALLOCATOR):
+        return
+    os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+    if torch.cuda.device_count() and not _gpu_allocates():  # the count does not start CUDA
+        os.environ[ALLOCATOR[0]] = "expandable_segments:False"
+
+
+def _gpu_allocates() -> bool:
+    """Whether a process of this environment can allocate memory on the GPU."""
+    code = "import torch; torch.empty(2**25, device='cuda')"
+    with suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+        return done.returncode == 0
+    return False
 
 
 def segments_expand() -> bool:
@@ -622,12 +667,24 @@ def segments_expand() -> bool:
     )
 
 
-def asked(flag: str, gib: float | None, free: int | None) -> int:
-    """Bytes to plan for: what a flag asks for, no more than is free, else all that is free."""
+def asked(flag: str, gib: float | None, free: int | None, grows: bool = False) -> int:
+    """Bytes to plan for: what a flag asks for, else all that is free.
+
+    Raises ValueError for more than is free. grows: the free memory of some systems grows as it is
+    asked for, so more than is free is a warning and the run tries.
+    """
     if not gib and free is None:
         raise ValueError(f"this system does not say how much memory is free; pass {flag}")
     if gib and free is not None and gib * GIB > free:
-        raise ValueError(f"{flag} {gib:g}: {free / GIB:.1f} GiB are free; pass less, or free some")
+        if not grows:
+            raise ValueError(
+                f"{flag} {gib:g}: {free / GIB:.1f} GiB are free; pass less, or free some"
+            )
+        print(
+            f"warning: {flag} {gib:g}, but the system says that {free / GIB:.1f} GiB are free; "
+            "if it cannot give more, it ends this process without a word",
+            flush=True,
+        )
     return int(gib * GIB) if gib else free
 
 

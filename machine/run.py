@@ -17,6 +17,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -147,28 +148,44 @@ class Run(longred.Run):
         self.streams = streams
         self.units = [plan.Unit.of(s, c, c.unit_tokens // s.seq_len) for s in streams.values()]
         self.once(lambda: plan.preflight(c, self.original, streams.values(), self.units, size))
-        found = self.plan_memory() if c.device.startswith("cuda") else None
+        self.take_plan(self.plan_memory() if c.device.startswith("cuda") else None)
+
+    def take_plan(self, found: plan.Plan | None) -> None:
+        """Print a plan and run by it from here on."""
         if found:
             print(found.table(), flush=True)
         units = found.units.values() if found else self.units
         self.sequences = {unit.name: unit.batch for unit in units}
-        if found and size == 1:
+        if found and self.processes.size == 1:
             self.plan, self.stored = found, torch.bfloat16
 
-    def plan_memory(self) -> plan.Plan | plan.SharedPlan:
-        """On GPUs: the memory table, and what follows from it; the same in every process."""
-        c, processes, units = self.c, self.processes, self.units
+    def plan_memory(self, host_memory: bool = True) -> plan.Plan:
+        """On GPUs: the memory table, and what follows from it; the same in every process.
+
+        host_memory: whether a plan for one GPU may use any.
+        """
+        c, processes = self.c, self.processes
         room = plan.asked("--gpu_gib", c.gpu_gib, plan.gpu_room())
-        host = plan.asked("--host_gib", c.host_gib, plan.available_memory())
+        host = plan.asked("--host_gib", c.host_gib, plan.available_memory(), grows=True)
         skipped = c.train_len < c.target_len
         length = ("--train_len", 0) if skipped else ("--target_len", c.original_len)
         if processes.size > 1:
             room, host = processes.total([room, host], "MIN")
-            shares = processes.size, c.context, room, host
-            return plan.shared_plan(self.original, units, *shares, length)
-        moments = torch.bfloat16 if c.moments == "bf16" else torch.float32
-        rest = c.compile, plan.segments_expand(), torch.cuda.get_device_name(), length
-        return plan.make_plan(self.original, units, room, host, moments, *rest)
+        found = plan.make_plan(
+            self.original,
+            self.units,
+            gpu_bytes=room,
+            host_bytes=host if host_memory else 0,
+            moments=torch.bfloat16 if c.moments == "bf16" else torch.float32,
+            processes=processes.size,
+            context=c.context,
+            compile=c.compile,
+            expandable=processes.size > 1 or plan.segments_expand(),
+            card=torch.cuda.get_device_name(),
+            length=length,
+        )
+        found.host_given = bool(c.host_gib)
+        return found
 
     def open_texts(self, streams: dict) -> None:
         """Check disk and memory; then tokenise, once, on one process, and open every stream."""
@@ -277,13 +294,13 @@ class Run(longred.Run):
     def optimizer(self, student: Llama, teacher: Llama):
         """AdamW for this machine; how the blocks of the student run is settled with it."""
         c = self.c
-        adamw = c.lr, (c.beta1, c.beta2), 1e-8, c.weight_decay
+        adamw = dict(lr=c.lr, betas=(c.beta1, c.beta2), eps=1e-8, weight_decay=c.weight_decay)
         self.student = student
         if self.plan:
-            self.one_gpu = memory.OneGPU(self.plan, student, teacher, *adamw)
+            self.one_gpu = self.open_one_gpu(student, teacher, **adamw)
             self.adamw = self.one_gpu.optimizer
         else:
-            self.adamw = torch.optim.AdamW(student.parameters(), *adamw)
+            self.adamw = torch.optim.AdamW(student.parameters(), **adamw)
             if c.recompute or self.processes.size > 1:
                 memory.apply_policy(student, plan.Policy())  # every block is recomputed
         log.print_header(c, student, teacher, self.streams)
@@ -292,6 +309,26 @@ class Run(longred.Run):
             seconds = plan.forecast(c, self.original, now, self.processes.size)
             log.print_forecast(c, seconds, c.steps)
         return self.adamw
+
+    def open_one_gpu(self, student: Llama, teacher: Llama, **adamw) -> memory.OneGPU:
+        """The plan at work; if the system refuses its host memory, a plan that uses none.
+
+        AdamW's moments become bf16 where only that fits, but not in a run that has a state in fp32.
+        """
+        try:
+            return memory.OneGPU(self.plan, student, teacher, **adamw)
+        except memory.HostMemoryRefused as e:
+            refused = str(e)
+        for moments in dict.fromkeys([self.c.moments, self.c.moments if self.resumed else "bf16"]):
+            self.c.moments = moments
+            with suppress(ValueError):
+                found = self.plan_memory(host_memory=False)
+                break
+        else:
+            raise ValueError(f"{refused}; and no plan without host memory fits this GPU")
+        print(f"{refused}; going on without, AdamW's moments in {moments}:", flush=True)
+        self.take_plan(found)
+        return memory.OneGPU(self.plan, student, teacher, **adamw)
 
     # ------------------------------------------------------------------------------- the steps
 

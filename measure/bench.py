@@ -1,12 +1,9 @@
 """Benchmarks against peers and against the machine's own limits, all in one run.
 
+    python -m measure.bench prove         one GPU: all targets in two commands, one JSON and a table
     python -m measure.bench rope          one GPU: the rotary kernel against its peers and a copy
     python -m measure.bench step          one GPU: a LongReD step of Llama-3-8B, part by part
-    python -m measure.bench memory        one GPU: planned against measured peaks, PCIe
-    python -m measure.bench kernels       one GPU: attention backends, weight sums, fusions
-    python -m measure.bench loss          any machine: KL of the next token against cross-entropy
-    python -m measure.bench prove         one GPU: all targets, 8 minutes, one JSON and a table
-    python -m measure.bench data          any machine: tokenising against the library alone
+    python -m measure.bench memory        planned peaks of a step; on a GPU against measured ones
     python -m measure.bench rope --device cpu    a smoke test; its numbers mean nothing
 
 Every run prints a table and writes it to results/ as JSON, with device, versions, date and command.
@@ -16,46 +13,35 @@ From any other folder the command is python PATH/measure/bench.py.
 import argparse
 import functools
 import gc
-import itertools
 import json
-import math
-import multiprocessing
-import os
 import platform
 import re
-import resource
 import shlex
 import statistics
 import sys
-import sysconfig
-import tempfile
 import time
-import warnings
 import weakref
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 if not __package__:  # run by its path, which puts measure/ first among the places of modules
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import tiktoken
-import tokenizers
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
-from longred import cosine_distance, whole_number
-from machine import corpus, memory
+from longred import StepStream, fill_defaults, plan_streams, whole_number
+from machine import memory
 from machine import plan as planner
 from machine.formats import config_to_hf
+from machine.settings import MachineConfig as Config
 from machine.states import refuse_foreign, whole_file
-from machine.tokenizer import LLAMA3_PATTERN, load_tokenizer, read_ranks
-from model import LOSS_ROWS, Attention, Llama, ModelConfig, next_token_kl, next_token_loss
+from model import LOSS_ROWS, Llama, ModelConfig, next_token_kl, next_token_loss
 from rope_kernels import apply_rope, rope_backend, rope_frequencies
 
 # ------------------------------------------------ Timing and bookkeeping, shared by the subcommands
@@ -90,10 +76,37 @@ def host_microseconds(run, sets, device) -> float:
     return elapsed / len(sets) * 1e6
 
 
+def timed(run, rounds, device):
+    """Seconds of run(): the median of `rounds` after the first, and the first."""
+    synchronize = torch.get_device_module(device).synchronize
+    times = []
+    for _ in range(rounds + 1):
+        synchronize()
+        began = time.perf_counter()
+        run()
+        synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:] or times), times[0]
+
+
+def failure(error: Exception) -> dict:
+    """An error as a row of a result: no memory, a compiler, a bug. Other rows go on."""
+    line = (str(error).splitlines() or [""])[0][:500]
+    if isinstance(error, torch.OutOfMemoryError):
+        return {"out of memory": line}
+    return {"error": f"{type(error).__name__}: {line}"}
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
 def describe(device) -> dict:
     """Where and with what a result was measured."""
-    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
-    versions = {name: installed.get(name, "none") for name in ("torch", "triton", "liger-kernel")}
+    versions = {name: version(name) for name in ("torch", "triton", "liger-kernel")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
         "device": name or platform.machine(),
@@ -136,7 +149,7 @@ COPY, OURS = "copy of the same bytes", "longred"
 
 def bench_rope(args):
     """Time and error of rotating q and k, forward and backward."""
-    device = torch.device(args.device)
+    device = args.device
     lengths = args.lengths or ([64, 256] if device.type == "cpu" else [8192, 32768, 131072])
     result = describe(device) | {"backend": rope_backend(device), "rows": []}
     print(f"{result['device']}, {result['date']}, {result['versions']}, path {result['backend']}")
@@ -144,7 +157,7 @@ def bench_rope(args):
         try:
             rows = rope_at(n_tokens, args.rounds, device)
         except torch.OutOfMemoryError as e:
-            rows = [{"T": n_tokens, "out of memory": str(e).splitlines()[0]}]
+            rows = [{"peer": "all", "direction": "", "T": n_tokens} | failure(e)]
         result["rows"] += rows
         print_rope(rows, n_tokens)
         write_result(result, args.out_dir, "rope", quiet=True)
@@ -170,26 +183,27 @@ def rope_at(n_tokens, rounds, device):
     target = torch.empty_like(flat[0][0])
     n_bytes = 2 * target.numel() * target.element_size()
 
-    jobs, errors = {(COPY, "both"): (target.copy_, flat)}, {(COPY, "both"): 0.0}
+    jobs, errors, failed = {(COPY, "both"): (target.copy_, flat)}, {(COPY, "both"): 0.0}, {}
     for name, rotate in rope_peers(n_tokens, device).items():
-        forward, backward = [], []
-        for *qk, grad_q, grad_k in sets:
-            leaves = [x.clone().requires_grad_() for x in qk]  # Liger rotates what it is given
-            forward.append(leaves)
-            out = rotate(*leaves)
-            backward.append((out, leaves, (grad_q.clone(), grad_k.clone())))
-        errors[name, "forward"], errors[name, "backward"] = rope_errors(rotate, sets[0])
-        jobs[name, "forward"] = rotate, forward
-        jobs[name, "backward"] = functools.partial(torch.autograd.grad, retain_graph=True), backward
+        try:
+            jobs |= rope_jobs(name, rotate, sets)
+            errors[name, "forward"], errors[name, "backward"] = rope_errors(rotate, sets[0])
+        except Exception as e:
+            failed[name] = failure(e)
 
-    times = {key: [] for key in jobs}
+    times = {key: [] for key in jobs if key[0] not in failed}
     for round_ in range(rounds + 2):  # peers take turns, so that a change of clocks meets all
-        for key, (run, arguments) in jobs.items():
-            us = microseconds(run, arguments, device)
+        for key in [key for key in times if key[0] not in failed]:
+            try:
+                us = microseconds(*jobs[key], device)
+            except Exception as e:
+                failed[key[0]] = failure(e)
+                continue
             if round_ >= 2:  # two rounds of warming up
                 times[key].append(us)
-    medians = {key: statistics.median(us) for key, us in times.items()}
-    return [
+    medians = {key: statistics.median(us) for key, us in times.items() if key[0] not in failed}
+    rows = [{"peer": name, "direction": "", "T": n_tokens} | why for name, why in failed.items()]
+    return rows + [
         {
             "peer": name,
             "direction": direction,
@@ -202,6 +216,18 @@ def rope_at(n_tokens, rounds, device):
         }
         for (name, direction), us in medians.items()
     ]
+
+
+def rope_jobs(name, rotate, sets) -> dict:
+    """(name, direction) -> what is timed, and its arguments for each set."""
+    forward, backward = [], []
+    for *qk, grad_q, grad_k in sets:
+        leaves = [x.clone().requires_grad_() for x in qk]  # Liger rotates what it is given
+        forward.append(leaves)
+        out = rotate(*leaves)
+        backward.append((out, leaves, (grad_q.clone(), grad_k.clone())))
+    grad = functools.partial(torch.autograd.grad, retain_graph=True)
+    return {(name, "forward"): (rotate, forward), (name, "backward"): (grad, backward)}
 
 
 def rope_peers(n_tokens, device):
@@ -284,8 +310,8 @@ def print_rope(rows, n_tokens):
     print(f"\nT = {n_tokens}, B = 1, {N_HEADS}/{N_KV_HEADS} heads of {HEAD_DIM}, bf16, medians")
     print(f"{'':24}{'':10}{'us':>10}{'GB/s':>8}{'% of copy':>11}{'max error':>11}")
     for row in rows:
-        if "out of memory" in row:
-            print(f"out of memory: {row['out of memory']}")
+        if "us" not in row:
+            print(row)
             continue
         print(
             f"{row['peer']:24}{row['direction']:10}{row['us']:10.1f}{row['GB_per_s']:8.0f}"
@@ -297,68 +323,127 @@ def print_rope(rows, n_tokens):
 
 GIB = planner.GIB
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # --moments
-PEAK = 989e12  # dense bf16 FLOP/s of one H100 or H200, the denominator of MFU
 LLAMA3_8B = dict(d_model=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, d_ff=14336)
 LLAMA3_8B = ModelConfig(**LLAMA3_8B, vocab_size=128256, rope_theta=2e7)
-# One optimizer step of the paper, 8 long, 6 short and 2 short-to-long micro-batches of 131,072
-# tokens, in passes of 32,768.
-UNITS = [
-    planner.Unit("long", 1, 32768, count=32),
-    planner.Unit("short", 32, 1024, count=24, hidden_states=6),
-    planner.Unit("s2l", 4, 8192, count=8, hidden_states=1),
-]
-# Sizes of the CPU smoke test: they show that everything runs, and nothing else.
 TINY = dict(d_model=64, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=160, vocab_size=512)
 TINY = replace(LLAMA3_8B, **TINY)
-TINY_UNITS = [
-    replace(
-        u, batch=min(u.batch, 4), seq_len=u.seq_len // 128, hidden_states=min(u.hidden_states, 3)
-    )
-    for u in UNITS
-]
+
+
+class Step(NamedTuple):
+    """One optimizer step of LongReD, by the tables of longred.py."""
+
+    config: ModelConfig
+    c: Config
+    streams: dict[str, StepStream]
+    units: list[planner.Unit]  # the passes of each stream
+
+    @classmethod
+    def paper(cls, config: ModelConfig, target_len: int, original_len: int = 8192, **settings):
+        """The paper's step, unless settings change it: 16 micro-batches of 131,072 tokens."""
+        c = Config(target_len=target_len, original_len=original_len, **settings)
+        fill_defaults(c, "", config.rope_theta)
+        c.distill_layers = list(range(config.n_layers + 1))[-c.n_distill_layers :]
+        streams = plan_streams(c)
+        units = [planner.Unit.of(s, c, c.unit_tokens // s.seq_len) for s in streams.values()]
+        return cls(config, c, streams, units)
+
+
+class Sizes(NamedTuple):
+    """How large everything is that is measured."""
+
+    steps: dict[int, Step]  # by the length of a long text at full size
+    rope_lengths: tuple[int, ...]
+    attention_lengths: tuple[int, ...]
+    copied: int  # bytes
+    matmul: int  # rows and columns
+    locked: int  # bytes locked at a time
+    loss: tuple[int, int, int]  # tokens, V, D
+    rounds: int
+
+
+LENGTHS = 32768, 131072, 262144
+FULL = Sizes(
+    {n: Step.paper(LLAMA3_8B, n) for n in LENGTHS},
+    rope_lengths=(32768, 8192),
+    attention_lengths=(32768, 8192, 1024),
+    copied=2**30,
+    matmul=8192,
+    locked=8 * GIB,
+    loss=(8192, LLAMA3_8B.vocab_size, LLAMA3_8B.d_model),
+    rounds=5,
+)
+FEW = dict(long_batch=1, short_batch=4, s2l_batch=4, short_len=8, n_distill_layers=3)
+TOY = Sizes(
+    {n: Step.paper(TINY, n // 128, original_len=64, **FEW) for n in LENGTHS},
+    rope_lengths=(32, 8),
+    attention_lengths=(32,),
+    copied=2**20,
+    matmul=64,
+    locked=2**20,
+    loss=(512, 4096, 256),
+    rounds=1,
+)
+
+
+def sizes(device) -> Sizes:
+    """Full on a GPU. On a CPU a toy's: they show that everything runs, and nothing else."""
+    return FULL if device.type == "cuda" else TOY
 
 
 class Trainer:
     """A student and its teacher under a plan, with random weights made on the device."""
 
-    def __init__(self, config, plan, device):
-        self.student, self.teacher = (random_llama(config, device, seed) for seed in (0, 1))
+    def __init__(self, step: Step, plan: planner.Plan, device):
+        self.step, self.plan, self.device = step, plan, device
+        self.student, self.teacher = (random_llama(step.config, device, seed) for seed in (0, 1))
         self.teacher.requires_grad_(False)
-        adamw = 2e-5, (0.9, 0.95), 1e-8, 0.1
-        self.machine = memory.OneGPU(plan, self.student, self.teacher, *adamw)
+        adamw = dict(lr=2e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        self.machine = memory.OneGPU(plan, self.student, self.teacher, **adamw)
         tokens = dict(generator=torch.Generator(device).manual_seed(2), device=device)
-        self.draw = functools.partial(torch.randint, config.vocab_size, **tokens)
+        self.draw = functools.partial(torch.randint, step.config.vocab_size, **tokens)
 
     def unit(self, unit):
-        """Forward and backward of one unit, over random tokens."""
-        ids = self.draw((unit.batch, unit.seq_len + 1))
-        loss(self.student, self.teacher, ids, unit).backward()
+        """Forward and backward of one pass, over random tokens."""
+        batch = data.Batch.whole(self.draw((unit.batch, unit.seq_len + 1)))
+        stream, c = self.step.streams[unit.name], self.step.c
+        if stream.position_scheme != "ordinary":  # positions that skip are each sequence's own
+            skipping = batch.teacher_positions * (c.target_len // unit.seq_len)
+            batch = batch._replace(student_positions=skipping.expand(unit.batch, -1))
+        losses = stream.loss(self.student, self.teacher, batch, c)
+        losses = losses if isinstance(losses, dict) else {stream.name: losses}
+        sum(stream.weights[name] * loss for name, loss in losses.items()).backward()
 
-    def visit(self):
-        """The teacher leaves, where the plan lets it, and comes back."""
-        self.machine.ready("long")
-        self.machine.ready("short")
+    def update(self):
+        """What ends a step: clipping, the optimizer, zeroing."""
+        optimizer = self.machine.optimizer
+        torch.nn.utils.clip_grad_norm_(optimizer.with_gradients(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
+    def turn(self):
+        """What a step does between kinds of pass: the cache emptied, the teacher's visit."""
+        for name in self.plan.units:
+            self.machine.ready(name)
 
-def loss(student, teacher, ids, unit):
-    """What longred.train computes for one unit; a tapped one compares the last hidden states."""
-    if (
-        not unit.hidden_states and unit.heads == 1
-    ):  # longred.cross_entropy, in a GPU's chunks on a CPU too
-        hidden, _ = student(ids[:, :-1])
-        nll, n = next_token_loss(hidden, student.lm_head_weight, ids[:, 1:], LOSS_ROWS)
-        return nll / n
-    n = student.config.n_layers
-    layers = list(range(n - unit.hidden_states + 1, n + 1))
-    with torch.no_grad():  # longred.distillation_and_kl, likewise
-        last, target = teacher(ids[:, :-1], None, layers)
-    own, hidden = student(ids[:, :-1], None, layers)
-    distance = sum(cosine_distance(hidden[i], target[i]) for i in layers)
-    if unit.heads == 0:  # longred.short_text_distillation
-        return distance
-    heads = student.lm_head_weight, teacher.lm_head_weight
-    kl, count = next_token_kl(own, heads[0], last, heads[1], LOSS_ROWS // 2)
-    return distance + kl / count
+    def measure(self, unit, rounds: int) -> dict:
+        """One kind of pass: its seconds, speed and memory, planned and measured."""
+        self.machine.ready(unit.name)
+        reset_peak(self.device)
+        held = allocated_bytes(self.device)
+        seconds, first = timed(functools.partial(self.unit, unit), rounds, self.device)
+        policy, card = self.plan.policies[unit.name], self.plan.card or planner.H200
+        floor = planner.unit_seconds(self.step.config, unit, policy, card)
+        return speed(self.step.config, unit, seconds, card) | {
+            "roofline_percent": 100 * floor / seconds,
+            "peak_gib": peak_bytes(self.device) / GIB,
+            "planned_gib": sum(self.plan.gpu[unit.name].values()) / GIB,
+            "first_s": first,
+            **reserved_row(self.device),
+            "reserved_planned_gib": self.plan.reserved(unit.name) / GIB,
+            "activations_gib": (peak_bytes(self.device) - held) / GIB,
+            "unit": asdict(unit),
+            "policy": asdict(policy),
+        }
 
 
 def random_llama(config, device, seed):
@@ -367,19 +452,6 @@ def random_llama(config, device, seed):
         model = Llama(config)
     model.to(torch.bfloat16).to_empty(device=device)
     return model.init_weights(generator=torch.Generator(device).manual_seed(seed))
-
-
-def timed(run, rounds, device):
-    """Seconds of run(): the median of `rounds` after the first, and the first."""
-    synchronize = torch.get_device_module(device).synchronize
-    times = []
-    for _ in range(rounds + 1):
-        synchronize()
-        began = time.perf_counter()
-        run()
-        synchronize()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:] or times), times[0]
 
 
 def rooms(args, device):
@@ -395,14 +467,37 @@ def rooms(args, device):
     return gpu or planner.gpu_room(), host or planner.available_memory()
 
 
-def speed(config, unit, seconds):
+def planned(step: Step, device, **settings) -> planner.Plan:
+    """The plan of a step on this device, printed. settings: make_plan's."""
+    gpu = device.type == "cuda"
+    settings |= dict(card=torch.cuda.get_device_name(device)) if gpu else {}
+    expandable = not gpu or planner.segments_expand()
+    plan = planner.make_plan(step.config, step.units, expandable=expandable, **settings)
+    if step.config is TINY and settings["host_bytes"]:
+        use_everything(plan)
+    print(plan.table(), flush=True)
+    return plan
+
+
+def use_everything(plan):
+    """A toy's plan, which has room for all, made to use every mechanism there is."""
+    torch.set_num_threads(1)
+    compiled = any(policy.compile for policy in plan.policies.values())
+    hard = planner.Policy(1, 2, offload=True, mlp_rows=100, compile=compiled)
+    longest = max(u.tokens for u in plan.units.values())
+    plan.host_state, plan.teacher_resident = True, False
+    plan.slot_bytes = 2 * longest * TINY.d_model
+    plan.policies = dict.fromkeys(plan.units, hard)
+
+
+def speed(config, unit, seconds, card):
     """A unit's seconds in the terms of the table."""
     work = planner.model_flops(config, unit)
     return {
         "seconds": seconds,
         "tokens_per_s": unit.tokens / seconds,
         "model_tflops": work / seconds / 1e12,
-        "mfu_percent": 100 * work / seconds / PEAK,
+        "mfu_percent": 100 * work / seconds / planner.PEAKS[card.name][0],
     }
 
 
@@ -431,101 +526,89 @@ def reserved_row(device):
 
 def bench_step(args):
     """Seconds, MFU, percent of the roofline and peak memory of a LongReD step, unit by unit."""
-    device = torch.device(args.device)
-    tiny = device.type == "cpu"
-    config, units = (TINY, TINY_UNITS) if tiny else (LLAMA3_8B, UNITS)
-    result = describe(device)
+    device = args.device
+    step, result = sizes(device).steps[32768], describe(device)
     print(f"{result['device']}, {result['date']}, {result['versions']}")
     gpu, host = rooms(args, device)
-    expand = tiny or planner.segments_expand()
-    moments = MOMENTS[args.moments]
-    how = args.compile, expand, result["device"]
-    plan = planner.make_plan(config, units, gpu, host, moments, *how)
-    if tiny:
-        use_everything(plan, args.compile)
-    print(plan.table(), flush=True)
+    settings = dict(gpu_bytes=gpu, host_bytes=host, compile=args.compile)
+    plan = planned(step, device, moments=MOMENTS[args.moments], **settings)
     name = result_name(args)
     save = functools.partial(write_result, result, args.out_dir, name, quiet=True)
-    our_step(config, plan, args.rounds, device, result, save)
-    ours = result["units"]["long"].get("seconds", math.nan)
-    result["peers"] = {}
+    our_step(step, plan, args.rounds, device, result=result, save=save)
     memory.free_host_buffers()
+    result["peers"] = {}
     for peer in ("transformers", "liger") if args.peers else ():
         reset_peak(device)
-        theirs = result["peers"][peer] = peer_step(peer, config, units[0], args.rounds, device)
+        theirs = result["peers"][peer] = peer_step(peer, step, args.rounds, device)
         save()
         print(f"{peer}: {theirs}", flush=True)
-        if "seconds" in theirs and not tiny:
+        ours = result["units"]["long"].get("seconds")
+        if ours and "seconds" in theirs and device.type != "cpu":
             print(f"  ours is {theirs['seconds'] / ours:.2f}x as fast")
     write_result(result, args.out_dir, name)
 
 
-def use_everything(plan, compile_=False):
-    """A smoke test's plan, which has room for all, made to use every mechanism there is."""
-    torch.set_num_threads(1)
-    hard = planner.Policy(1, 2, offload=True, mlp_rows=100, compile=compile_)
-    longest = max(u.tokens for u in plan.units.values())
-    plan.host_state, plan.teacher_resident = True, False
-    plan.slot_bytes = 2 * longest * TINY.d_model
-    plan.policies = dict.fromkeys(plan.units, hard)
+COLUMNS = (
+    "seconds tokens_per_s model_tflops mfu_percent roofline_percent peak_gib planned_gib".split()
+)
 
 
-def our_step(config, plan, rounds, device, result, save):
-    """Time every unit of the plan and the optimizer; add them up to one step.
+def our_step(step: Step, plan, rounds, device, *, result, save):
+    """Time every unit of the plan and what is between them; add them up to one step.
 
-    Rows go into result, and save() is called after each; out of memory is a row too.
+    Rows go into result["units"] and result["parts"], and save() is called after each. A pass that
+    fails is a row too; one that an earlier call measured is not measured again.
     """
     began = time.perf_counter()
-    units = list(plan.units.values())
-    trainer = Trainer(config, plan, device)
+    trainer = Trainer(step, plan, device)
     print(f"weights, optimizer and locked host memory: {time.perf_counter() - began:.1f} s")
-    row = "{:8}" + "{:>11}" * 8
-    heads = "seconds,tok/s,TFLOP/s,MFU %,roofline %,peak GiB,planned,first s"
-    print(row.format("", *heads.split(",")), flush=True)
-    parts = {}
-    result["units"] = {}
-    for unit in units:
-        trainer.machine.ready(unit.name)
-        reset_peak(device)
-        held = allocated_bytes(device)
-        run = functools.partial(trainer.unit, unit)
-        try:
-            seconds, first = timed(run, rounds, device)
-        except torch.OutOfMemoryError as e:
-            result["units"][unit.name] = {"out of memory": str(e).splitlines()[0]}
-            print(unit.name, result["units"][unit.name], flush=True)
-            save()
+    print(f"{'':8}" + "".join(f"{name:>17}" for name in COLUMNS), flush=True)
+    units, parts = result.setdefault("units", {}), result.setdefault("parts", {})
+    for name, unit in plan.units.items():
+        if "seconds" in units.get(name, {}):
             continue
-        policy = plan.policies[unit.name]
-        numbers = speed(config, unit, seconds) | {
-            "roofline_percent": 100 * planner.unit_seconds(config, unit, policy) / seconds,
-            "peak_gib": peak_bytes(device) / GIB,
-            "planned_gib": sum(plan.gpu[unit.name].values()) / GIB,
-            "first_s": first,
-        }
-        shares = kernel_shares(run) if device.type == "cuda" else {}
-        settings = {"unit": asdict(unit), "policy": asdict(policy)}
-        numbers |= reserved_row(device) | {"reserved_planned_gib": plan.reserved(unit.name) / GIB}
-        numbers["activations_gib"] = (peak_bytes(device) - held) / GIB
-        result["units"][unit.name] = numbers | settings | {"gpu_time_percent": shares}
+        try:
+            units[name] = trainer.measure(unit, rounds)
+        except Exception as e:
+            units[name] = failure(e)
         save()
-        parts[unit.name] = unit.count * seconds
-        print(row.format(unit.name, *(f"{x:.4g}" for x in numbers.values())), shares, flush=True)
-    reset_peak(device)
-    parts["optimizer"], _ = timed(trainer.machine.optimizer.step, rounds, device)
-    parts["teacher"], _ = timed(trainer.visit, rounds, device)
-    total, tokens = sum(parts.values()), sum(u.count * u.tokens for u in units)
-    work = sum(u.count * planner.model_flops(config, u) for u in units)
+        reset_peak(device)
+        shown = (f"{units[name][key]:17.4g}" for key in COLUMNS if key in units[name])
+        print(f"{name:8}", *shown, "" if "seconds" in units[name] else units[name], flush=True)
+    for name, run in (("update", trainer.update), ("between passes", trainer.turn)):
+        if "seconds" in parts.get(name, {}):
+            continue
+        try:
+            parts[name] = {"seconds": timed(run, rounds, device)[0]}
+        except Exception as e:
+            parts[name] = failure(e)
+        save()
+    add_up(step, result)
+    save()
+    for name, unit in plan.units.items() if device.type == "cuda" else ():
+        trainer.machine.ready(name)
+        try:
+            units[name]["gpu_time_percent"] = kernel_shares(functools.partial(trainer.unit, unit))
+        except Exception as e:  # the profiler is not needed for anything else
+            units[name]["gpu_time_percent"] = failure(e)
+        save()
+        print(name, units[name]["gpu_time_percent"], flush=True)
+
+
+def add_up(step: Step, result) -> None:
+    """result["step"]: a whole step, from one pass of each kind, the update and all between."""
+    rows = {name: row for name, row in result["units"].items() if "seconds" in row}
+    parts = {name: row["unit"]["count"] * row["seconds"] for name, row in rows.items()}
+    parts |= {n: row["seconds"] for n, row in result["parts"].items() if "seconds" in row}
+    total = sum(parts.values())
+    tokens = sum(stream.tokens for stream in step.streams.values())
     result["step"] = {
         "seconds": total,
-        "parts": parts,
-        "tokens_per_s": tokens / total,
-        "mfu_percent": 100 * work / total / PEAK,
-        "state_bytes": sum(map(len, trainer.machine.optimizer.state)),
+        "seconds_of": parts,
+        "tokens_per_s": tokens / total if total else 0.0,
+        "whole": len(parts) == len(result["units"]) + len(result["parts"]),
     }
     shown = ", ".join(f"{k} {v:.1f} s ({100 * v / total:.0f}%)" for k, v in parts.items())
-    result["step"]["whole"] = len(parts) == len(units) + 2  # else a unit was out of memory
-    save()
     print(f"one optimizer step, {tokens:,} tokens: {total:.1f} s, from {shown}", flush=True)
 
 
@@ -550,8 +633,8 @@ def kernel_shares(run):
     return {kind: round(100 * t / total, 1) for kind, t in times.items()}
 
 
-def peer_step(name, config, unit, rounds, device):
-    """transformers' Llama in bf16 with gradient checkpointing, plain or under Liger-Kernel."""
+def peer_step(name, step: Step, rounds, device):
+    """A long pass by transformers in bf16 with gradient checkpointing, plain or under Liger."""
     try:
         import transformers
 
@@ -561,6 +644,7 @@ def peer_step(name, config, unit, rounds, device):
             apply_liger_kernel_to_llama()
     except ImportError as e:
         return {"left out": f"{e.name} is not installed"}
+    config, unit = step.config, step.units[0]
     hf = transformers.LlamaConfig(**config_to_hf(config), use_cache=False, attention_dropout=0.0)
     with torch.device(device):
         peer = transformers.AutoModelForCausalLM.from_config(hf, dtype=torch.bfloat16).train()
@@ -572,7 +656,8 @@ def peer_step(name, config, unit, rounds, device):
         seconds, _ = timed(lambda: peer(input_ids=ids, labels=ids).loss.backward(), rounds, device)
     except torch.OutOfMemoryError:
         return {"out of memory": f"at {unit.batch} x {unit.seq_len}"}
-    return speed(config, unit, seconds) | {
+    card = planner.Card.of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return speed(config, unit, seconds, card or planner.H200) | {
         "peak_gib": peak_bytes(device) / GIB,
         "static_gib": static,  # weights and gradients, in bf16
         "activations_gib": max(0.0, peak_bytes(device) / GIB - static),
@@ -581,8 +666,8 @@ def peer_step(name, config, unit, rounds, device):
 
 
 def bench_memory(args):
-    """Planned against measured peak of one long unit at each length; on a CPU against a trace."""
-    device = torch.device(args.device)
+    """The plan at each length; on a GPU also the peak of a long pass, against the planned one."""
+    device = args.device
     result = describe(device) | {"rows": []}
     name = result_name(args)
     gpu, host = rooms(args, device)
@@ -590,71 +675,47 @@ def bench_memory(args):
     if device.type == "cuda":
         result["pcie"] = pcie_rates(device)
     for length in args.lengths:
-        unit = replace(UNITS[0], seq_len=length, count=2**20 // length)
-        units = [unit, *UNITS[1:]]
+        step, settings = Step.paper(LLAMA3_8B, length), dict(moments=MOMENTS[args.moments])
         try:
-            moments, expand = (
-                MOMENTS[args.moments],
-                device.type == "cpu" or planner.segments_expand(),
-            )
-            plan = planner.make_plan(LLAMA3_8B, units, gpu, host, moments, expandable=expand)
+            plan = planned(step, device, gpu_bytes=gpu, host_bytes=host, **settings)
         except ValueError as e:
             print(f"{length}: {e}", flush=True)
             continue
-        print(plan.table(), flush=True)
         row = {"length": length, "planned_gib": sum(plan.gpu["long"].values()) / GIB}
         if device.type == "cuda":
-            unit = plan.units["long"]
-            trainer = Trainer(LLAMA3_8B, plan, device)
-            trainer.machine.ready("long")
-            reset_peak(device)
+            trainer = Trainer(step, plan, device)
             try:
-                seconds, _ = timed(functools.partial(trainer.unit, unit), args.rounds, device)
-                row |= {"peak_gib": peak_bytes(device) / GIB} | speed(LLAMA3_8B, unit, seconds)
-                row |= reserved_row(device)
+                row |= trainer.measure(plan.units["long"], args.rounds)
             except torch.OutOfMemoryError as e:
-                row["out of memory"] = str(e).splitlines()[0]
+                row |= failure(e)
             del trainer
             memory.free_host_buffers()
-        else:
-            work = traced_peak(LLAMA3_8B, unit, plan.policies["long"])
-            fixed = ("weights, bf16", "gradients, fp32", "AdamW's state", "teacher, bf16")
-            static = sum(plan.gpu["long"][term] for term in fixed)
-            row["traced_gib"] = (work + static) / GIB
         result["rows"].append(row)
-        print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        print({k: round(v, 2) for k, v in row.items() if isinstance(v, float)}, flush=True)
         write_result(result, args.out_dir, name, quiet=True)
     write_result(result, args.out_dir, name)
 
 
-def bench_loss(args):
-    """Time and peak above its inputs of KL(teacher || student), against the cross-entropy's."""
-    device = torch.device(args.device)
-    result = describe(device)
-    loss_rows(device, args.rounds, result)
-    write_result(result, args.out_dir, "loss")
+# ------------------------------------------------------------------------------- losses, transfers
 
 
-def loss_rows(device, rounds, result):
-    """Into result: both losses' seconds and peaks, and their ratios.
+def loss_rows(device, *, result, save):
+    """Into result: seconds and peaks of KL and cross-entropy with Llama-3-8B's head, their ratios.
 
-    On a GPU Llama-3-8B's head over a pass of 8,192 tokens, bf16; on a CPU a small head in fp32 for
-    the time. The peak is counted on fake tensors at Llama-3-8B's size, in a GPU's chunks; on a GPU
-    the allocator's own stands beside it.
+    The peak is counted on fake tensors at Llama-3-8B's size, in a GPU's chunks; on a GPU the
+    allocator's own is next to it.
     """
-    small = device.type == "cpu"
-    tokens, v, d = (512, 4096, 256) if small else (8192, LLAMA3_8B.vocab_size, LLAMA3_8B.d_model)
-    dtype = torch.float32 if small else torch.bfloat16
-    calls, inputs = loss_calls(tokens, v, d, dtype, device)
-    result |= {"shape": [tokens, v, d], "rows": {}}
+    small, shape = device.type == "cpu", sizes(device).loss
+    calls, inputs = loss_calls(*shape, torch.float32 if small else torch.bfloat16, device)
+    result |= {"shape": shape, "rows": {}}
     for name, run in calls.items():
         reset_peak(device)
-        held = 0 if small else sum(t.nbytes for t in inputs)
-        row = {"seconds": timed(run, rounds, device)[0]}
+        row = {"seconds": timed(run, sizes(device).rounds, device)[0]}
         if not small:
-            row["peak_gib"] = peak_bytes(device) / GIB - held / GIB
+            row["peak_gib"] = (peak_bytes(device) - sum(t.nbytes for t in inputs)) / GIB
         row["counted_gib"] = counted_peak(name) / GIB
         result["rows"][name] = row
+        save()
         print(name, {k: round(x, 4) for k, x in row.items()}, flush=True)
     kl, nll = result["rows"]["next_token_kl"], result["rows"]["next_token_loss"]
     result["ratios"] = {key: kl[key] / nll[key] for key in nll}
@@ -675,9 +736,7 @@ def loss_calls(tokens, v, d, dtype, device):
 
     return {
         "next_token_loss": lambda: backward(next_token_loss(hidden, head, labels, rows)[0]),
-        "next_token_kl": lambda: backward(
-            next_token_kl(hidden, head, teacher, its_head, rows // 2)[0]
-        ),
+        "next_token_kl": lambda: backward(next_token_kl(hidden, head, teacher, its_head, rows)[0]),
     }, (hidden, head, teacher, its_head, labels)
 
 
@@ -747,169 +806,6 @@ class CountBytes(TorchDispatchMode):
         self.now -= nbytes
 
 
-class TracedNorm(nn.RMSNorm):
-    def forward(self, x):  # one kernel on a GPU, which saves its input
-        return x * self.weight
-
-
-class TracedAttention(Attention):
-    def qkv(self, x, rope):  # the rotary kernel makes q and k anew and saves neither
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.config.head_dim))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return q * 1.0, k * 1.0, v
-
-
-TRACED = {nn.RMSNorm: TracedNorm, Attention: TracedAttention}
-
-
-def fake_student(config):
-    """Weights in bf16 and gradients in fp32 that take no memory, under FakeTensorMode."""
-    torch.set_default_dtype(torch.bfloat16)  # fake parameters cannot be cast in place
-    student = Llama(config)
-    torch.set_default_dtype(torch.float32)
-    for module in student.modules():
-        module.__class__ = TRACED.get(type(module), type(module))
-    for p in student.parameters():
-        p.grad_dtype = torch.float32
-        p.grad = torch.zeros(p.shape)
-    return student
-
-
-def traced_peak(config, unit, policy):
-    """Bytes that one unit adds at its worst to weights and gradients, counted on fake tensors.
-
-    The code that trains runs here at full size in seconds, without memory or GPU: blocks under
-    their policy, losses, backward. Rotary and RMSNorm, of many operations on a CPU, are replaced by
-    one that allocates what their GPU kernel does.
-    """
-    offload = memory.Offload(config.n_layers, 0, torch.device("cpu"))  # gets its room below
-    hidden = torch.Size((unit.batch, unit.seq_len, config.d_model))
-
-    def teacher(_ids, _positions, layers, **_):
-        made = {i: torch.zeros(hidden, dtype=torch.bfloat16) for i in layers}
-        last = made.get(config.n_layers)
-        return torch.zeros(hidden, dtype=torch.bfloat16) if last is None else last, made
-
-    with FakeTensorMode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # Offload compares addresses, here all 0
-        student = fake_student(config)
-        teacher.lm_head_weight = student.lm_head_weight.detach()
-        offload.slot_bytes = 2 * hidden.numel()
-        offload.host = torch.empty(config.n_layers * offload.slot_bytes, dtype=torch.uint8)
-        memory.apply_policy(student, policy, offload)
-        ids = torch.zeros(unit.batch, unit.seq_len + 1, dtype=torch.int64)
-        weights, mlp = list(student.parameters()), student.layers[0].mlp
-        fp32_sums = {w.shape for w in (*mlp.parameters(), student.lm_head_weight)}
-        with CountBytes([offload.host, *weights, *(w.grad for w in weights)], fp32_sums) as count:
-            loss(student, teacher, ids, unit).backward()
-    return count.peak
-
-
-# --------------------------------------------------------------------------------------------- data
-
-
-def tokenise(mode: str, folder: Path, cache: str, specs: list[str]) -> dict:
-    """Seconds, processor seconds, tokens and peak memory of data.tokenize or of a library's call.
-
-    mode: "ours", or one of library_calls. To be run alone in a process, whose peak memory it takes.
-    """
-    tokenizer = load_tokenizer(folder)
-    tokenizer.encode(["warm up"] * 8)
-    n_tokens, wall, cpu = 0, 0.0, 0.0
-
-    def measured(work, *args, **kwargs):
-        nonlocal wall, cpu
-        before = time.perf_counter(), time.process_time()
-        result = work(*args, **kwargs)
-        wall, cpu = wall + time.perf_counter() - before[0], cpu + time.process_time() - before[1]
-        return result
-
-    if mode == "ours":
-        text = measured(data.tokenize, specs, tokenizer, cache, "ours", log=lambda line: None)
-        n_tokens = len(text.tokens) - text.n_docs * (tokenizer.add_bos + tokenizer.add_eos)
-    else:
-        library = library_calls(folder)[mode]
-        texts = library_texts(specs)
-        while some := list(itertools.islice(texts, 1000)):
-            n_tokens += sum(map(len, measured(library, some)))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"wall": wall, "cpu": cpu, "tokens": n_tokens, "peak_mb": peak}
-
-
-def library_calls(folder: Path) -> dict:
-    """name -> the batch call of the library behind a folder's tokenizer, special tokens aside."""
-    if (folder / "tokenizer.json").exists():
-        raw = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        raw.encode_special_tokens = True
-        calls = {"encode_batch": raw.encode_batch, "encode_batch_fast": raw.encode_batch_fast}
-        return {k: functools.partial(f, add_special_tokens=False) for k, f in calls.items()}
-    ranks = read_ranks(folder / "tokenizer.model")
-    coder = tiktoken.Encoding("", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
-    encode = coder.encode_ordinary_batch
-    return {"encode_ordinary_batch": functools.partial(encode, num_threads=os.cpu_count())}
-
-
-def library_texts(specs: list[str]):
-    """Every document whole."""
-    for file in corpus.find_files(specs, {}):
-        with corpus._open(file) as (stream, _):
-            yield from map("".join, corpus._documents(file, stream, False))
-
-
-def bench_data(args):
-    """MB/s of data.tokenize and of the tokenizer library over the same text.
-
-    args.rounds: runs of each, in turn, the best of each counted. The library gets whole documents,
-    1,000 at once, read before; ours reads, checks, cuts, tokenises and writes. Processor time is
-    given too: on a busy machine it is the fairer comparison.
-    """
-    stdlib = sysconfig.get_paths()["stdlib"]
-    specs = args.data or [f"{stdlib}/*.py", f"{stdlib}/[a-r]*/**/*.py"]
-    spawn = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = Path(args.ckpt) if args.ckpt else _train_bpe(Path(folder), specs)
-        results = {mode: [] for mode in (*library_calls(tokenizer), "ours")}
-        for turn in range(args.rounds):
-            for mode, found in results.items():
-                with ProcessPoolExecutor(1, mp_context=spawn) as alone:
-                    cache = f"{folder}/{turn}"
-                    found.append(alone.submit(tokenise, mode, tokenizer, cache, specs).result())
-    size = sum(os.path.getsize(file.path) for file in corpus.find_files(specs, {})) / 1e6
-    tokens = {r["tokens"] for rs in results.values() for r in rs}
-    print(f"{size:,.1f} MB, {sorted(tokens)} tokens, {os.cpu_count()} cores, {args.rounds} rounds")
-    print(f"{'':21} {'MB/s':>7} {'MB/cpu-s':>9} {'peak MB':>8}")
-    table = {}
-    for mode, found in results.items():
-        wall, cpu = (size / min(r[k] for r in found) for k in ("wall", "cpu"))
-        table[mode] = {"mb_s": wall, "mb_cpu_s": cpu, "peak_mb": max(r["peak_mb"] for r in found)}
-        print(f"{mode:21} {wall:7.2f} {cpu:9.2f} {table[mode]['peak_mb']:8.0f}")
-    for key, unit in (("mb_s", "wall clock"), ("mb_cpu_s", "processor time")):
-        best = max(row[key] for mode, row in table.items() if mode != "ours")
-        print(f"ours / the library's best, by {unit}: {table['ours'][key] / best:.0%} (need 90%)")
-    # Tokenising is the processor's work wherever it runs: a result, not a smoke test.
-    result = describe(torch.device("cpu")) | {"smoke_test": False, "cores": os.cpu_count()}
-    write_result(result | {"MB": size, "rounds": args.rounds, "rows": table}, args.out_dir, "data")
-
-
-def _train_bpe(folder: Path, specs: list[str]) -> Path:
-    """A byte-level BPE of 32,000 tokens, trained on at most 10 MB of the specs' files."""
-    tk = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tk.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tk.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    quiet = dict(initial_alphabet=alphabet, show_progress=False)
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=32_000, **quiet)
-    files, size = [], 0
-    for file in corpus.find_files(specs, {}):
-        if (size := size + os.path.getsize(file.path)) < 10_000_000:
-            files.append(file.path)
-    tk.train(files, trainer)
-    tk.save(str(folder / "tokenizer.json"))
-    return folder
-
-
 # -------------------------------------------------------------------------------------- the command
 
 
@@ -929,7 +825,7 @@ def main(argv=None):
         new.set_defaults(run=run, name=name)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         add = new.add_argument
-        add("--device", default=device, help=f"cuda or cpu (default: {device})")
+        add("--device", type=torch.device, default=device, help=f"cuda or cpu (default: {device})")
         add("--out_dir", default="results", help="for the JSON (default: results)")
         add("--rounds", type=int, default=rounds, help=f"runs of each (default: {rounds})")
         return add
@@ -940,24 +836,20 @@ def main(argv=None):
     step = command("step", bench_step, 2, "one LongReD step of Llama-3-8B, by its units, and peers")
     step("--compile", action="store_true", help="torch.compile the blocks")
     step("--peers", action=argparse.BooleanOptionalAction, default=True)
-    peak = command("memory", bench_memory, 2, "planned and measured (CPU: traced) peak of a pass")
+    peak = command("memory", bench_memory, 2, "planned peaks, on a GPU against measured ones")
     peak("--lengths", type=integers, default=[32768, 131072], help="tokens, comma-separated")
     for add in (step, peak):
         add("--gpu_gib", type=float, help="use no more than this (default: all)")
         add("--host_gib", type=float, help="plan for this (default: all free)")
         add("--moments", default="fp32", choices=MOMENTS, help="of AdamW's m and v")
-    command("loss", bench_loss, 5, "KL of the next token against the cross-entropy; medians")
-    from measure.kernels import bench_kernels  # which import this file
-    from measure.prove import prove
+    from measure.prove import PARTS, prove  # which imports this file
 
-    command("kernels", bench_kernels, 9, "attention backends, weight sums, fusions; medians")
-
-    add = command("prove", prove, 1, "all that is claimed of a GPU, 8 minutes, against the targets")
-    add("--more", action="store_true", help="also peers, 128K and 256K")
+    add = command("prove", prove, 1, "all that is claimed of a GPU, against the targets")
+    for part in list(PARTS)[1:]:
+        text = f"only these stages: {', '.join(PARTS[part].stages)}"
+        add(f"--{part}", dest="part", action="store_const", const=part, default="first", help=text)
+    add("--seconds", type=float, help="stop before this, with every row on disk")
     add("--ckpt", help="a small checkpoint to train (default: the demo's, else one trained first)")
-    add = command("data", bench_data, 3, "tokenising against the tokenizer library alone; best")
-    add("--data", nargs="*", help="text (default: the standard library's sources)")
-    add("--ckpt", help="folder with a tokenizer (default: a BPE trained on that text)")
     args = parser.parse_args(argv)
     try:
         for smoke_test in (False, True):

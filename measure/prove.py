@@ -1,8 +1,10 @@
-"""All that is claimed of a GPU, measured in one run: python -m measure.bench prove --out_dir DIR
+"""All that is claimed of a GPU, measured in two commands: python -m measure.bench prove, --then
 
-Stages in order of value; one JSON, rewritten after each. A stage that fails, or runs out of memory
-or time, is a result like any other. It ends with the table of targets: PROVEN, MISSED or NOT RUN,
-and why. What is extrapolated says so and is never PROVEN.
+Every row is on disk as soon as it is measured, so that a kill loses the one being measured. A row
+that fails, or for which there is no memory or no time, is a result like any other. It ends with the
+table of targets: PROVEN, MISSED or NOT RUN, and why. What is extrapolated says so and is never
+PROVEN. On a CPU everything runs at a toy's size: it shows that the command works, and measures
+nothing.
 """
 
 import functools
@@ -15,16 +17,21 @@ import sys
 import sysconfig
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from machine import memory
 from machine import plan as planner
 from machine.formats import load_config
 from machine.hf_config import original_window
-from measure import bench, demo, evaluate, kernels
+from measure import bench, demo, evaluate
+from model import causal_attention
 
 GIB = planner.GIB
 HERE = Path(__file__).resolve().parent.parent
@@ -121,7 +128,7 @@ TARGETS = [  # as measure/README.md has them
         {"H200": 250, "H100": 275},
         "s",
         True,
-        "one pass of each kind, times their number, and one update",
+        "one pass of each kind, times their number, one update, all between passes once",
     ),
     Target("8B 32K reserved memory", _of_units("reserved_gib"), {"H100": 76}, "GiB", True),
     Target("allocation retries", _of_units("alloc_retries"), {"any": 0}, "", True),
@@ -193,95 +200,167 @@ def print_verdicts(rows: list[dict]) -> None:
 # -------------------------------------------------------------------------------------- the stages
 
 
-# On a CPU each runs at a toy's size: it shows that the command works, and measures nothing.
+class OutOfTime(BaseException):
+    """A stage's or the command's time is over: not an error of the row that it ends."""
 
 
-def machine_stage(device, seconds: float, args) -> dict:
+class Stage:
+    """One stage at work: its rows, which are on disk once they are measured, and its time."""
+
+    def __init__(self, name: str, seconds: float, until: float, device, args, write):
+        """until: on time.monotonic's clock, when all must be over. write: puts rows on disk."""
+        self.name, self.seconds, self.until = name, seconds, until
+        self.device, self.args, self.write = device, args, write
+        self.rows = {}
+
+    def save(self) -> None:
+        self.write(self)
+
+    def measure(self, name: str, run) -> None:
+        """Put what run() returns into the rows, or why it failed."""
+        try:
+            self.rows[name] = run()
+        except Exception as e:
+            self.rows[name] = bench.failure(e)
+        self.save()
+        print(f"{self.name}, {name}: {self.rows[name]}", flush=True)
+        bench.reset_peak(self.device)
+
+    def begin(self) -> None:
+        """The time of the stage begins: at twice its seconds, or at `until`, OutOfTime ends it."""
+        self.began = time.monotonic()
+        if hasattr(signal, "SIGALRM"):  # not on Windows
+            signal.alarm(max(1, int(min(2 * self.seconds, self.until - self.began))))
+
+    def left(self) -> float:
+        """Seconds of its own that it still has."""
+        return self.seconds - (time.monotonic() - self.began)
+
+
+def step_stage(stage: Stage, length: int = 32768) -> None:
+    """Llama-3-8B, random weights: a pass of each kind and the optimizer, against the plan.
+
+    Where the system refuses to lock host memory, a plan without any is measured. Where a pass is
+    out of memory, it is measured under a plan for 8% less room.
+    """
+    device, gpu = stage.device, stage.device.type == "cuda"
+    step, rounds = bench.sizes(device).steps[length], 1
+    room, host = (planner.gpu_room(), planner.available_memory()) if gpu else (139 * GIB, 120 * GIB)
+    tries = stage.rows["tries"] = []
+    while len(tries) < 4:
+        tries.append({"gpu_gib": room / GIB, "host_gib": (host or 0) / GIB})
+        stage.save()
+        plan = fitting(step, device, room, host, tries[-1])
+        try:
+            bench.our_step(step, plan, rounds, device, result=stage.rows, save=stage.save)
+        except memory.HostMemoryRefused as e:
+            tries[-1]["refused"], host = str(e), 0
+        except torch.OutOfMemoryError as e:
+            tries[-1] |= bench.failure(e)
+        memory.free_host_buffers()
+        bench.reset_peak(device)
+        if any("out of memory" in row for row in stage.rows.get("units", {}).values()):
+            tries[-1].setdefault("out of memory", "in a pass")
+        if "out of memory" in tries[-1]:
+            room = int(0.92 * room)
+        elif "refused" not in tries[-1]:
+            return
+
+
+def fitting(step, device, room: int, host: int | None, said: dict) -> planner.Plan:
+    """The plan for so much memory, AdamW's moments in bf16 where only that fits."""
+    settings = dict(gpu_bytes=room, host_bytes=host or 0)
+    try:
+        plan = bench.planned(step, device, moments=torch.float32, **settings)
+    except ValueError as e:
+        said["fp32 moments"] = str(e)
+        plan = bench.planned(step, device, moments=torch.bfloat16, **settings)
+    said["moments"] = str(plan.moments)
+    return plan
+
+
+def rotary_stage(stage: Stage) -> None:
+    """The rotary kernel at 32K and 8K against a copy and its peers."""
+    stage.rows["rows"] = []
+    rounds = 3 * bench.sizes(stage.device).rounds
+    for n_tokens in bench.sizes(stage.device).rope_lengths:
+        try:
+            rows = bench.rope_at(n_tokens, rounds, stage.device)
+        except torch.OutOfMemoryError as e:
+            rows = [{"peer": "all", "direction": "", "T": n_tokens} | bench.failure(e)]
+        stage.rows["rows"] += rows
+        stage.save()
+        bench.print_rope(rows, n_tokens)
+
+
+def machine_stage(stage: Stage) -> None:
     """Copy and GEMM rates, PCIe, how much host memory can be locked."""
-    gpu = device.type == "cuda"
-    nbytes, size, piece = (2**30, 8192, 8 * GIB) if gpu else (2**20, 64, 2**20)
-    source = torch.randint(256, (nbytes,), dtype=torch.uint8, device=device)
-    copy, _ = bench.timed(functools.partial(torch.empty_like(source).copy_, source), 9, device)
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    gemm, _ = bench.timed(lambda: [torch.mm(a, b) for _ in range(10)], 9, device)
-    found = {"copy_gb_s": 2 * nbytes / copy / 1e9, "gemm_tflops": 20 * size**3 / gemm / 1e12}
-    if gpu:
-        found |= {"memory_gib": torch.cuda.mem_get_info(device)[1] / GIB}
-        found |= {"expandable_segments": planner.segments_expand()}
-    found["pcie_gb_s"] = bench.pcie_rates(device, nbytes)
+    device, sizes = stage.device, bench.sizes(stage.device)
+
+    def copy():
+        source = torch.randint(256, (sizes.copied,), dtype=torch.uint8, device=device)
+        run = functools.partial(torch.empty_like(source).copy_, source)
+        seconds, _ = bench.timed(run, 9, device)
+        return {"seconds": seconds, "gb_s": 2 * sizes.copied / seconds / 1e9}
+
+    def gemm():
+        n = sizes.matmul
+        a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+        seconds, _ = bench.timed(lambda: [torch.mm(a, b) for _ in range(10)], 9, device)
+        return {"seconds": seconds, "tflops": 20 * n**3 / seconds / 1e12}
+
+    stage.measure("copy", copy)
+    stage.measure("gemm", gemm)
+    if device.type == "cuda":
+        stage.measure("memory_gib", lambda: torch.cuda.mem_get_info(device)[1] / GIB)
+        stage.measure("expandable_segments", planner.segments_expand)
+    stage.measure("pcie_gb_s", lambda: bench.pcie_rates(device, sizes.copied))
     memory.free_host_buffers()
-    room, began, locked = planner.available_memory() or 0, time.monotonic(), 0
-    most = room - planner.HOST_SPARE if gpu else 3 * piece
-    while locked + piece <= most and time.monotonic() - began < seconds / 2:
+    stage.measure("host", lambda: lockable(stage, sizes.locked))
+    memory.free_host_buffers()
+
+
+def lockable(stage: Stage, piece: int) -> dict:
+    """GiB of host memory that can be locked, tried for half of the stage's time."""
+    gpu, room = stage.device.type == "cuda", planner.available_memory() or 0
+    found, locked = {"free_gib": room / GIB}, 0
+    most = min(room - planner.HOST_SPARE, 32 * piece) if gpu else 3 * piece
+    while locked + piece <= most and stage.left() > stage.seconds / 2:
         try:
             memory.host_buffer(piece, pin=gpu)
-        except ValueError as e:
-            found["lock_refused"] = str(e)
+        except memory.HostMemoryRefused as e:
+            found["refused"] = str(e)
             break
         locked += piece
-    memory.free_host_buffers()
-    return found | {"lockable_gib": locked / GIB, "host_free_gib": room / GIB}
+    return found | {"lockable_gib": locked / GIB}
 
 
-def tests_stage(device, seconds: float, args) -> dict:
-    """tests/test_gpu.py in a process of its own, on this device."""
-    if device.type != "cuda":
-        return {"not run": "no GPU; python -m pytest runs the same tests on a CPU"}
-    if importlib.util.find_spec("pytest") is None:
-        return {"not run": "pytest is not installed"}
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "tests/test_gpu.py"]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=seconds)
-    return {"passed": done.returncode == 0, "output": done.stdout[-3000:]}
-
-
-def rotary_stage(device, seconds: float, args) -> dict:
-    """The rotary kernel at 8K and 32K against a copy and its peers."""
-    rows, began = [], time.monotonic()
-    lengths, rounds = ((32768, 8192), 15) if device.type == "cuda" else ((32, 8), 1)
-    for n_tokens in lengths:
-        if rows and time.monotonic() - began > seconds:
-            return {"rows": rows, "not run": f"{n_tokens}: out of time"}
-        rows += bench.rope_at(n_tokens, rounds, device)
-        bench.print_rope(rows[-len(rows) :], n_tokens)
-    return {"rows": rows}
-
-
-def loss_stage(device, seconds: float, args) -> dict:
+def loss_stage(stage: Stage) -> None:
     """KL of the next token against the cross-entropy, with Llama-3-8B's head."""
-    result = {}
-    bench.loss_rows(device, 5 if device.type == "cuda" else 1, result)
-    return result
+    bench.loss_rows(stage.device, result=stage.rows, save=stage.save)
 
 
-def step_stage(device, seconds: float, args, length: int = 32768) -> dict:
-    """Llama-3-8B, random weights: a pass of each kind and the optimizer, against the plan."""
-    gpu = device.type == "cuda"
-    config, units = (bench.LLAMA3_8B, bench.UNITS) if gpu else (bench.TINY, bench.TINY_UNITS)
-    length, count = length if gpu else length // 1024, 2**20 // length
-    units = [replace(units[0], seq_len=length, count=count), *units[1:]]
-    room, host = 139 * GIB, 120 * GIB
-    if gpu:
-        room, host = planner.gpu_room(), planner.available_memory()
-    expand, result = not gpu or planner.segments_expand(), {}
-    for moments in (torch.float32, torch.bfloat16):
-        try:
-            card = torch.cuda.get_device_name(device) if gpu else "H200"
-            asked = config, units, room, host, moments
-            plan = planner.make_plan(*asked, expandable=expand, card=card)
-            break
-        except ValueError as e:
-            result["refused"] = str(e)
+GPU_TESTS = HERE / "tests" / "test_gpu.py"
+
+
+def tests_stage(stage: Stage) -> None:
+    """tests/test_gpu.py in a process of its own, on this device."""
+    if stage.device.type != "cuda":
+        stage.rows["not run"] = "no GPU; python -m pytest runs the same tests on a CPU"
+    elif importlib.util.find_spec("pytest") is None:
+        stage.rows["not run"] = "pytest is not installed"
     else:
-        return result
-    if not gpu:
-        bench.use_everything(plan)
-    print(plan.table(), flush=True)
-    result["moments"] = str(moments)
-    try:
-        bench.our_step(config, plan, 1, device, result, lambda: None)
-    finally:
-        memory.free_host_buffers()
-    return result
+        command = [sys.executable, "-u", "-m", "pytest", "-v", "-rs", "--durations=8"]
+        command += ["-p", "no:cacheprovider", str(GPU_TESTS)]
+        settings = dict(cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        try:
+            done = subprocess.run(command, timeout=stage.seconds, **settings)
+            stage.rows |= {"passed": done.returncode == 0}
+            printed = done.stdout
+        except subprocess.TimeoutExpired as e:
+            stage.rows |= {"passed": False, "error": f"more than {stage.seconds:.0f} s"}
+            printed = e.stdout or b""
+        stage.rows["output"] = printed.decode(errors="replace")[-6000:]
 
 
 TEXT = sysconfig.get_paths()["stdlib"] + "/*.py"  # real text that is everywhere
@@ -301,29 +380,54 @@ def small_checkpoint(root: Path, ckpt: str | None) -> tuple[Path, str]:
     return root / "original", f"the demo's original after {DEMO_STEPS} steps, trained here"
 
 
-def stopped_and_resumed(command: list, out: Path, until: float) -> dict:
+def run_stage(stage: Stage) -> None:
+    """A small checkpoint as a user runs it: train, SIGTERM, resume, export, reopen, evaluate."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        original, stage.rows["checkpoint"] = small_checkpoint(root, stage.args.ckpt)
+        stage.begin()  # only now, since the checkpoint may have had to be trained
+        window, out = original_window(load_config(original)), root / "run"
+        flags = {"ckpt": original, "target_len": 2 * window, "out_dir": out}
+        flags |= {"long_data": TEXT, "short_data": TEXT, "cache_dir": root / "tokens", "steps": 4}
+        flags |= {"long_micro": 1, "long_batch": 2, "short_micro": 1, "short_batch": 4}
+        flags |= {"s2l_micro": 1, "s2l_batch": 2, "eval_tokens": 4 * window, "save_every": 2}
+        flags |= {"device": stage.device}
+        given = [x for key, value in flags.items() for x in (f"--{key}", str(value))]
+        command = [sys.executable, str(HERE / "longred.py"), *given]
+        stage.rows |= stopped_and_resumed(command, out, stage)
+        stage.save()
+        if not stage.rows["passed"]:
+            return
+        stage.rows["report"] = (out / "report.md").read_text()[:2000]
+        stage.measure("reopened_parameters", lambda: parameters_in_transformers(out / "hf"))
+        stage.measure("evaluated", lambda: evaluated(original, out, window, root, stage.device))
+
+
+def stopped_and_resumed(command: list, out: Path, stage: Stage) -> dict:
     """Run, SIGTERM after the first state, resume. passed is True where both went as they should."""
     # Tests without a GPU run kernels in Triton's interpreter, a run does not.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     with open(out.with_name("said"), "w+") as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment)
-        while process.poll() is None and time.monotonic() < until:
-            if (out / "checkpoints" / "step-000002").exists():
-                break
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
         try:
-            stopped = process.wait(timeout=max(1, until - time.monotonic()))
+            while process.poll() is None and stage.left() > 0:
+                if (out / "checkpoints" / "step-000002").exists():
+                    break
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            stopped = process.wait(timeout=max(1, stage.left()))
         except subprocess.TimeoutExpired:
+            stopped = "not stopped in time"
+        finally:
             process.kill()
             process.wait()
-            stopped = "not stopped in time"
         said.seek(0)
         printed = said.read()[-2000:]
     if stopped != 128 + signal.SIGTERM:
         return {"passed": False, "stopped": stopped, "output": printed}
-    resume, left = [*command[:2], "--resume", str(out)], max(1, until - time.monotonic())
-    done = subprocess.run(resume, capture_output=True, text=True, timeout=left, env=environment)
+    resume = [*command[:2], "--resume", str(out)]
+    settings = dict(capture_output=True, text=True, env=environment)
+    done = subprocess.run(resume, timeout=max(1, stage.left()), **settings)
     if done.returncode:
         return {"passed": False, "resumed": done.returncode, "output": done.stderr[-2000:]}
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -331,104 +435,170 @@ def stopped_and_resumed(command: list, out: Path, until: float) -> dict:
     return {"passed": whole, "stopped": stopped, "loss": [log[0]["loss"], log[-1]["loss"]]}
 
 
-def run_stage(device, seconds: float, args) -> dict:
-    """A small checkpoint as a user runs it: train, SIGTERM, resume, export, reopen, evaluate."""
+def parameters_in_transformers(folder: Path) -> int:
     from transformers import AutoModelForCausalLM
 
-    until = time.monotonic() + seconds
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        original, which = small_checkpoint(root, args.ckpt)
-        window, out = original_window(load_config(original)), root / "run"
-        flags = {"ckpt": original, "target_len": 2 * window, "out_dir": out, "device": device}
-        flags |= {"long_data": TEXT, "short_data": TEXT, "cache_dir": root / "tokens", "steps": 4}
-        flags |= {"long_micro": 1, "long_batch": 2, "short_micro": 1, "short_batch": 4}
-        flags |= {"s2l_micro": 1, "s2l_batch": 2, "eval_tokens": 4 * window, "save_every": 2}
-        given = [x for key, value in flags.items() for x in (f"--{key}", str(value))]
-        command = [sys.executable, str(HERE / "longred.py"), *given]
-        found = {"checkpoint": which} | stopped_and_resumed(command, out, until)
-        if not found["passed"]:
-            return found
-        reopened = AutoModelForCausalLM.from_pretrained(out / "hf")
-        found["reopened_parameters"] = sum(p.numel() for p in reopened.parameters())
-        found["report"] = (out / "report.md").read_text()[:2000]
-        wanted = ["--tasks", "kept", "position", "--lengths", f"{window},{2 * window}"]
-        wanted += ["--eval_tokens", str(4 * window), "--device", str(device)]
-        places = ["--out_dir", str(root / "evaluated"), "--cache_dir", str(root / "tokens")]
-        evaluate.main(["--base", str(original), "--ckpt", str(out), *wanted, *places])
-        return found | {"evaluated": (root / "evaluated" / "report.md").read_text()[:4000]}
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
 
 
-def peers_stage(device, seconds: float, args) -> dict:
-    """The same long pass by transformers with checkpointing, and under Liger-Kernel."""
-    found, gpu = {}, device.type == "cuda"
-    config, unit = (bench.LLAMA3_8B, bench.UNITS[0]) if gpu else (bench.TINY, bench.TINY_UNITS[0])
-    for peer in ("transformers", "liger"):
-        found[peer] = bench.peer_step(peer, config, unit, 1, device)
-        bench.reset_peak(device)
-    return found
+def evaluated(original: Path, out: Path, window: int, root: Path, device) -> str:
+    """The beginning of evaluate's report on the run."""
+    asked = ["--tasks", "kept", "position", "--lengths", f"{window},{2 * window}"]
+    asked += ["--eval_tokens", str(4 * window), "--device", str(device)]
+    places = ["--out_dir", str(root / "evaluated"), "--cache_dir", str(root / "tokens")]
+    evaluate.main(["--base", str(original), "--ckpt", str(out), *asked, *places])
+    return (root / "evaluated" / "report.md").read_text()[:4000]
 
 
-def kernels_stage(device, seconds: float, args) -> dict:
-    """Attention by backend, weight gradient sums, fusions: what the code should choose."""
-    until, found = time.monotonic() + seconds, []
-    for name, make in kernels.rows(device).items():
-        if time.monotonic() < until:
-            found.append(kernels.one_row(name, make, 5 if device.type == "cuda" else 1, device))
-    return {"rows": found, "fastest": kernels.winners(found)}
+WAYS = "what the model gets", "CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "FA3"
 
 
-STAGES = {  # name -> (what it runs, seconds it may take)
-    "machine": (machine_stage, 40),
-    "tests": (tests_stage, 90),
-    "rotary": (rotary_stage, 40),
-    "8B": (step_stage, 150),
-    "run": (run_stage, 150),
-    "loss": (loss_stage, 20),
-}
-MORE = {
-    "kernels": (kernels_stage, 90),
-    "peers": (peers_stage, 200),
-    "128K": (functools.partial(step_stage, length=131072), 300),
-    "256K": (functools.partial(step_stage, length=262144), 400),
-}
+def attention_stage(stage: Stage) -> None:
+    """Attention of Llama-3-8B by backend, forward and backward: which should answer."""
+    for n_tokens in bench.sizes(stage.device).attention_lengths:
+        for way in WAYS:
+            for backward in (False, True):
+                name = f"{n_tokens} tokens, {'backward' if backward else 'forward'}, {way}"
+                run = functools.partial(attention_row, way, n_tokens, backward, stage.device)
+                stage.measure(name, run)
 
 
-def fenced(stage, seconds: float, device, args=None) -> dict:
-    """A stage's result, or its error as the result. Limits are the stages' own to keep; on Linux an
-    alarm ends what does not."""
+def attention_row(way: str, n_tokens: int, backward: bool, device) -> dict:
+    """32 query and 8 kv heads of 128, causal."""
 
-    def too_late(number, frame):
-        raise TimeoutError(f"more than {2 * seconds:.0f} s")
+    def random(heads):
+        shape = 1, n_tokens, heads, 128
+        return torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_()
 
-    began, previous = time.monotonic(), None
-    if hasattr(signal, "SIGALRM"):
-        previous = signal.signal(signal.SIGALRM, too_late)
-        signal.alarm(int(2 * seconds))
+    def forward():
+        if way == WAYS[0]:
+            return causal_attention(q, k, v)
+        with sdpa_kernel([getattr(SDPBackend, "FLASH_ATTENTION" if way == "FA3" else way)]):
+            wide = (x.transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=True)
+
+    q, k, v = random(32), random(8), random(8)
+    work = 2 * 2 * 32 * 128 * n_tokens**2 / 2  # FLOP: two products over half the square
+    with flash_attention_3() if way == "FA3" else nullcontext():
+        run = forward
+        if backward:
+            out, work = forward(), 2.5 * work
+            grad = torch.randn_like(out)
+            run = functools.partial(torch.autograd.grad, out, (q, k, v), grad, retain_graph=True)
+        seconds, _ = bench.timed(run, bench.sizes(device).rounds, device)
+    return {"seconds": seconds, "tflops": work / seconds / 1e12}
+
+
+@contextmanager
+def flash_attention_3():
+    """FlashAttention-3 behind the flash backend; raises where it is not installed."""
+    from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
+
+    activate_flash_attention_impl("FA3")
     try:
-        result = stage(device, seconds, args)
-    except Exception as e:  # out of memory, a compiler, a bug: whatever it is, others go on
-        lines = str(e).splitlines() or [""]
-        result = {"error": f"{type(e).__name__}: {lines[0][:500]}"}
+        yield
     finally:
-        if previous is not None:
+        restore_flash_attention_impl()
+
+
+def peers_stage(stage: Stage) -> None:
+    """The same long pass by transformers with checkpointing, and under Liger-Kernel."""
+    step = bench.sizes(stage.device).steps[32768]
+    for peer in ("transformers", "liger"):
+        stage.measure(peer, functools.partial(bench.peer_step, peer, step, 1, stage.device))
+
+
+class Part(NamedTuple):
+    """What one command measures: stages by name, each with the seconds that it should take."""
+
+    seconds: float  # of the command
+    stages: dict
+
+
+PARTS = {
+    "first": Part(
+        430,
+        {
+            "8B": (step_stage, 110),
+            "rotary": (rotary_stage, 45),
+            "machine": (machine_stage, 20),
+            "loss": (loss_stage, 15),
+        },
+    ),
+    "then": Part(
+        360,
+        {"tests": (tests_stage, 150), "run": (run_stage, 110), "attention": (attention_stage, 40)},
+    ),
+    "more": Part(
+        1200,
+        {
+            "peers": (peers_stage, 200),
+            "128K": (functools.partial(step_stage, length=131072), 300),
+            "256K": (functools.partial(step_stage, length=262144), 400),
+        },
+    ),
+}
+
+
+def run_one(stage: Stage, work) -> None:
+    """Run a stage to its end, its error or the end of its time; its rows stay."""
+    began = time.monotonic()
+    stage.rows["date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    if stage.until - began < 2:
+        stage.rows["not run"] = "no time was left"
+        return stage.save()
+    try:
+        stage.begin()
+        work(stage)
+    except OutOfTime:
+        stage.rows["error"] = f"out of time after {time.monotonic() - began:.0f} s"
+    except Exception as e:  # whatever it is, the other stages go on
+        stage.rows |= bench.failure(e)
+    finally:
+        if hasattr(signal, "SIGALRM"):
             signal.alarm(0)
-            signal.signal(signal.SIGALRM, previous)
-    bench.reset_peak(device)
-    return result | {"stage_seconds": round(time.monotonic() - began, 1)}
+    stage.rows["stage_seconds"] = round(time.monotonic() - began, 1)
+    memory.free_host_buffers()
+    bench.reset_peak(stage.device)
+    stage.save()
+
+
+def earlier_stages(path: Path, result: dict) -> dict:
+    """The stages that another command measured, on this device with these versions."""
+    if not path.exists():
+        return {}
+    earlier = json.loads(path.read_text())
+    same = all(earlier.get(key) == result[key] for key in ("device", "versions"))
+    return earlier.get("stages", {}) if same else {}
 
 
 def prove(args) -> None:
-    """Run every stage, write prove.json after each, end with the table."""
-    device = torch.device(args.device)
-    result = bench.describe(device) | {"stages": {}, "targets": []}
-    print(f"{result['device']}, {result['date']}, {result['versions']}", flush=True)
-    save = functools.partial(bench.write_result, result, args.out_dir, "prove")
-    for name, (stage, seconds) in (STAGES | (MORE if args.more else {})).items():
-        found = result["stages"][name] = fenced(stage, seconds, device, args)
-        short = {k: v for k, v in found.items() if not isinstance(v, dict | list)}
-        print(f"stage {name}: {short}", flush=True)
+    """Run the stages of one part, every row on disk once it is measured; end with the table."""
+
+    def too_late(number, frame):
+        raise OutOfTime
+
+    def write(stage: Stage) -> None:
+        result["stages"][stage.name] = stage.rows
         result["targets"] = verdicts(result["stages"], result["device"], device.type != "cuda")
-        save(quiet=True)
+        bench.write_result(result, args.out_dir, "prove", quiet=True)
+
+    device, part = args.device, PARTS[args.part]
+    until = time.monotonic() + (args.seconds or part.seconds)
+    result = bench.describe(device)
+    path = bench.result_path(args.out_dir, "prove", result["smoke_test"])
+    result |= {"stages": earlier_stages(path, result), "targets": []}
+    print(f"{result['device']}, {result['date']}, {result['versions']}", flush=True)
+    previous = signal.signal(signal.SIGALRM, too_late) if hasattr(signal, "SIGALRM") else None
+    try:
+        for name, (work, seconds) in part.stages.items():
+            stage = Stage(name, seconds, until, device, args, write)
+            run_one(stage, work)
+            short = {k: v for k, v in stage.rows.items() if not isinstance(v, dict | list)}
+            print(f"stage {name}: {short}", flush=True)
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGALRM, previous)
     print_verdicts(result["targets"])
-    save()
+    bench.write_result(result, args.out_dir, "prove")

@@ -24,6 +24,7 @@ from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # wherever pytest was started
@@ -32,6 +33,7 @@ if not torch.cuda.is_available():
 
 import data
 import rope_kernels
+from machine import memory
 from machine.formats import load_checkpoint, save_checkpoint
 from machine.run import train
 from machine.settings import MachineConfig as Config
@@ -341,6 +343,47 @@ def a_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     with MappedToCPU():
         yield
+
+
+class CudaRuntime(TorchDispatchMode):
+    """CUDA's runtime as far as host memory goes: what is locked, and how a refusal is answered.
+
+    A refused call leaves its error pending, and the next kernel launched raises it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.locked, self.refuse_after, self.pending = {}, 10**9, False
+
+    def cudaHostRegister(self, address, nbytes, flags):
+        if len(self.locked) >= self.refuse_after:
+            self.pending = True
+            return 2
+        self.locked[address] = nbytes
+        return 0
+
+    def cudaHostUnregister(self, address):
+        spans = (line.split()[0].split("-") for line in open("/proc/self/maps"))
+        assert any(int(a, 16) <= address < int(b, 16) for a, b in spans), "unmapped while locked"
+        return 0 if self.locked.pop(address, None) else 1
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if self.pending:
+            self.pending = False
+            raise RuntimeError("CUDA error: out of memory")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def cuda_runtime(a_gpu, monkeypatch):
+    """CUDA's runtime on a CPU in its place: every host buffer is locked, or refused."""
+    host_buffer, runtime = memory.host_buffer, CudaRuntime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(memory, "host_buffer", lambda nbytes, pin: host_buffer(nbytes, True))
+    with runtime:
+        yield runtime
+    memory.free_host_buffers()
+    assert not runtime.locked
 
 
 def with_eos(folder, copy):

@@ -102,7 +102,7 @@ def test_products_of_bf16_come_out_in_fp32():
 
 def test_products_add_up_in_fp32_inside_the_matmul_where_torch_can(monkeypatch):
     """Small whole numbers, of which every product and sum is exact in bf16 and in fp32."""
-    assert memory.matmul_adds(torch.device(DEVICE)) == ON_GPU  # torch 2.10 or later
+    assert model.matmul_adds(torch.device(DEVICE)) == ON_GPU  # torch 2.10 or later
     pairs = [(random(48, 24, seed=s).sign(), random(48, 40, seed=s + 9).sign()) for s in range(3)]
     exact = sum(a.double().T @ b.double() for a, b in pairs)
     addmm, inside = torch.addmm, []
@@ -115,12 +115,14 @@ def test_products_add_up_in_fp32_inside_the_matmul_where_torch_can(monkeypatch):
 
     monkeypatch.setattr(torch, "addmm", spy)
     for can in (False, True):
-        monkeypatch.setattr(memory, "matmul_adds", lambda device, can=can: can)
-        sums = [None]
+        monkeypatch.setattr(model, "matmul_adds", lambda device, can=can: can)
+        sums, weight = [None], torch.zeros(24, 40, device=DEVICE)
         for a, b in pairs:
-            memory._add_product(sums, 0, a, b)
-        assert sums[0].dtype == torch.float32 and torch.equal(sums[0].double(), exact)
-        assert inside == [(torch.bfloat16, torch.float32, True)] * 2 * can
+            memory._add_to_sum(sums, 0, a, b)
+            model.add_product(weight, a.T, b)
+        for total in (sums[0], weight):
+            assert total.dtype == torch.float32 and torch.equal(total.double(), exact)
+        assert inside == [(torch.bfloat16, torch.float32, True)] * 5 * can
 
 
 @pytest.mark.parametrize("backend", ["CUDNN_ATTENTION", "FLASH_ATTENTION", "chosen"])
@@ -262,7 +264,7 @@ def test_a_pass_without_memory_is_a_row_of_step_and_its_sum_is_not_whole(tmp_pat
     given = ["--device", "cpu", "--rounds", "1", "--no-peers", "--gpu_gib", "60"]
     bench.main(["step", *given, "--out_dir", str(tmp_path)])
     names = ["long", "short", "s2l"]
-    rows = [("step-60gib", names[:i], False) for i in (1, 2, 3)]
+    rows = [("step-60gib", names[:i], False) for i in (1, 2, 3)]  # after each pass
     assert written[:3] == rows and written[-1] == ("step-60gib", names, True)
 
 
@@ -294,11 +296,17 @@ def test_a_limit_on_the_gpus_memory_goes_to_a_device_by_number(monkeypatch):
 
 # What only tensors on a real GPU reach, wherever it is: file -> functions.
 ONLY_ON_A_GPU = {
-    "model.py": {"causal_attention", "document_attention", "fp32_product"}
+    "model.py": {"causal_attention", "choose_attention_kernels", "document_attention"}
+    | {"fp32_product"}
     | {"next_token_loss", "next_token_kl"},  # more rows at a time
     "rope_kernels.py": {"_launch", "apply_rope", "rope_backend"},
     "machine/keeper.py": {"_write_beside"},  # a stream of its own
-    "machine/memory.py": {"host_buffer", "free_host_buffers", "pad_heads", "empty_cache"}
+    "machine/memory.py": {
+        "host_buffer",
+        "_forget_cuda_error",
+        "free_host_buffers",
+        "empty_cache",
+    }
     | {"__init__"},  # whether host memory is locked
 }
 
@@ -385,6 +393,7 @@ def test_segments_expand_before_an_entry_asks_for_the_gpu(name, monkeypatch):
     ]
     assert took == ENTRIES  # a new one is tested too
     settings = []
+    monkeypatch.setattr(plan, "_gpu_allocates", lambda: True)
 
     def asked(*_):
         settings.append(os.environ.get("PYTORCH_ALLOC_CONF"))

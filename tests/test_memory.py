@@ -4,19 +4,23 @@ import collections
 import contextlib
 import functools
 import gc
+import json
 import os
 import re
 import sys
+import warnings
 import weakref
 from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch._dynamo.testing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import model as model_module
+import data
+import longred
 from longred import cosine_distance, fill, main, plan_streams
 from machine import memory, plan, run
 from machine.formats import load_checkpoint
@@ -30,15 +34,17 @@ from machine.plan import (
     make_plan,
     model_flops,
     parameter_count,
-    shared_plan,
 )
 from machine.run import train
 from machine.settings import MachineConfig as Config
 from measure import bench
-from model import Llama, ModelConfig, next_token_loss
+from model import Attention, Llama, ModelConfig, next_token_loss
 from tests.conftest import killed_after_two, read_log, same_run, tiny_config, tiny_run
 
 # -------------------------------------------------------------------------------------------- AdamW
+
+
+ADAMW = dict(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 
 def optimizer_pair(host, moments=torch.float32, chunk=100, weight_decay=0.1):
@@ -308,15 +314,6 @@ def test_chunked_hidden_distance_is_the_mean_over_tokens_with_its_gradient():
     torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("head_dim", [2, 8, 16])
-def test_padded_heads_attend_as_narrow_ones_do(head_dim):
-    plain, padded = (tiny(head_dim=head_dim) for _ in range(2))
-    memory.pad_heads(padded)
-    ids = torch.randint(96, (2, 33), generator=torch.Generator().manual_seed(1))
-    assert_same(gradients(padded, ids), gradients(plain, ids))
-    assert torch.equal(padded.generate(ids, 9, chunk_len=5), plain.generate(ids, 9))
-
-
 # ------------------------------------------------------------------------------------------ one GPU
 
 
@@ -343,17 +340,17 @@ def run_losses(student, teacher, optimizer, ready, compare):
 
 
 def test_the_whole_small_memory_path_trains_like_plain_fp32():
-    adamw = 3e-3, (0.9, 0.95), 1e-8, 0.1
+    adamw = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     student, teacher = (tiny(seed).bfloat16().float() for seed in (0, 1))
-    reference = torch.optim.AdamW(student.parameters(), *adamw)
+    reference = torch.optim.AdamW(student.parameters(), **adamw)
     plain = run_losses(student, teacher, reference, lambda name: None, cosine_distance)
     lean, teacher = tiny(0, torch.bfloat16), tiny(1, torch.bfloat16).requires_grad_(False)
-    passes = [Unit("long", 2, 40), Unit("short", 2, 40, hidden_states=2)]
+    passes = [Unit("long", 2, 40), Unit("short", 2, 40, hidden_states=2, heads=0)]
     plan = make_plan(lean.config, passes, 8 * GIB, 8 * GIB)
     policy = Policy(1, 2, offload=True, mlp_rows=32)
     plan = replace(plan, host_state=True, teacher_resident=False, slot_bytes=2 * 40 * 48 * 2)
     machine = memory.OneGPU(
-        replace(plan, policies=dict(long=policy, short=policy)), lean, teacher, *adamw
+        replace(plan, policies=dict(long=policy, short=policy)), lean, teacher, **adamw
     )
     compare = functools.partial(cosine_distance, rows=30)
     losses = run_losses(lean, teacher, machine.optimizer, machine.ready, compare)
@@ -434,9 +431,85 @@ def test_a_run_whose_gradients_go_to_the_host_is_the_same_run(ckpt, tmp_path, sm
 # ----------------------------------------------------------------------------------------- plan.py
 
 
+SHORT, S2L = bench.FULL.steps[32768].units[1:]
+
+
 def units(length):
     """One step of the paper with long passes of this length."""
-    return [Unit("long", 1, length, 2**20 // length), *bench.UNITS[1:]]
+    return [Unit("long", 1, length, 2**20 // length), SHORT, S2L]
+
+
+class TracedNorm(torch.nn.RMSNorm):
+    def forward(self, x):  # one kernel on a GPU, which saves its input
+        return x * self.weight
+
+
+class TracedAttention(Attention):
+    def qkv(self, x, rope):  # the rotary kernel makes q and k anew and saves neither
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.config.head_dim))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return q * 1.0, k * 1.0, v
+
+
+TRACED = {torch.nn.RMSNorm: TracedNorm, Attention: TracedAttention}
+
+
+LOSSES = {  # by whether hidden states are compared, and how many LM heads run
+    (False, 1): longred.cross_entropy,
+    (True, 0): longred.short_text_distillation,
+    (True, 2): longred.distillation_and_kl,
+    (False, 2): longred.kl_distillation,
+}
+
+
+def fake_student(config):
+    """Weights in bf16 and gradients in fp32 that take no memory, under FakeTensorMode."""
+    torch.set_default_dtype(torch.bfloat16)  # fake parameters cannot be cast in place
+    student = Llama(config)
+    torch.set_default_dtype(torch.float32)
+    for module in student.modules():
+        module.__class__ = TRACED.get(type(module), type(module))
+    for p in student.parameters():
+        p.grad_dtype = torch.float32
+        p.grad = torch.zeros(p.shape)
+    return student
+
+
+def traced_peak(config, unit, policy):
+    """Bytes that one unit adds at its worst to weights and gradients, counted on fake tensors.
+
+    The code that trains runs here at full size in seconds, without memory or GPU: blocks under
+    their policy, losses, backward. Rotary and RMSNorm, of many operations on a CPU, are replaced by
+    one that allocates what their GPU kernel does.
+    """
+    offload = memory.Offload(config.n_layers, 0, torch.device("cpu"))  # gets its room below
+    hidden = torch.Size((unit.batch, unit.seq_len, config.d_model))
+
+    def teacher(_ids, _positions, layers=(), **_):
+        made = {i: torch.zeros(hidden, dtype=torch.bfloat16) for i in layers}
+        last = made.get(config.n_layers)
+        return torch.zeros(hidden, dtype=torch.bfloat16) if last is None else last, made
+
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Offload compares addresses, here all 0
+        student = fake_student(config)
+        teacher.lm_head_weight = student.lm_head_weight.detach()
+        offload.slot_bytes = 2 * hidden.numel()
+        offload.host = torch.empty(config.n_layers * offload.slot_bytes, dtype=torch.uint8)
+        memory.apply_policy(student, policy, offload)
+        student.loss_rows = policy.loss_rows
+        batch = data.Batch.whole(torch.zeros(unit.batch, unit.seq_len + 1, dtype=torch.int64))
+        c = Config(distill_layers=list(range(config.n_layers + 1))[-unit.hidden_states :])
+        weights, mlp = list(student.parameters()), student.layers[0].mlp
+        fp32_sums = {w.shape for w in (*mlp.parameters(), student.lm_head_weight)}
+        with bench.CountBytes(
+            [offload.host, *weights, *(w.grad for w in weights)], fp32_sums
+        ) as count:
+            losses = LOSSES[unit.hidden_states > 0, unit.heads](student, teacher, batch, c)
+            (sum(losses.values()) if isinstance(losses, dict) else losses).backward()
+    return count.peak
 
 
 @pytest.mark.parametrize("length", [32768, 131072])
@@ -449,7 +522,7 @@ def test_planned_activations_are_within_a_tenth_of_those_the_code_allocates(leng
     for unit in [*plan.units.values(), *with_kl]:
         p = plan.policies[unit.name]
         policy = replace(p, unchecked=p.unchecked // 6, attention=min(p.attention, 3))
-        traced = bench.traced_peak(config, unit, policy)
+        traced = traced_peak(config, unit, policy)
         planned = sum(activation_memory(config, unit, policy).values())
         assert 0.95 < planned / traced < 1.15, (unit, policy)
 
@@ -465,8 +538,8 @@ def test_planner_meets_the_targets_and_more_memory_is_never_slower():
         return max(sum(terms.values()) for terms in plan.gpu.values())
 
     def plan(length, gib, host=120, moments=torch.float32):
-        args = bench.LLAMA3_8B, units(length), int(gib * GIB), host * GIB, moments
-        return make_plan(*args)
+        room = int(gib * GIB), host * GIB
+        return make_plan(bench.LLAMA3_8B, units(length), *room, moments=moments)
 
     at_80gb = plan(32768, 80e9 / 2**30)
     assert peak(at_80gb) < 74 * GIB and at_80gb.host_state
@@ -480,6 +553,30 @@ def test_planner_meets_the_targets_and_more_memory_is_never_slower():
     assert all(p.unchecked == 32 for p in roomy.policies.values())
 
 
+LLAMA_3B = replace(bench.LLAMA3_8B, d_model=3072, n_layers=28, n_heads=24, d_ff=8192)
+LLAMA_3B = replace(LLAMA_3B, tie_embeddings=True)
+CARDS = {  # model, window, GiB that are free; whether gradients have to leave the GPU
+    "3B 32K on 48 GB": (LLAMA_3B, 32768, 47.4, False),
+    "8B 32K on 80 GB": (bench.LLAMA3_8B, 32768, 79.1, False),
+    "8B 128K on 141 GB": (bench.LLAMA3_8B, 131072, 139.0, False),
+    "3B 16K on 24 GB": (LLAMA_3B, 16384, 23.5, True),
+    "8B 16K on 48 GB": (bench.LLAMA3_8B, 16384, 47.4, True),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_plan_leaves_room_for_the_gaps_of_the_allocator(name):
+    config, length, gib, host_gradients = CARDS[name]
+    for expandable, gaps in ((True, 0.5 * (1 + 0.5 * host_gradients) * GIB), (False, None)):
+        found = make_plan(config, units(length), int(gib * GIB), 120 * GIB, expandable=expandable)
+        for unit in found.units:
+            allocated = sum(found.gpu[unit].values())
+            assert found.reserved(unit) == int(allocated + (gaps or 0.13 * allocated))
+            assert found.reserved(unit) < gib * GIB
+        assert found.host_gradients == host_gradients or not expandable
+        assert ("fixed segments" in found.table()) != expandable
+
+
 LLAMA_70B = replace(bench.LLAMA3_8B, d_model=8192, n_layers=80, n_heads=64, d_ff=28672)
 LLAMA_1B = replace(bench.LLAMA3_8B, d_model=2048, n_layers=16, head_dim=64, d_ff=8192)
 LLAMA_1B = replace(LLAMA_1B, tie_embeddings=True)
@@ -491,7 +588,7 @@ def remedies(text: str) -> list[str]:
 
 def shorter(length):
     """The step with its long passes cut to this length."""
-    return [replace(units(131072)[0], seq_len=length), *bench.UNITS[1:]]
+    return [replace(units(131072)[0], seq_len=length), SHORT, S2L]
 
 
 def tried(remedy, config, length, gpu, host, processes=1) -> str:
@@ -504,13 +601,13 @@ def tried(remedy, config, length, gpu, host, processes=1) -> str:
     if found := re.search(r"a GPU of (\d+) GB", remedy):
         gpu = int(found[1]) * 0.98
     context = re.search(r"--context (\d+)", remedy)
-    many = re.search(r"(\d+) (such GPUs|processes)", remedy)
-    processes = int(many[1]) if many else 1 if "alone" in remedy else processes
+    more = re.search(r"(\d+) (such GPUs|processes)", remedy)
+    processes = int(more[1]) if more else 1 if "alone" in remedy else processes
     room = int(gpu * GIB), host * GIB
     if processes == 1:
-        return make_plan(config, shorter(length), *room, moments).table()
-    parts = int(context[1]) if context else 1
-    return shared_plan(config, shorter(length), processes, parts, *room).table()
+        return make_plan(config, shorter(length), *room, moments=moments).table()
+    many = dict(processes=processes, context=int(context[1]) if context else 1)
+    return make_plan(config, shorter(length), *room, **many).table()
 
 
 @pytest.mark.parametrize(
@@ -545,7 +642,9 @@ def test_no_length_is_advised_that_a_run_would_refuse():
 
 
 def test_several_gpus_get_a_table_of_what_each_holds():
-    plan = shared_plan(bench.LLAMA3_8B, units(32768), 8, 1, int(79.1 * GIB), 500 * GIB)
+    plan = make_plan(
+        bench.LLAMA3_8B, units(32768), int(79.1 * GIB), 500 * GIB, processes=8, context=1
+    )
     n, rows = 8.03e9, dict(re.findall(r"^  (.{36}) +([\d.]+)", plan.table(), re.M))
     rows = {name.strip(): float(x) for name, x in rows.items()}
     spread = ["weights, fp32", "gradients, fp32", "AdamW's state", "teacher, bf16"]
@@ -554,11 +653,13 @@ def test_several_gpus_get_a_table_of_what_each_holds():
     assert rows["inputs of recomputed blocks"] == 8.0 and "of each of 8" in plan.table()
     assert 34 < rows["GPU peak, allocated"] < rows["GPU peak, reserved"] < 38
     assert plan.host == {"export, first process": 8 * parameter_count(bench.LLAMA3_8B)}
-    halves = shared_plan(bench.LLAMA3_8B, units(32768), 8, 2, int(79.1 * GIB), 500 * GIB)
+    halves = make_plan(
+        bench.LLAMA3_8B, units(32768), int(79.1 * GIB), 500 * GIB, processes=8, context=2
+    )
     assert halves.gpu["long"]["inputs of recomputed blocks"] == 4 * GIB
     assert "1 x 16,384 of 32,768 tokens a pass" in halves.table()
     # Fewer sequences a pass, where it would not fit otherwise.
-    tight = shared_plan(bench.LLAMA3_8B, units(32768), 8, 1, 38 * GIB, 500 * GIB)
+    tight = make_plan(bench.LLAMA3_8B, units(32768), 38 * GIB, 500 * GIB, processes=8)
     assert tight.units["short"].batch < plan.units["short"].batch
 
 
@@ -574,6 +675,7 @@ def test_a_run_on_several_gpus_prints_its_plan_and_reads_as_it_says(monkeypatch,
     for gib, batch in ((79.1, 32), (38, 16)):
         monkeypatch.setattr(plan, "gpu_room", lambda gib=gib: gib * GIB)
         monkeypatch.setattr(plan, "available_memory", lambda: 500 * GIB)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
         machine.check(streams)
         assert machine.sequences["short"] == batch and "each of 8" in capsys.readouterr().out
     assert machine.plan is None  # of one GPU
@@ -595,7 +697,7 @@ def test_a_run_on_several_gpus_prints_its_plan_and_reads_as_it_says(monkeypatch,
 def test_what_does_not_fit_several_gpus_is_refused_with_what_would(config, gpu, host, remedy):
     processes = 8 if config is LLAMA_70B else 2
     with pytest.raises(ValueError, match=f"does not fit {processes} GPUs with {gpu}") as refused:
-        shared_plan(config, units(32768), processes, 1, int(gpu * GIB), host * GIB)
+        make_plan(config, units(32768), int(gpu * GIB), host * GIB, processes=processes)
     said = remedies(str(refused.value))
     assert remedy in said
     for remedy in said:
@@ -603,8 +705,8 @@ def test_what_does_not_fit_several_gpus_is_refused_with_what_would(config, gpu, 
 
 
 def test_a_tied_head_counts_twice_at_its_gradient_on_several_gpus():
-    room = 2, 1, int(23.5 * GIB), 60 * GIB
-    plan = shared_plan(LLAMA_1B, units(32768), *room)
+    gpu = int(23.5 * GIB)
+    plan = make_plan(LLAMA_1B, units(32768), gpu, 60 * GIB, processes=2)
     assert max(sum(terms.values()) for terms in plan.gpu.values()) < 21 * GIB
     once = 4 * LLAMA_1B.vocab_size * LLAMA_1B.d_model
     long = Unit("long", 1, 262144)  # so long that a block's backward is the worst moment
@@ -615,7 +717,7 @@ def test_a_tied_head_counts_twice_at_its_gradient_on_several_gpus():
     assert {k for k in tied if "block's backward" in k} == {k for k in separate if "block's" in k}
     assert sum(tied.values()) - sum(separate.values()) == once
     with pytest.raises(ValueError, match="export takes 9.2 GiB"):
-        shared_plan(LLAMA_1B, units(32768), *room[:3], 12 * GIB)
+        make_plan(LLAMA_1B, units(32768), gpu, 12 * GIB, processes=2)
 
 
 def test_the_floor_of_a_step_is_the_cards_own_where_it_is_known():
@@ -642,11 +744,11 @@ def test_fewer_rows_of_logits_where_nothing_else_fits_and_the_loss_takes_them():
     student, teacher = tiny(0, torch.bfloat16), tiny(1, torch.bfloat16).requires_grad_(False)
     small = make_plan(student.config, [Unit("long", 1, 64)], 8 * GIB, 8 * GIB)
     small = replace(small, policies={"long": Policy(loss_rows=1024)})
-    machine = memory.OneGPU(small, student, teacher, 1e-3, (0.9, 0.95), 1e-8, 0.1)
+    machine = memory.OneGPU(small, student, teacher, **ADAMW)
     machine.ready("long")
-    assert model_module.LOSS_ROWS == 1024
+    assert student.loss_rows == 1024
     machine.finish()
-    assert model_module.LOSS_ROWS == 4096
+    assert student.loss_rows is None
 
 
 def test_flops_are_those_of_the_roofline():
@@ -739,17 +841,127 @@ def test_free_host_memory_is_the_least_along_the_path_of_control_groups(name, tm
     assert control_groups(tmp_path, own, files) == pytest.approx(left)
 
 
-def test_more_host_memory_than_there_is_is_refused_before_it_is_touched(monkeypatch):
-    with pytest.raises(ValueError, match="--host_gib 120: 60.0 GiB are free"):
-        plan.asked("--host_gib", 120, 60 * GIB)
+def test_more_memory_than_there_is_is_refused_or_where_it_may_grow_warned_of(capsys):
+    with pytest.raises(ValueError, match="--gpu_gib 120: 60.0 GiB are free"):
+        plan.asked("--gpu_gib", 120, 60 * GIB)
     with pytest.raises(ValueError, match="pass --host_gib"):
         plan.asked("--host_gib", None, None)
-    assert plan.asked("--host_gib", 40.5, 60 * GIB) == 40.5 * GIB
+    assert plan.asked("--host_gib", 40.5, 60 * GIB, grows=True) == 40.5 * GIB
     assert plan.asked("--host_gib", None, 7) == 7 and plan.asked("--host_gib", 2, None) == 2 * GIB
+    assert not capsys.readouterr().out
+    assert plan.asked("--host_gib", 120, 60 * GIB, grows=True) == 120 * GIB
+    assert re.fullmatch("warning: --host_gib 120.* 60.0 GiB .*\n", capsys.readouterr().out)
+
+
+def away(plan: plan.Plan) -> plan.Plan:
+    """The plan made to use all the host memory that it can."""
+    policies = dict.fromkeys(plan.units, Policy(1, 1, offload=True, mlp_rows=50))
+    slot = max(2 * 48 * u.tokens for u in plan.units.values())
+    where = dict(host_state=True, host_gradients=True, teacher_resident=False)
+    return replace(plan, policies=policies, slot_bytes=slot, host={"all": 10**6}, **where)
+
+
+def test_host_memory_that_is_gone_is_refused_before_it_is_touched_unless_it_was_given(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
-    with pytest.raises(ValueError, match="plan for less with --host_gib"):
-        memory.host_buffer(1001, pin=False)
+    student, teacher = tiny(0, torch.bfloat16), tiny(1, torch.bfloat16).requires_grad_(False)
+    found = away(make_plan(student.config, [Unit("long", 1, 40)], 8 * GIB, 8 * GIB))
+    with pytest.raises(memory.HostMemoryRefused, match="plan for less with --host_gib"):
+        memory.OneGPU(found, student, teacher, **ADAMW)
+    memory.OneGPU(replace(found, host_given=True), student, teacher, **ADAMW).finish()
+
+
+def test_a_kernel_that_knows_no_advice_on_big_pages_locks_memory_all_the_same(monkeypatch):
+    class Map(memory.mmap.mmap):
+        def madvise(self, *_):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(memory.mmap, "mmap", Map)
     assert len(memory.host_buffer(1000, pin=False)) == 1000
+
+
+def test_a_refused_lock_leaves_no_error_to_the_next_kernel(cuda_runtime):
+    cuda_runtime.refuse_after = 0
+    with pytest.raises(memory.HostMemoryRefused, match="refuses to lock .*CUDA error 2"):
+        memory.host_buffer(2**20, pin=True)
+    torch.ones(3, device="cuda").sum()
+
+
+def test_locked_memory_is_unmapped_only_after_cuda_has_let_go_of_it(cuda_runtime, capsys):
+    """CudaRuntime looks whether it is."""
+    buffers = [memory.host_buffer(2**20, pin=True) for _ in range(3)]
+    assert len(cuda_runtime.locked) == 3
+    del buffers
+    memory.free_host_buffers()
+    assert not cuda_runtime.locked and not memory._LOCKED
+    lost = memory.host_buffer(2**20, pin=True)
+    (size,) = [cuda_runtime.locked.pop(lost.data_ptr())]  # so that the runtime refuses
+    memory.free_host_buffers()
+    assert "does not unlock" in capsys.readouterr().out and len(memory._LOCKED) == 1
+    cuda_runtime.locked[lost.data_ptr()] = size
+    lost.add_(1)  # the error was taken away
+
+
+@pytest.mark.parametrize("locks", range(4))  # of teacher, block inputs, state, gradients
+def test_a_refused_lock_leaves_both_models_as_they_were(cuda_runtime, locks):
+    student, teacher = tiny(0, torch.bfloat16), tiny(1, torch.bfloat16).requires_grad_(False)
+    before = [(p, p.clone()) for m in (student, teacher) for p in m.parameters()]
+    found = away(make_plan(student.config, [Unit("long", 1, 40)], 8 * GIB, 8 * GIB))
+    cuda_runtime.refuse_after = locks
+    with pytest.raises(memory.HostMemoryRefused):
+        memory.OneGPU(found, student, teacher, **ADAMW)
+    assert not cuda_runtime.locked and all(torch.equal(p, old) for p, old in before)
+    alone = replace(found, host_state=False, host_gradients=False, teacher_resident=True)
+    alone = replace(alone, slot_bytes=0, policies={"long": Policy()})
+    machine = memory.OneGPU(alone, student, teacher, **ADAMW)
+    machine.ready("long")
+    student(torch.arange(40)[None])[0].sum().backward()
+    assert all(p.grad is not None for p in student.layers.parameters())
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_a_run_whose_host_memory_cannot_be_locked_goes_on_without(
+    ckpt, tmp_path, monkeypatch, capsys, cuda_runtime, moments
+):
+    """moments: what fits the GPU alone."""
+    made = plan.make_plan
+
+    def make_plan(*args, host_bytes, **more):
+        if host_bytes:
+            return away(made(*args, host_bytes=host_bytes, **more))
+        if moments == "bf16" and more["moments"] == torch.float32:
+            raise ValueError("this does not fit")
+        return made(*args, host_bytes=0, **more)
+
+    monkeypatch.setattr(plan, "make_plan", make_plan)
+    cuda_runtime.refuse_after = 1
+    sizes = dict(original_len=128, target_len=256, train_len=256, device="cuda", steps=1)
+    sizes |= dict(long_micro=1, s2l_batch=1, short_batch=2)
+    train(tiny_run(ckpt, tmp_path / "run", **sizes, eval_tokens=0))
+    said = capsys.readouterr().out
+    assert said.count("the system refuses to lock") == 1
+    assert f"going on without, AdamW's moments in {moments}" in said
+    assert len(read_log(tmp_path / "run")) == 1
+    record = json.loads((tmp_path / "run" / "longred.json").read_text())
+    assert record["config"]["moments"] == moments
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_expandable_segments_are_tried_in_a_child_before_they_are_set(monkeypatch, works):
+    for name in plan.ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    tried = []
+
+    def run(command, **_):
+        tried.append(os.environ["PYTORCH_ALLOC_CONF"])
+        return mock.Mock(returncode=0 if works else 1)
+
+    monkeypatch.setattr(plan.subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    plan.expand_segments()
+    assert tried == ["expandable_segments:True"]
+    assert os.environ["PYTORCH_ALLOC_CONF"] == f"expandable_segments:{works}"
+    plan.expand_segments()  # set by now: the user's, or a parent's
+    assert len(tried) == 1
 
 
 @pytest.mark.parametrize("host_gradients", [False, True])
