@@ -268,7 +268,7 @@ def run_all(a) -> tuple[dict, dict]:
                 train(a, *run)
             if not (out / "hf" / "config.json").exists():
                 continue
-            found = score(base, load_checkpoint(out)), texts()
+            found = score(base, load_checkpoint(out), texts())
             seconds = out / "processor_seconds.json"
             found["processor_seconds"] = (
                 json.loads(seconds.read_text()) if seconds.exists() else None
