@@ -56,7 +56,7 @@ from machine.checkpoints import open_tensors, resolve_checkpoint
 from machine.corpus import tokenize
 from machine.formats import load_checkpoint, load_config
 from machine.keeper import lock
-from machine.log import finite, outlive_readers
+from machine.log import command, finite, outlive_readers
 from machine.plan import available_memory, expand_segments, parameter_count
 from machine.samples import sample_ids
 from machine.settings import check_device, fits
@@ -790,24 +790,25 @@ def parse_args(argv: list[str] | None) -> Namespace:
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] not in (*JOBS, "-h", "--help"):
         argv = ["compare", *argv]
-    command = "python -m measure.evaluate"
+    prog = "python -m measure.evaluate"
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    hint = f"flags of a job: {command} JOB --help; without a job's name: compare"
-    parser = argparse.ArgumentParser(command, epilog=hint, **form)
+    hint = f"flags of a job: {prog} JOB --help; without a job's name: compare"
+    parser = argparse.ArgumentParser(prog, epilog=hint, **form)
     jobs = parser.add_subparsers(dest="job", metavar="JOB", required=True)
     for job, (usage, what) in JOBS.items():
         lengths = "Lengths may be written 4K, 32K, 128K (K = 1,024)."
-        usage = f"{command} {job} {usage}"
+        usage = f"{prog} {job} {usage}"
         one = jobs.add_parser(job, help=what, description=what, usage=usage, epilog=lengths, **form)
         _add_flags(job, one)
-        one.error = parser.error = functools.partial(_refuse, f"{command} {argv[0]} --help")
+        one.error = parser.error = functools.partial(_refuse, argv[0])
     a = parser.parse_args(argv)
     a.dtype = getattr(torch, a.dtype or ("bfloat16" if "cuda" in a.device else "float32"))
     return a
 
 
-def _refuse(help_command: str, message: str) -> None:
-    raise SystemExit(f"evaluate: {message}; all flags: {help_command}")
+def _refuse(job: str, message: str) -> None:
+    all_flags = command("measure/evaluate.py", job, "--help")
+    raise SystemExit(f"evaluate: {message}; all flags: {all_flags}")
 
 
 def _add_flags(job: str, parser: argparse.ArgumentParser) -> None:

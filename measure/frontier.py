@@ -499,7 +499,10 @@ def show(a, runs: dict, original: dict) -> None:
     with whole_file(a.out_dir / "frontier.md") as f:
         f.write("\n".join(table) + "\n")
     if any(text != "none" for text, _, _ in runs):
-        draw(runs, original, a.out_dir / "frontier.png")
+        try:
+            draw(runs, original, a.out_dir / "frontier.png")
+        except ImportError:
+            print("for the picture: pip install matplotlib, then the same command")
 
 
 def main(argv: list[str] | None = None) -> None:

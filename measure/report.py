@@ -33,35 +33,12 @@ def report(
     """
     texts = held_out_texts(c, corpora)
     rows, errors, curves = {}, {}, {}
-    models = {"original": (teacher, texts), c.method: (student, texts)}
-    bar = tqdm(
-        desc="report", total=sum(len(x) for _, x in models.values()), unit="part", disable=None
-    )
-    for name, (model, scored) in models.items():
-        each = {}  # column -> one mean a sequence
-        if "short" in scored:
-            drift = short_text_drift(teacher, model, scored["short"], attention_sequences=0)
-            by_sequence = drift["by_sequence"]
-            each |= {f"short loss at {c.original_len}": by_sequence["loss"]}
-            each |= {"KL": by_sequence["kl"], "drift (1 - cos)": by_sequence["drift"]}
-            bar.update()
-        if "long" in scored:
-            losses = losses_by_sequence(model, scored["long"])
-            each[f"long loss at {c.target_len}"] = losses.mean(1).tolist()
-            for i, quarter in enumerate(losses.chunk(4, dim=1)):
-                each[f"quarter {i + 1}"] = quarter.mean(1).tolist()
-            curves[name] = [part.mean().item() for part in losses.mean(0).chunk(32)]
-            bar.update()
-        if "beyond" in scored:  # users fall off this cliff
-            try:
-                beyond = losses_by_sequence(model, scored["beyond"]).mean(1).tolist()
-                each[f"long loss at {2 * c.target_len}, beyond the window"] = beyond
-            except torch.OutOfMemoryError:
-                print(f"not measured: {2 * c.target_len:,} tokens do not fit this memory")
-            bar.update()
-        rows[name] = {column: statistics.mean(values) for column, values in each.items()}
-        errors[name] = {column: standard_error(values) for column, values in each.items()}
-    bar.close()
+    with tqdm(desc="report", total=2 * len(texts), unit="part", disable=None) as bar:
+        for name, model in (("original", teacher), (c.method, student)):
+            each, curves[name] = measure_model(c, teacher, model, texts, bar)
+            rows[name] = {column: statistics.mean(values) for column, values in each.items()}
+            errors[name] = {column: standard_error(values) for column, values in each.items()}
+    curves = {name: curve for name, curve in curves.items() if curve}
     tokens = {name: s.tokens * len(s.steps) for name, s in streams.items()}
     trained = ", ".join(f"{n:,} {name} tokens" for name, n in tokens.items())
     texts.pop("beyond", None)  # more of the same text
@@ -89,6 +66,32 @@ def report(
     if finite(rows) != rows:
         print("warning: the report holds numbers that are not finite: weights or training broke")
     return {"rows": rows, "errors": errors, "long loss in 32 parts": curves, "tokens": tokens}
+
+
+def measure_model(c, teacher: Llama, model: Llama, texts: dict, bar) -> tuple[dict, list]:
+    """Return {column: one mean a sequence}, and the long loss in 32 parts, [] without long text."""
+    each, curve = {}, []
+    if "short" in texts:
+        drift = short_text_drift(teacher, model, texts["short"], attention_sequences=0)
+        by_sequence = drift["by_sequence"]
+        each |= {f"short loss at {c.original_len}": by_sequence["loss"]}
+        each |= {"KL": by_sequence["kl"], "drift (1 - cos)": by_sequence["drift"]}
+        bar.update()
+    if "long" in texts:
+        losses = losses_by_sequence(model, texts["long"])
+        each[f"long loss at {c.target_len}"] = losses.mean(1).tolist()
+        for i, quarter in enumerate(losses.chunk(4, dim=1)):
+            each[f"quarter {i + 1}"] = quarter.mean(1).tolist()
+        curve = [part.mean().item() for part in losses.mean(0).chunk(32)]
+        bar.update()
+    if "beyond" in texts:  # users fall off this cliff
+        try:
+            beyond = losses_by_sequence(model, texts["beyond"]).mean(1).tolist()
+            each[f"long loss at {2 * c.target_len}, beyond the window"] = beyond
+        except torch.OutOfMemoryError:
+            print(f"not measured: {2 * c.target_len:,} tokens do not fit this memory")
+        bar.update()
+    return each, curve
 
 
 def held_out_texts(c, corpora: dict) -> dict:

@@ -2,6 +2,7 @@
 
 import argparse
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -198,7 +199,7 @@ def test_what_was_scored_is_neither_trained_nor_scored_again(ckpt, tmp_path, mon
     assert len(trained) == len(scored) == 3
 
 
-def test_scores_alone_make_the_same_table_and_picture(tmp_path, capsys):
+def test_scores_alone_make_the_same_table_and_picture(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     runs = {run_name(*run): r for run, r in both_comparisons().items()}
     write_scores(tmp_path / "a.json.gz", {"original": made(1.4, 4.0), "runs": runs})
@@ -208,6 +209,9 @@ def test_scores_alone_make_the_same_table_and_picture(tmp_path, capsys):
     one, two = ((tmp_path / out / "frontier.md").read_text() for out in ("one", "two"))
     assert one == two and one in capsys.readouterr().out and "15 of 127 runs done" in one
     assert (tmp_path / "two" / "frontier.png").stat().st_size > 10_000
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    main(["--scores", str(scores), "--out_dir", str(tmp_path / "two")])
+    assert "pip install matplotlib" in capsys.readouterr().out
     files = [tmp_path / x for x in ("one/frontier.json.gz", "two/frontier.json.gz")]
     assert files[0].read_bytes() == files[1].read_bytes()  # no time of writing in them
 

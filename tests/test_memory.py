@@ -682,7 +682,7 @@ def test_a_run_on_several_gpus_prints_its_plan_and_reads_as_it_says(monkeypatch,
     loaded = []
     monkeypatch.setattr(run, "load_checkpoint", lambda *args: loaded.append(args[4]))
     monkeypatch.setattr(memory, "empty_cache", lambda device: None)
-    machine.load(frozen=True), machine.load(3000.0)
+    machine.load(), machine.load(3000.0)
     assert loaded == [torch.bfloat16, torch.float32]  # the teacher, and the student
 
 
