@@ -25,6 +25,22 @@ from model import ModelConfig
 class MachineConfig(Config):
     """longred.Config, how text is read, and how a run uses its machine."""
 
+    # What longred.Config has, with more kinds of values
+    ckpt: str | None = opt(None, "folder, OUT_DIR, known name or hub id; none: the demo")
+    long_data: list[str] | None = opt(
+        None,
+        "long text: files, folders, globs, hub datasets hf:owner/name[/config][:split][#column] "
+        "(default: 1.3 GB of public-domain books and open-licence papers, 0.9G tokens)",
+    )
+    short_data: list[str] | None = opt(
+        None,
+        "short text, on which the model is to stay as it is; self[:N]: N (2,000) texts sampled "
+        "from the checkpoint (default: 2.9 GB of RedPajama's sample from the hub, 0.7G tokens)",
+    )
+    s2l_data: list[str] | None = opt(
+        None, "text for short-to-long (default: long_data; if that is the default, short_data)"
+    )
+    out_dir: str | None = opt(None, "default: out/<ckpt name>-<target_len>; demo: out/demo")
     # How text is read
     source_weights: list[str] | None = opt(
         None, "SOURCE=SHARE of its stream's tokens, for all of a --..._data list (default: as read)"
