@@ -1127,6 +1127,27 @@ def test_mix_cpt_weighs_its_streams(ckpt, tmp_path):
     assert weights == {"long": 8 / 16, "short": 12 / 16, "s2l": 1 / 16}
 
 
+def test_soft_replay_weighs_both_of_its_short_streams(ckpt, tmp_path):
+    asked = tiny_run(ckpt, tmp_path, method="soft_replay", alpha_kl=3.0)
+    streams = plan_streams(longred.resolve(asked, load_config(ckpt[0]), "tiny"))
+    weights = {n: s.weights[n] for n, s in streams.items()}
+    assert weights == {"long": 8 / 16, "short": 18 / 16, "s2l": 6 / 16}
+
+
+def test_layers_are_chosen_by_how_the_original_drifts_on_texts_of_its_window(
+    ckpt, tmp_path, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(longred, "select_distill_layers", lambda *a: seen.append(a) or [1, 3])
+    train(tiny_run(ckpt, tmp_path / "run", steps=1, short_len=32, eval_tokens=0))
+    ((teacher, student, ids, n),) = seen
+    original = load_checkpoint(ckpt[0])
+    extended = load_checkpoint(ckpt[0], rope_theta=3000.0)
+    assert torch.equal(teacher.inv_freq, original.inv_freq)
+    assert torch.equal(student.inv_freq, extended.inv_freq)
+    assert ids.shape == (16, 64) and n == 6  # the old window, not --short_len
+
+
 def test_the_teacher_is_frozen_and_kept_out_of_everything(ckpt, tmp_path, monkeypatch):
     loaded, optimized = [], []
     adamw = torch.optim.AdamW
