@@ -33,30 +33,30 @@ import longred
 import model as model_module
 import rope_kernels
 from longred import (
-    Config,
     cosine_distance,
     cross_entropy,
+    default_theta,
     plan_streams,
     select_distill_layers,
     short_text_distillation,
     short_to_long_distillation,
-    train,
 )
 from machine import formats, memory, run
-from machine.corpus import DEFAULT_LONG, DEFAULT_SHORT
+from machine.corpus import DEFAULT_LONG, DEFAULT_SHORT, tokenize
+from machine.formats import load_checkpoint, load_config, rescaled, save_checkpoint
 from machine.plan import Policy
-from machine.settings import default_theta, resolve
+from machine.run import train
+from machine.settings import MachineConfig as Config
+from machine.settings import resolve
 from machine.states import newest_state
+from machine.tokenizer import load_tokenizer
 from measure import pcd as pcd_module
 from model import (
     Llama,
     ModelConfig,
     attention_kl,
-    load_checkpoint,
     next_token_kl,
     next_token_loss,
-    rescaled,
-    save_checkpoint,
 )
 from rope_kernels import apply_rope, apply_rope_torch, ntk_theta, rope_frequencies
 from tests import conftest
@@ -781,9 +781,30 @@ def test_one_book_among_notes_and_copies_of_one_text_give_their_ends():
     assert corpus.segments(held_out=True)[1][-1] == 5000
     assert corpus.segments()[1][-1] == 95_000
     copies = made_corpus([1000] * 120, [20] * 100 + [*range(1, 20), 21])
-    assert set(copies.segments(held_out=True)[1][:100]) == {50}
+    held = copies.segments(held_out=True)[1]
+    assert set(held[:100]) == {50} and not held[100:].any()  # counted together: rule 2, not 3
     corpus = made_corpus([20] * 19 + [100_000], [*range(101, 120), 20])
     assert corpus.describe_held_out() == "5,000 held out: the ends of 1"
+
+
+def test_nobody_trains_on_the_end_of_a_document_of_4096_tokens_or_more():
+    long, short = 1, 2
+    corpus = made_corpus([4096, 4095, *[1000] * 200], [long, short, *range(20, 220)])
+    assert corpus.segments()[1][:2].tolist() == [4096 - 204, 4095]
+    assert not corpus.segments(held_out=True)[1][:2].any()
+
+
+def test_a_stream_of_too_little_or_too_much_held_out_gives_all_its_ends():
+    none = made_corpus(
+        [1000] * 30, [*range(1, 20), *range(21, 32)]
+    )  # no checksum is a multiple of 20
+    assert set(none.segments(held_out=True)[1]) == {50}
+    much = made_corpus([1000] * 30, [20, 40, 60, 80, *range(1, 20), *range(21, 28)])  # 4 of 30
+    assert set(much.segments(held_out=True)[1]) == {50}
+    few = made_corpus([1000] * 30, [20, 40, 60, *range(1, 20), *range(21, 29)])  # just a tenth
+    assert few.segments(held_out=True)[1].tolist() == [1000] * 3 + [0] * 27
+    data.share_held_out([few, much])  # which share documents: none of them may be trained on
+    assert set(few.segments(held_out=True)[1][:3]) == {50}
 
 
 def test_no_batch_of_an_epoch_shows_what_another_stream_holds_out():
@@ -807,7 +828,7 @@ def test_the_same_document_is_held_out_in_every_stream(tk, tmp_path):
         )
     held = []
     for name in "ab":
-        corpus = data.tokenize([tmp_path / f"{name}.jsonl"], tk, tmp_path / "cache")
+        corpus = tokenize([tmp_path / f"{name}.jsonl"], tk, tmp_path / "cache")
         out = corpus.segments(held_out=True)[1] > 0
         held.append({tk.decode(d[:-1]) for d, o in zip(documents(corpus), out, strict=True) if o})
     assert held[0] & set(texts[90:200]) == held[1] & set(texts[90:200]) != set()
@@ -832,32 +853,6 @@ def test_text_too_short_for_one_sequence_is_an_error():
         ValueError, match="too short: 285 tokens .*15 held out: the ends of 2.* needs 286"
     ):
         data.Stream(corpus, "long", 0, 1, 285)
-    with pytest.raises(ValueError, match="0 tokens to train on in documents of at least 300"):
-        data.Stream(corpus, "long", 0, 1, 10, min_doc_len=300)
-
-
-def test_min_doc_len_leaves_out_shorter_documents():
-    corpus = made_corpus([100, 20, 100])
-    stream = data.Stream(corpus, "long", 0, 1, 10, min_doc_len=100)
-    seen = {int(i) for k in range(stream.n_sequences) for i in stream.batch(k).ravel()}
-    assert not seen & set(range(100, 120)) and max(seen) > 120
-
-
-def test_length_upsample_favours_long_documents_and_keeps_each_source_its_share():
-    rng = np.random.default_rng(0)
-    lengths = np.where(rng.random(4000) < 0.1, 1000, 100)
-    sources = np.arange(4000) % 2
-    corpus = made_corpus(lengths, rng.integers(0, 2**32, 4000), sources)
-    _, train = corpus.segments()
-    chosen = data._upsample(corpus, train, 1000, 3.0)
-    for source in (0, 1):
-        before, after = train * (sources == source), train[chosen] * (sources[chosen] == source)
-        assert after.sum() == pytest.approx(before.sum(), rel=0.05)
-        long = [w[w == 1000].sum() / w.sum() for w in (before, after)]
-        assert long[1] / (1 - long[1]) == pytest.approx(3 * long[0] / (1 - long[0]), rel=0.15)
-    assert np.diff(chosen).min() < 0 and not (np.diff(chosen) == 0).any()  # copies far apart
-    stream = data.Stream(corpus, "long", 0, 1, 1000, length_upsample=3.0)
-    assert abs(stream.n_sequences * 1000 / train.sum() - 1) < 0.05
 
 
 def test_describe_counts_documents_tokens_and_epochs_and_warns():
@@ -872,7 +867,7 @@ def test_describe_counts_documents_tokens_and_epochs_and_warns():
 
 # ------------------------------------------------------------------------------- data.py: positions
 
-SCHEMES = ["uniform", "cream", "cream_truncated", "pose", "endprompt"]
+SCHEMES = ["uniform", "cream", "cream_truncated", "pose"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -880,7 +875,7 @@ SCHEMES = ["uniform", "cream", "cream_truncated", "pose", "endprompt"]
 @settings(max_examples=150, deadline=None)
 def test_positions_rise_from_0_and_stay_in_the_window(scheme, seq_len, more, seed):
     draw = getattr(data, f"{scheme}_positions")
-    if 0 < more and seq_len < 3 and scheme not in ("pose", "endprompt"):
+    if 0 < more and seq_len < 3 and scheme != "pose":
         with pytest.raises(ValueError, match="need 3"):
             draw(np.random.default_rng(seed), 3, seq_len, seq_len + more)
         return
@@ -962,13 +957,6 @@ def test_pose_moves_the_second_chunk_by_a_uniform_distance():
     assert chi_square(np.bincount(first[moved > 0], minlength=4)[1:4], np.ones(3)) < 15
 
 
-def test_endprompt_sends_the_last_tokens_to_the_windows_end_and_no_other():
-    got = data.endprompt_positions(None, 2, 40, 100)
-    want = [*range(22), *range(82, 100)]
-    assert got.tolist() == [want, want] and got.dtype == np.int64
-    assert data.endprompt_positions(None, 1, 3, 9).tolist() == [[0, 1, 8]]  # half of it stays
-
-
 @given(st.integers(1, 200), st.integers(0, 900), st.lists(st.integers(0, 199)), st.integers(0, 99))
 @settings(max_examples=200, deadline=None)
 def test_longrecipe_skips_only_at_sentence_starts(seq_len, more, starts, seed):
@@ -994,7 +982,7 @@ def test_longrecipe_slots_are_a_uniform_choice():
 def test_sentences_end_where_any_tokenizer_says(ckpt):
     for folder, text in [(ckpt[0], "Is 1.5 it?\nNo! Yes"), (STORIES, "He ran. Why? Oh!\nHm")]:
         if folder.is_dir():
-            tokenizer = data.load_tokenizer(folder)
+            tokenizer = load_tokenizer(folder)
             ids = np.array(tokenizer.encode_batch([text])[0])
             starts = data.sentence_starts(ids, data.sentence_ends(tokenizer))
             cuts = [*starts[1:], len(ids)]
@@ -1012,9 +1000,9 @@ def test_one_step_of_train_equals_the_formula_written_out(ckpt, tmp_path):
     folder, long, short = ckpt
     teacher = load_checkpoint(folder)
     student = load_checkpoint(folder, rope_theta=3000.0).train()
-    tok, cache = data.load_tokenizer(folder), tmp_path / "tokens"
-    long = data.tokenize([str(long)], tok, cache, "long")
-    short = data.tokenize([str(short)], tok, cache, "short")
+    tok, cache = load_tokenizer(folder), tmp_path / "tokens"
+    long = tokenize([str(long)], tok, cache, "long")
+    short = tokenize([str(short)], tok, cache, "short")
     long_ids = torch.cat([data.Stream(long, "long", c.seed, 1, 256).batch(m) for m in (0, 1)])
     short_ids = data.Stream(short, "short", c.seed, 3, 64).batch(0)[:, :-1]
     s2l_ids = data.Stream(long, "s2l", c.seed, 2, 64).batch(0)[:, :-1]
@@ -1037,13 +1025,14 @@ def test_one_step_of_train_equals_the_formula_written_out(ckpt, tmp_path):
 
 @pytest.mark.parametrize("method, alpha_kl", [("soft_replay", None), ("longred", 2.0)])
 def test_one_step_with_kl_equals_the_formula_written_out(ckpt, tmp_path, method, alpha_kl):
-    c = tiny_run(ckpt, tmp_path / "run", steps=1, distill_layers=[2, 3], eval_tokens=0)
-    exported = load_checkpoint(train(dataclasses.replace(c, method=method, alpha_kl=alpha_kl)))
+    c = tiny_run(ckpt, tmp_path / "run", steps=1, eval_tokens=0, method=method, alpha_kl=alpha_kl)
+    c.distill_layers = [2, 3] if method == "longred" else None
+    exported = load_checkpoint(train(c))
     folder, long, short = ckpt
     teacher = load_checkpoint(folder)
     student = load_checkpoint(folder, rope_theta=3000.0).train()
     texts = {
-        name: data.tokenize([str(path)], data.load_tokenizer(folder), tmp_path / "tokens", name)
+        name: tokenize([str(path)], load_tokenizer(folder), tmp_path / "tokens", name)
         for name, path in (("long", long), ("short", short))
     }
     long_ids = torch.cat(
@@ -1079,9 +1068,43 @@ def test_one_step_with_kl_equals_the_formula_written_out(ckpt, tmp_path, method,
     same_first_update(exported, student)
 
 
-def test_alpha_kl_where_there_is_no_kl_is_refused(ckpt, tmp_path):
-    with pytest.raises(ValueError, match="--alpha_kl 1 with --method mix_cpt: only longred and"):
-        train(tiny_run(ckpt, tmp_path / "run", method="mix_cpt", alpha_kl=1.0))
+METHODS = "longred", "soft_replay", "mix_cpt", "long_cpt", "longrecipe"
+GIVEN = dict(alpha_short=7.0, alpha_s2l=7.0, alpha_kl=7.0, n_distill_layers=2)
+GIVEN |= dict(distill_layers=[1, 3], position_scheme="cream_truncated")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_setting_changes_a_methods_streams_or_is_refused(ckpt, tmp_path, method, name):
+    assert GIVEN.keys() == longred.READ_BY.keys()
+    original, asked = load_config(ckpt[0]), tiny_run(ckpt, tmp_path, method=method)
+    plain = longred.resolve(asked, original, "tiny")
+    given = dataclasses.replace(asked, **{name: GIVEN[name]})
+    if method not in longred.READ_BY[name]:
+        assert getattr(plain, name) is None
+        with pytest.raises(ValueError, match=f"--{name} .* with --method {method}, which does not"):
+            longred.resolve(given, original, "tiny")
+        return
+    c = longred.resolve(given, original, "tiny")
+
+    def learnt(c):  # all that a loss reads of the settings is c.distill_layers
+        rows = [(s.name, s.weights, s.loss, s.position_scheme) for s in plan_streams(c).values()]
+        return rows, c.distill_layers or c.n_distill_layers
+
+    assert learnt(c) != learnt(plain)
+
+
+def test_mix_cpt_weighs_its_streams(ckpt, tmp_path):
+    original = load_config(ckpt[0])
+    c = longred.resolve(tiny_run(ckpt, tmp_path, method="mix_cpt"), original, "tiny")
+    assert {n: s.weights[n] for n, s in plan_streams(c).items()} == {
+        "long": 8 / 16,
+        "short": 6 / 16,
+        "s2l": 2 / 16,
+    }
+    c = dataclasses.replace(c, alpha_short=2.0, alpha_s2l=0.5)
+    weights = {n: s.weights[n] for n, s in plan_streams(c).items()}
+    assert weights == {"long": 8 / 16, "short": 12 / 16, "s2l": 1 / 16}
 
 
 def test_the_teacher_is_frozen_and_kept_out_of_everything(ckpt, tmp_path, monkeypatch):
@@ -1184,8 +1207,8 @@ def test_one_step_of_longrecipe_is_cross_entropy_under_its_positions(ckpt, tmp_p
     c = tiny_run(ckpt, tmp_path / "run", method="longrecipe", steps=2, eval_tokens=0, lr=1e-9)
     train(c := replace(c, long_position_scheme=scheme, long_batch=3))
     student = load_checkpoint(ckpt[0], rope_theta=3000.0)
-    tok = data.load_tokenizer(ckpt[0])
-    corpus = data.tokenize(c.long_data, tok, c.cache_dir, "long")
+    tok = load_tokenizer(ckpt[0])
+    corpus = tokenize(c.long_data, tok, c.cache_dir, "long")
     text, log = data.Stream(corpus, "long", c.seed, 3, 77), read_log(tmp_path / "run")  # 0.3 x 256
     sentence_end = tok.encode_batch([".!?\n"])[0]
     for step in (0, 1):
@@ -1223,8 +1246,8 @@ def test_replay_follows_at_ordinary_positions_with_its_rate_to_zero(ckpt, tmp_pa
     first, *replay = read_log(tmp_path / "run")
     assert [line["lr"] for line in replay] == pytest.approx([1e-10, 7.5e-11, 5e-11, 2.5e-11])
     assert first["lr"] == 1e-9 and first["loss_replay"] is None
-    student, tok = load_checkpoint(ckpt[0], rope_theta=3000.0), data.load_tokenizer(ckpt[0])
-    corpus = data.tokenize(c.replay_data, tok, c.cache_dir, "replay")
+    student, tok = load_checkpoint(ckpt[0], rope_theta=3000.0), load_tokenizer(ckpt[0])
+    corpus = tokenize(c.replay_data, tok, c.cache_dir, "replay")
     text = data.Stream(corpus, "replay", c.seed, 2, 64)  # the old window
     for line in replay:
         index = 2 * (line["step"] - 1)  # two micro-batches a step

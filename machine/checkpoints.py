@@ -26,6 +26,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from model import TOKENIZER_FILES
+
 # ------------------------------------------------------------------------------------ where it lies
 
 # Short names for --ckpt; any other "owner/name" is tried on the hub as it is.
@@ -176,11 +178,6 @@ def read_config(folder: Path, from_hf: Callable):
 
 
 # --------------------------------------------------------------------------------------- weights in
-
-
-def hf_name(name: str) -> str:
-    """Hugging Face's name of a Llama's parameter, which only the LM head has without a prefix."""
-    return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def open_tensors(folder: Path, shapes: dict[str, tuple], config) -> Callable[[str], Tensor]:
@@ -579,7 +576,7 @@ def carry_over(source: Path, out_dir: Path, hf: dict) -> dict:
     source: whatever --ckpt takes, or a folder of tokenizer files alone. hf: config.json's content.
     Returns it, with the ids of begin and end of text if Meta's config left them to the tokenizer.
     """
-    from machine.tokenizer import TOKENIZER_FILES, carry_tokenizer
+    from machine.tokenizer import carry_tokenizer  # which imports this file
 
     if not any((source / name).is_file() for name in TOKENIZER_FILES):
         source = resolve_checkpoint(source)

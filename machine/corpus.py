@@ -12,11 +12,12 @@ A document is stored as [BOS] + tokens + [EOS]:
         tokenizer_config.json, else the post-processor of tokenizer.json; Meta's own: always);
     EOS wherever the tokenizer names one: pretraining ends documents with it, whether or not the
         tokenizer adds it to prompts. For a model trained otherwise: `--no-add_eos`.
+Of the checkpoint's own samples (samples.py) the file holds ids: they are stored as they were
+sampled, behind the same [BOS], with an EOS where one was sampled and nowhere else.
 """
 
 import codecs
 import contextlib
-import csv
 import errno
 import fnmatch
 import glob
@@ -27,6 +28,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import time
 import zlib
 from collections import deque
@@ -36,16 +38,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from data import Corpus
+import data
 from machine.checkpoints import LFS, LFS_REMEDY, free_name
 from machine.tokenizer import Tokenizer, optional
 
-FORMAT = 3  # part of the cache key: raise it when the files' layout or the cutting rule changes
+FORMAT = 5  # part of the cache key: raise it when the files' layout or the cutting rule changes
 PIECE = 1 << 14  # characters: longer documents go to the tokenizer in pieces, for speed and memory
 LONGEST_PIECE = 1 << 16  # without a safe cut an unsafe one is made: a million blanks kill tiktoken
 BATCH = 1 << 20  # characters handed to the tokenizer at once; it has two batches in hand
@@ -54,31 +57,42 @@ SHARD = 32  # batches between two notes of how far a build has come: what a kill
 # offset in tokens, the checksum of its text, and its source (index of the spec that named it).
 FILES = ("tokens.bin", "documents.bin")
 
-# Text for a real checkpoint when none is named: files of the Hugging Face hub, readable with the
-# packages of requirements.txt. Long: books (public domain, 1.1 GB) and papers (CC BY, CC BY-SA,
-# CC0; 0.2 GB), about 0.9G tokens. Short and short-to-long: RedPajama's sample without its books,
-# 2.9 GB, about 0.7G tokens, mixed nearly as the paper mixes SlimPajama (its Table 8), whose files
-# need zstandard; its parts keep their own terms: Common Crawl's (1.5 GB), ODC-BY (c4, 0.9 GB), MIT,
-# BSD or Apache 2.0 (github, 0.2 GB), the papers' own (arxiv, 0.1 GB), CC BY-SA (the rest, 0.2 GB).
+# Text for a real checkpoint when none is named: files of the Hugging Face hub at the commits that
+# public code names, readable with the packages of requirements.txt. Long: books (public domain, 1.1
+# GB) and papers (CC BY, CC BY-SA, CC0; 0.2 GB), about 0.9G tokens. Short and short-to-long:
+# RedPajama's sample without its books, 2.9 GB, about 0.7G tokens, mixed nearly as the paper mixes
+# SlimPajama (its Table 8), whose files need zstandard; its parts keep their own terms: Common
+# Crawl's (1.5 GB), ODC-BY (c4, 0.9 GB), MIT, BSD or Apache 2.0 (github, 0.2 GB), the papers' own
+# (arxiv, 0.1 GB), CC BY-SA (the rest, 0.2 GB).
+BOOKS = "common-pile/project_gutenberg_filtered@3cdf6879c807f4e4e063f2ceb23bc268d8c29ab7"
+PAPERS = "common-pile/arxiv_papers_filtered@033cf7f53f9b348deec868c1a5a48484f3ee9e52"
+SAMPLE = "togethercomputer/RedPajama-Data-1T-Sample@98f93b765c118b999b1af570c3e399c207d08da7"
 DEFAULT_LONG = [
-    "hf:common-pile/project_gutenberg_filtered/project_gutenberg-dolma-000[01].json.gz",
-    "hf:common-pile/arxiv_papers_filtered/arxiv-papers-0007.json.gz",
+    f"hf:{BOOKS}/project_gutenberg-dolma-000[01].json.gz",
+    f"hf:{PAPERS}/arxiv-papers-0007.json.gz",
 ]
 PARTS = ("cc_2019-30", "cc_2023-06", "c4", "github", "arxiv", "stackexchange", "wikipedia")
-DEFAULT_SHORT = [f"hf:togethercomputer/RedPajama-Data-1T-Sample/{p}_sample.jsonl" for p in PARTS]
+DEFAULT_SHORT = [f"hf:{SAMPLE}/{part}_sample.jsonl" for part in PARTS]
 
 # ---------------------------------------------------------------------------- reading text
 
 
 @dataclass
 class File:
-    path: str  # on disk, or inside its hub dataset; kind "rows": the dataset's name
+    path: str  # on disk, or inside its hub dataset; where rows are streamed: the dataset's name
     source: int  # index of the spec that named it
     column: str  # field of a record that holds the text
-    kind: str  # text | jsonl | json | csv | tsv | parquet | rows (of a hub dataset, streamed)
     fingerprint: str = ""
     stat: tuple = ()  # size, mtime, ctime, device and inode before it was read; hub: size
     hub: tuple = ()  # (dataset, commit): fetched when it is read; rows: also config and split
+
+
+@dataclass
+class Corpus(data.Corpus):
+    """Tokenised documents in files, memory-mapped."""
+
+    fingerprint: str = ""  # of the text and of what made tokens of it
+    folder: Path | None = None
 
 
 @dataclass
@@ -86,14 +100,18 @@ class Piece:
     text: str
     first: bool  # of its document
     last: bool
-    checksum: int  # of its document up to its end
+    checksum: int  # of its document's whole text, where this is the last piece
     source: int
     position: int  # bytes of all files read before its end, for the progress bar
+    ids: list[int] | None = None  # of a file of ids, whose documents are one piece each
 
 
-def _kind(path: str) -> str:
-    found = re.search(r"\.(jsonl|ndjson|parquet|json|csv|tsv)(\.gz|\.zst)?$", path.lower())
-    return "text" if not found else {"ndjson": "jsonl"}.get(found[1], found[1])
+# A file of token ids begins with this line; then a document a line, as a JSON list.
+IDS = "token ids, a document a line, of the tokenizer "
+
+
+def ids_header(fingerprint: str) -> str:
+    return f"{IDS}{fingerprint}\n"
 
 
 def find_files(
@@ -103,9 +121,10 @@ def find_files(
 
     specs: a file, a folder (all files below it, hidden ones left out; of a downloaded dataset its
         train split alone, which is listed), a glob, or
-        hf:owner/name[/config][:split]: a dataset of the Hugging Face hub, where config is a folder,
-        file or glob in it and split a word of the file names ("train" unless told, where there is
-        such); each may end in #column, the field of records to read ("text" unless told).
+        hf:owner/name[@revision][/config][:split]: a dataset of the Hugging Face hub, where revision
+        is a commit, tag or branch, config a folder, file or glob in it, and split a word of the
+        file names ("train" if not given, where there is such); each may end in #column, the field
+        of records to read ("text" if not given).
     remembered: what hub specs named before, used first and added to: data stay as they were.
     """
     found = {}
@@ -116,17 +135,17 @@ def find_files(
         if path.startswith("hf:"):
             remembered[path] = remembered.get(path) or _hub_files(path)
             for name, size, *hub in remembered[path]:
-                kind, key = "rows" if len(hub) > 2 else _kind(name), "/".join([*hub, name])
-                found.setdefault(key, File(name, source, column, kind, key, (size,), tuple(hub)))
+                key = "/".join([*hub, name])
+                found.setdefault(key, File(name, source, column, key, (size,), tuple(hub)))
             continue
         path = os.path.expanduser(path)
         if os.path.isdir(path):
-            paths = _train_split(path, sorted(glob.glob(f"{glob.escape(path)}/**", recursive=True)))
+            paths = _files_of(path)
             if paths.left_out:
                 log(paths.say())
             paths = paths.read
         else:
-            paths = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+            paths = [path] if os.path.isfile(path) else _glob(path)
         if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
             raise ValueError(
                 f"{spec} is a pipe or a device; text is read twice: write it to a file"
@@ -138,20 +157,24 @@ def find_files(
             what = "only empty files" if stats else "no file"
             raise ValueError(f"{what} at {spec}: need a text file, folder, glob or hf:owner/name")
         for p, stat in full.items():
-            found.setdefault(stat[3:], File(p, source, column, _kind(p), stat=stat))
+            found.setdefault(stat[3:], File(p, source, column, stat=stat))
     return list(found.values())
 
 
 def _hub_files(spec: str) -> list[list]:
-    """hf:owner/name[/config][:split] -> [file name, size, dataset, commit] of each; all of it as
-    rows, [dataset, 0, dataset, commit, config, split], where no file can be told to be meant."""
+    """hf:owner/name[@revision][/config][:split] -> [file name, size, dataset, commit] of each; all
+    of it as rows, [dataset, 0, dataset, commit, config, split], where no file can be told to be
+    meant."""
     import huggingface_hub
 
     name, _, split = spec[3:].partition(":")
     owner, name, config = [*name.split("/", 2), "", ""][:3]
+    name, _, revision = name.partition("@")
     repo = f"{owner}/{name}"
     try:
-        info = huggingface_hub.HfApi().dataset_info(repo, files_metadata=True)
+        info = huggingface_hub.HfApi().dataset_info(
+            repo, revision=unquote(revision) or None, files_metadata=True
+        )
     except Exception as error:  # its error classes differ from version to version
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
@@ -169,15 +192,75 @@ def _choose(names: list[str], config: str, split: str) -> list[str]:
     """Files of a hub dataset that config (a file, glob or folder) and split speak of."""
     if exact := fnmatch.filter(names, config):
         return sorted(exact)
-    names = [n for n in names if _kind(n) != "text" and (not config or f"/{config}/" in f"/{n}")]
-    names = [n for n in names if os.path.basename(n) not in CARDS]
-    in_split = re.compile(rf"(^|[/_.-]){split or 'train'}([/_.-]|$)")
-    return sorted(filter(in_split.search, names)) or ([] if split else sorted(names))
+    names = [n for n in names if _is_records(n) and (not config or f"/{config}/" in f"/{n}")]
+    if split:
+        return sorted(filter(_named(re.escape(split)).search, names))
+    return sorted(_train_split(names))
 
 
 # What describes a dataset, beside its files.
 CARDS = "README.md dataset_infos.json dataset_info.json dataset_dict.json state.json".split()
-OTHER_SPLIT = re.compile(r"(^|[/_.-])(test|valid|validation|dev|eval|val)([/_.-]|$)")
+# Endings of a dataset's files that hold no records; a project's train.py and test.py are no splits.
+PLAIN = re.compile(r"(^|/)[^.]+$|\.(txt|text|raw|tokens|tok|en|de|fr|zh)(\.gz|\.zst)?$", re.I)
+
+
+def _is_records(name: str) -> bool:
+    """Whether a file's name is that of records that are read, and of no dataset's card."""
+    suffix = _suffix(name)
+    return bool(suffix) and suffix not in TABLES and os.path.basename(name) not in CARDS
+
+
+def _named(words: str) -> re.Pattern:
+    """What finds a split's name in that of a file: train-0.txt, c4-train.01.gz, Train/a."""
+    return re.compile(rf"(^|[/_. -])({words})\d*([/_. -]|$)", re.I)
+
+
+TRAIN = _named("train|training")
+OTHER_SPLIT = _named(
+    "test|testing|valid|validation|val|dev|development|eval|evaluation|held[_-]?out"
+)
+
+
+def _train_split(names: list[str]) -> list[str]:
+    """Of a dataset's files those of the train split; else those of no other split; else all."""
+    train = [n for n in names if TRAIN.search(n)]
+    return train or [n for n in names if not OTHER_SPLIT.search(n)] or names
+
+
+def _walk(folder: str) -> list[str]:
+    """All files below a folder, sorted; hidden ones left out, and each folder entered once, however
+    many links lead to it."""
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = os.stat(place)
+        if (here.st_dev, here.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [os.path.join(place, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def _glob(pattern: str) -> list[str]:
+    """The paths that a glob means, sorted. `**` is any number of folders, found as _walk does."""
+    if "**" not in pattern:
+        return sorted(glob.glob(pattern))
+    parts = pattern.split("/")
+    before = next(i for i, part in enumerate(parts) if "**" in part)
+    places = glob.glob("/".join([*parts[:before], ""])) if before else ["."]
+    below = ((path, os.path.relpath(path, p).split("/")) for p in places for path in _walk(p))
+    return sorted(path for path, names in below if _matches(names, parts[before:]))
+
+
+def _matches(names: list[str], parts: list[str]) -> bool:
+    if not parts:
+        return not names
+    if parts[0] == "**":
+        return any(_matches(names[i:], parts[1:]) for i in range(len(names) + 1))
+    return (
+        bool(names) and fnmatch.fnmatchcase(names[0], parts[0]) and _matches(names[1:], parts[1:])
+    )
 
 
 class FilesOf(NamedTuple):
@@ -199,20 +282,20 @@ class FilesOf(NamedTuple):
         )
 
 
-def _train_split(folder: str, paths: list[str]) -> FilesOf:
-    """A folder's files; of a downloaded dataset repository, told by its card or its splits, those
-    of the train split, or all of its data where no name speaks of one."""
-    files = [p for p in paths if os.path.isfile(p)]
-    names = [os.path.relpath(p, folder) for p in files]
-    data = [n for n in names if _kind(n) != "text" and os.path.basename(n) not in CARDS]
-    train = _choose(names, "", "train")
+def _files_of(folder: str) -> FilesOf:
+    """A folder's files; of a downloaded dataset, told by its card or its splits, those of the train
+    split, or all of its data where no name speaks of one."""
+    files = [p for p in _walk(folder) if os.path.isfile(p)]
+    names = {os.path.relpath(p, folder): p for p in files}
+    records = [n for n in names if _is_records(n)]
+    plain = [n for n in names if PLAIN.search(n) and not _suffix(n)]
     cards = any(os.path.basename(n) in CARDS for n in names)
-    if not data or not (cards or (train and any(map(OTHER_SPLIT.search, data)))):
+    data = records if cards and records else records + plain
+    splits = any(map(TRAIN.search, data)) and any(map(OTHER_SPLIT.search, data))
+    if not splits and not (cards and records):
         return FilesOf(folder, files, [])
-    chosen = set(train or data)
-    by_name = zip(names, files, strict=True)
-    read = [p for n, p in by_name if n in chosen]
-    return FilesOf(folder, read, [p for p in files if p not in set(read)])
+    chosen = {names[n] for n in _train_split(data)}
+    return FilesOf(folder, [p for p in files if p in chosen], [p for p in files if p not in chosen])
 
 
 def _decoded(stream, path: str, digest=None) -> Iterator[str]:
@@ -228,16 +311,19 @@ def _decoded(stream, path: str, digest=None) -> Iterator[str]:
             digest.update(block)
         try:
             if b"\0" in block:
-                raise ValueError(f"binary, with a zero byte at {offset + block.index(0)}")
+                raise ValueError(f"a zero byte at {offset + block.index(0)}")
             yield decoder.decode(block, final=not block)
         except ValueError as error:
+            remedy = "convert it from its encoding (Western Europe: iconv -f cp1252 -t utf-8), "
+            remedy = "it is binary: " if CONTROL.search(block) else remedy
             raise ValueError(
-                f"{path} is not UTF-8 text ({error}, block at byte {offset}); convert it (iconv -f "
-                "latin1 -t utf-8), name files by a glob without it, or pass --skip_bad_lines"
-            ) from error
+                f"{path} is not UTF-8 text ({error}, block at byte {offset}); {remedy}name files "
+                "by a glob without it, or pass --skip_bad_lines"
+            ) from None
         offset += len(block)
 
 
+CONTROL = re.compile(rb"[\0-\x06\x0e-\x1a\x1c-\x1f]")  # characters of no text in any code page
 # How files begin that are no text, and what helps.
 MAGIC = {
     LFS: f"is {LFS_REMEDY}",
@@ -245,35 +331,143 @@ MAGIC = {
     b"\xfe\xff": "is UTF-16 text; convert it: iconv -f utf-16 -t utf-8",
     b"\xfd7zXZ\0": "is packed by xz; unpack it: xz -d",
     b"BZh": "is packed by bzip2; unpack it: bunzip2",
+    b"\x04\x22\x4d\x18": "is packed by lz4; unpack it: lz4 -d",
     b"PK\x03\x04": "is a zip archive; unpack it: unzip",
     b"7z\xbc\xaf\x27\x1c": "is a 7z archive; unpack it: 7z x",
+    b"Rar!": "is a rar archive; unpack it: unrar x",
     b"%PDF": "is a PDF; extract its text first: pdftotext",
+    b"{\\rtf": "is an RTF document; extract its text first: pandoc -t plain",
+    b"\xd0\xcf\x11\xe0": "is an Office document; extract its text first: soffice --convert-to txt",
+    b"SQLite format 3\0": "is an SQLite database; export its text as .jsonl: sqlite3 FILE -json",
+    b"\x93NUMPY": "is a numpy array, of tokens perhaps: name the text that it was made of",
+    b"\x89HDF": "is an HDF5 file; export its text as .jsonl",
     b"ARROW1": "is an Arrow file; convert it: datasets.load_from_disk(FOLDER).to_parquet(...)",
     b"\xff\xff\xff\xff": "is an Arrow stream; convert it: "
     "datasets.Dataset.from_file(FILE).to_parquet(...)",
 }
 # Read where the name says so.
-BY_NAME = {
-    b"\x1f\x8b": ("packed by gzip", (".gz",)),
-    b"\x28\xb5\x2f\xfd": ("packed by zstd", (".zst",)),
-    b"PAR1": ("a parquet file", (".parquet", ".parquet.gz", ".parquet.zst")),
+PACKED = {
+    b"\x1f\x8b": ("packed by gzip", ".gz"),
+    b"\x28\xb5\x2f\xfd": ("packed by zstd", ".zst"),
 }
+TAR = "is a tar archive; unpack it into a folder of its own: tar -xf"
+DOCUMENTS = (".docx", ".epub", ".odt")  # zip archives whose text pandoc knows
 
 
-def _refuse_other(path: str) -> None:
-    """ValueError with the remedy that helps for a file of a kind that is not read."""
-    with open(path, "rb") as stream:
-        head, name = stream.read(64), path.lower()
+def _refuse_other(path: str, head: bytes, unpacked: bool) -> None:
+    """ValueError with the remedy that helps for a file of a kind that is not read.
+
+    head: its first bytes, `unpacked` or as they are on disk.
+    """
+    if path.lower().endswith(DOCUMENTS):
+        raise ValueError(f"{path} is a document; extract its text first: pandoc -t plain")
     for magic, said in MAGIC.items():
         if head.startswith(magic):
             raise ValueError(f"{path} {said}")
-    for magic, (kind, ends_in) in BY_NAME.items():
-        if head.startswith(magic) and not name.endswith(ends_in):
-            raise ValueError(f"{path} is {kind}; let its name end in {ends_in[0]}, or unpack it")
+    if head[257:262] == b"ustar":
+        raise ValueError(f"{path} {TAR}")
+    for magic, (kind, suffix) in PACKED.items():
+        if head.startswith(magic) and (unpacked or not path.lower().endswith(suffix)):
+            again = " twice" if unpacked and path.lower().endswith(suffix) else ""
+            raise ValueError(f"{path} is {kind}{again}; let its name end in {suffix}, or unpack it")
+    head = head[:64]
     if head[1::2].count(0) > len(head) // 4 or head[0::2].count(0) > len(head) // 4:
         order = "le" if head[1::2].count(0) > head[0::2].count(0) else "be"
         if all(b for b in (head[0::2] if order == "le" else head[1::2])):
             raise ValueError(f"{path} is UTF-16 text; convert it: iconv -f utf-16{order} -t utf-8")
+
+
+TABLES = {"csv": "csv", "tsv": "csv"}  # not read
+
+
+def _suffix(path: str) -> str:
+    """Of records, by the file's name: jsonl, json, parquet, csv or tsv; "" for any other."""
+    found = re.search(r"\.(jsonl|ndjson|json|parquet|csv|tsv)(\.gz|\.zst)?$", path.lower())
+    return found[1].replace("ndjson", "jsonl") if found else ""
+
+
+def _kind(file: File) -> str:
+    """What a file holds, by its content: text, jsonl, parquet, ids, or rows (of a hub dataset).
+
+    Raises ValueError, with the command that helps, for what is not read.
+    """
+    if len(file.hub) > 2:
+        return "rows"
+    path, suffix = file.path, _suffix(file.path)
+    if suffix in TABLES:
+        raise ValueError(f"{path} is a table, which is not read; {_by_pandas(path, suffix)}")
+    with _reading(path), _open(file) as (stream, raw):
+        head = stream.read(1024)
+        _refuse_other(path, head, stream is not raw)
+        if head.startswith(b"PAR1"):
+            return "parquet"
+        if head.startswith(IDS.encode()):
+            return "ids"
+        text = head.removeprefix(codecs.BOM_UTF8).lstrip()
+        if re.match(rb'\[\s*\{\s*"', text):
+            raise ValueError(
+                f"{path} is a JSON array, which is not read; {_by_pandas(path, 'json')}"
+            )
+        objects = 0
+        if text.startswith(b"{"):
+            first, second = _first_lines(text, stream)
+            objects = _is_object(first) + (_is_object(first) and _is_object(second))
+            if objects == 1 and not suffix:  # one line of JSON may be a text; not so a record
+                objects += file.column in json.loads(first)
+    if suffix == "json" and not objects:
+        made = _made_of(path)
+        raise ValueError(
+            f"{path} is JSON, but not a record a line: jq -c . {shlex.quote(path)} > "
+            f"{shlex.quote(made)} makes lines of it; then name that"
+        )
+    if suffix == "parquet":
+        raise ValueError(f"{path} is no parquet file, or damaged; fetch it again")
+    return "jsonl" if suffix or objects > 1 else "text"
+
+
+def _first_lines(text: bytes, stream) -> tuple[bytes, bytes]:
+    """The first two lines with something in them; text: what was read of the stream."""
+    lines = io.BytesIO(text + (b"" if text.endswith(b"\n") else stream.readline(1 << 28)))
+    first = lines.readline()
+    for line in itertools.chain(lines, iter(lambda: stream.readline(1 << 28), b"")):
+        if line.strip():
+            return first, line
+    return first, b""
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _made_of(path: str) -> str:
+    return re.sub(r"(\.(json|csv|tsv))?(\.gz|\.zst)?$", ".jsonl", path, count=1, flags=re.I)
+
+
+def _by_pandas(path: str, suffix: str) -> str:
+    """The command that makes .jsonl of a table, or of an array; every value stays as it is."""
+    options = {
+        "csv": "dtype=str, keep_default_na=False",
+        "tsv": 'sep="\\t", dtype=str, keep_default_na=False',
+        "json": "dtype=False, convert_dates=False",
+    }[suffix]
+    how = f"read_{TABLES.get(suffix, suffix)}({json.dumps(path)}, {options})"
+    code = f"import pandas; table = pandas.{how}; "
+    code += f'table.to_json({json.dumps(_made_of(path))}, orient="records", lines=True)'
+    return f"make .jsonl of it and name that: python -c {shlex.quote(code)}"
+
+
+@contextlib.contextmanager
+def _reading(path: str):
+    """What any reader raises at a damaged file is a ValueError that names it."""
+    try:
+        yield
+    except Exception as error:  # every reader has its own
+        if type(error) is ValueError:  # ours, with file and remedy
+            raise
+        raise ValueError(f"cannot read {path}: {error}; fetch or leave it out") from error
 
 
 def _split(blocks: Iterable[str], cut: re.Pattern | None) -> Iterator[tuple[str, bool]]:
@@ -292,6 +486,23 @@ def _split(blocks: Iterable[str], cut: re.Pattern | None) -> Iterator[tuple[str,
         rest = rest[start:]
     if rest:
         yield rest, True
+
+
+def _split_and_sum(blocks: Iterable[str], cut) -> Iterator[tuple[str, bool, int]]:
+    """_split's pieces, and the crc32 of what was read: at the last piece that of the whole text.
+
+    Not of the pieces, which lack what cuts drop: copies of a document would differ by tokenizer.
+    """
+    checksum = 0
+
+    def read():
+        nonlocal checksum
+        for block in blocks:
+            checksum = zlib.crc32(block.encode(), checksum)
+            yield block
+
+    for text, last in _split(read(), cut):
+        yield text, last, checksum
 
 
 class Zstd(io.RawIOBase):
@@ -327,7 +538,7 @@ class Zstd(io.RawIOBase):
 def _open(file: File):
     """(stream of decompressed bytes, raw stream whose position tells the progress)"""
     path, name = file.path, file.path.lower()
-    if file.kind == "rows":
+    if len(file.hub) > 2:
         yield None, None
         return
     if file.hub:
@@ -345,23 +556,11 @@ def _open(file: File):
             yield raw, raw
 
 
-def _records(file: File, stream) -> Iterator[bytes | dict]:
+def _records(file: File, kind: str, stream) -> Iterator[bytes | dict]:
     """Records of a file: lines of JSON, still to be parsed, or what was parsed."""
-    if file.kind == "jsonl":
+    if kind == "jsonl":
         yield from stream
-    elif file.kind == "json":
-        yield from _json_records(stream)
-    elif file.kind in ("csv", "tsv"):
-        csv.field_size_limit(1 << 30)
-        lines = io.TextIOWrapper(stream, "utf-8-sig", newline="")
-        rows = csv.DictReader(lines, delimiter="," if file.kind == "csv" else "\t", strict=True)
-        if file.column not in (rows.fieldnames or []):
-            raise ValueError(
-                f"{file.path}: no column {file.column!r} among {str(rows.fieldnames)[:100]}; "
-                "try PATH#COLUMN"
-            )
-        yield from rows
-    elif file.kind == "parquet":
+    elif kind == "parquet":
         table = optional("pyarrow.parquet", file.path).ParquetFile(stream)
         columns = [file.column] if file.column in table.schema_arrow.names else None
         for batch in table.iter_batches(batch_size=256, columns=columns):
@@ -373,57 +572,19 @@ def _records(file: File, stream) -> Iterator[bytes | dict]:
         )
 
 
-def _json_records(stream) -> Iterator[bytes | object]:
-    """Records of a .json file: its lines, where the first is one, else the values in it.
-
-    Values may stand in one array, one after another, or be a single one over many lines.
-    """
-    first = stream.readline()
-    while first and not first.strip():
-        first = stream.readline()
-    with contextlib.suppress(ValueError):
-        if isinstance(json.loads(first.removeprefix(codecs.BOM_UTF8)), dict):
-            yield first.removeprefix(codecs.BOM_UTF8)
-            yield from stream
-            return
-    decoder, text = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
-    blocks = itertools.chain([first], iter(lambda: stream.read(1 << 20), b""), [None])
-    rest, gap, wanted = "", re.compile(r"[\s,\[\]]*"), 0
-    for block in blocks:
-        rest += text.decode(block or b"", final=block is None)
-        if len(rest) < wanted and block is not None:
-            continue
-        start = gap.match(rest).end()
-        while start < len(rest):
-            try:
-                value, start = decoder.raw_decode(rest, start)
-            except ValueError:
-                if block is None:
-                    raise
-                break
-            yield value
-            start = gap.match(rest, start).end()
-        rest = rest[start:]
-        wanted = 2 * len(rest)  # a value of many blocks is not tried at each of them
-
-
-def _documents(file: File, stream, skip_bad: bool) -> Iterator[Iterable[str] | None]:
+def _documents(file: File, kind: str, stream, skip_bad: bool) -> Iterator[Iterable[str] | None]:
     """Texts of a file, in blocks; None for a record left out because it is none."""
-    if file.kind == "text":
+    if kind == "text":
         yield _decoded(stream, file.path)
         return
-    for number, record in enumerate(_records(file, stream), 1):
+    for number, record in enumerate(_records(file, kind, stream), 1):
         try:
             if isinstance(record, bytes):
                 if number == 1 and record.startswith(codecs.BOM_UTF8):
                     record = record.removeprefix(codecs.BOM_UTF8)
                 record = json.loads(record) if record.strip() else {file.column: ""}
-            text = record.get(file.column) if isinstance(record, dict) else None
-            if text is None:
-                raise ValueError(f"no {file.column!r} in {str(record)[:60]}...; try PATH#FIELD")
-            text.encode()  # half a surrogate pair is legal JSON and not text
-            yield [text]
-        except (ValueError, AttributeError, RecursionError) as error:
+            yield [_text(record, file.column)]
+        except (ValueError, RecursionError) as error:
             if not skip_bad:
                 raise ValueError(
                     f"{file.path}:{number}: not a record with text ({error}); mend it, or leave "
@@ -432,43 +593,93 @@ def _documents(file: File, stream, skip_bad: bool) -> Iterator[Iterable[str] | N
             yield None
 
 
-def _pieces(files: list[File], cut, skip_bad: bool, count: dict) -> Iterator[Piece]:
+def _text(record: object, column: str) -> str:
+    """A record's text. Raises ValueError saying what stands there instead, and what helps."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{str(record)[:60]} is a {type(record).__name__}, need an object")
+    text = record.get(column)
+    if isinstance(text, bytes):  # a parquet column without the mark of text
+        text = text.decode()
+    if isinstance(text, str):
+        text.encode()  # half a surrogate pair is legal JSON and not text
+        return text
+    if text is None:
+        inner = record
+        for part in column.split("."):
+            inner = inner.get(part) if isinstance(inner, dict) else None
+        if "." in column and isinstance(inner, str):
+            raise ValueError(
+                f"{column} is nested, and fields of fields are not read: "
+                f"jq -c '{{text: .{column}}}' IN.jsonl > OUT.jsonl"
+            )
+        held = [str(k) for k, v in record.items() if isinstance(v, str)]
+        fields = f"text is in {', '.join(held[:6])}: name it as PATH#{held[0]}" if held else ""
+        raise ValueError(f"no {column!r} in {str(record)[:60]}...; {fields or 'try PATH#FIELD'}")
+    if isinstance(text, list):
+        raise ValueError(
+            f"{column!r} is a list, need one text: "
+            f"jq -c '{{text: (.{column} | join(\"\\n\"))}}' IN.jsonl > OUT.jsonl"
+        )
+    raise ValueError(f"{column!r} is {str(text)[:40]}, a {type(text).__name__}, need text")
+
+
+def _ids(file: File, stream, tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Documents of a file of token ids; those without any, as an empty text, are none."""
+    if stream.readline().decode() != ids_header(tokenizer.fingerprint):
+        raise ValueError(f"{file.path} holds another tokenizer's ids; name the text it was made of")
+    allowed = tokenizer.ordinary | {tokenizer.eos_id}
+    for number, line in enumerate(stream, 2):
+        ids = json.loads(line)
+        if not isinstance(ids, list) or not allowed.issuperset(ids):
+            raise ValueError(f"{file.path}:{number} is no list of this tokenizer's ids; remove it")
+        if ids not in ([], [tokenizer.eos_id]):
+            yield ids
+
+
+def _pieces(files: list[File], tokenizer: Tokenizer | None, skip_bad: bool, count: dict):
     """Documents in order, as pieces. count["bad"] goes up with every record left out, count["cr"]
-    with every document that holds carriage returns: records keep theirs."""
-    before = 0  # bytes in files read
+    with every document that holds carriage returns: records keep theirs.
+
+    tokenizer: by which texts are cut and ids checked; None: no cuts, and files of ids left out.
+    """
+    before, cut = 0, tokenizer and tokenizer.cut  # bytes in files read
     for file in files:
-        try:
+        with _reading(file.path):
+            kind = _kind(file)
             with _open(file) as (stream, raw):
-                for document in _documents(file, stream, skip_bad):
+                for ids in _ids(file, stream, tokenizer) if kind == "ids" and tokenizer else ():
+                    checksum, position = zlib.crc32(str(ids).encode()), before + raw.tell()
+                    yield Piece("", True, True, checksum, file.source, position, ids)
+                for document in _documents(file, kind, stream, skip_bad) if kind != "ids" else ():
                     if document is None:
                         count["bad"] += 1
                         continue
-                    checksum, first, returns = 0, True, False
-                    for text, last in _split(document, cut):
-                        checksum = zlib.crc32(text.encode(), checksum)
+                    first, returns = True, False
+                    for text, last, checksum in _split_and_sum(document, cut):
+                        for token in tokenizer.spelled.findall(text) if tokenizer else ():
+                            count["spelled"][token] = count["spelled"].get(token, 0) + 1
                         returns |= "\r" in text
                         position = before + (raw.tell() if raw else 0)
                         yield Piece(text, first, last, checksum, file.source, position)
                         first = False
                     count["cr"] += returns
-        except Exception as error:  # every reader has its own
-            if type(error) is ValueError:  # ours, with file and remedy
-                raise
-            raise ValueError(f"cannot read {file.path}: {error}; fetch or leave it out") from error
         before += file.stat[0]
 
 
 def beginnings(
     specs: list[str], cache_dir: str | Path, skip_bad: bool = False, most: int = 200
 ) -> list[str]:
-    """The first 2,000 characters of up to `most` documents, taken evenly from the specs' files."""
+    """The first 2,000 characters of up to `most` documents, taken evenly from the specs' files.
+
+    None of files of ids, which no tokenizer reads again.
+    """
     memo = _read_memo(Path(cache_dir) / "seen_files.json")
     files = find_files(specs, memo, lambda line: None)
     chosen = files[:: max(1, len(files) // 20)]
     each, texts = -(-most // len(chosen)), []
     for file in chosen:
         with contextlib.suppress(ValueError):  # what cannot be read is told when all is read
-            pieces = _pieces([file], None, skip_bad, {"bad": 0, "cr": 0})
+            pieces = _pieces([file], None, skip_bad, {"bad": 0, "cr": 0, "spelled": {}})
             firsts = (piece.text[:2000] for piece in pieces if piece.first)
             texts += itertools.islice(firsts, each)
     return texts[:most]
@@ -479,7 +690,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)
-        size += len(piece.text)
+        size += len(piece.text) + len(piece.ids or ())
         if size >= BATCH:
             yield batch
             batch, size = [], 0
@@ -507,15 +718,17 @@ def _encoded(batches, encode) -> Iterator[tuple[list[Piece], list]]:
 def _fingerprint(files: list[File], seen: dict, skip_bad: bool, log: Callable) -> list[File]:
     """Fill in each file's content fingerprint; read only files not seen before or changed since.
 
-    Plain text is also checked here, before hours of work: what is not UTF-8 is an error, or with
-    skip_bad left out. seen: path -> size, times and fingerprint, remembered from run to run.
+    What is not read is refused here, before hours of work, and so is plain text that is not UTF-8;
+    with skip_bad it is left out. seen: path -> size, times and fingerprint, remembered from run to
+    run.
     """
     good = []
     for file in tqdm(files, "checking files", disable=None, leave=False):
         if not file.hub:
             path = os.path.abspath(file.path)
+            if file.path.lower().endswith(".zst"):
+                optional("zstandard", file.path)
             try:
-                _refuse_other(path)
                 if seen.get(path, [])[:-1] != list(file.stat):
                     seen[path] = [*file.stat, _hash(file)]
             except ValueError as error:
@@ -537,9 +750,9 @@ def _stat(path: str) -> tuple:
 
 
 def _hash(file: File) -> str:
-    digest = hashlib.sha256()
+    digest, kind = hashlib.sha256(), _kind(file)
     with open(file.path, "rb") as stream:
-        if file.kind == "text" and not file.path.lower().endswith((".gz", ".zst")):
+        if kind == "text" and not file.path.lower().endswith((".gz", ".zst")):
             for _ in _decoded(stream, file.path, digest):
                 pass
         while block := stream.read(1 << 20):
@@ -575,7 +788,7 @@ def tokenize(
             _write_atomic(seen_path, seen)
         key = [FORMAT, PIECE, skip_bad_lines, tokenizer.fingerprint]
         key += [tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos, tokenizer.add_eos]
-        key += [(file.fingerprint, file.source, file.column, file.kind) for file in files]
+        key += [(file.fingerprint, file.source, file.column) for file in files]
         fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         folder = cache_dir / f"tokens-{fingerprint}"
         meta = _complete(folder)
@@ -599,8 +812,33 @@ def tokenize(
     left_out = f"; {meta['bad']:,} bad records left out" if meta["bad"] else ""
     left_out += f"; {meta['cr']:,} documents keep their carriage returns" if meta["cr"] else ""
     log(f"{name}: {len(records):,} documents, {len(tokens):,} tokens in {folder}{left_out}")
+    if meta["spelled"]:
+        log(_say_spelled(name, meta["spelled"]))
     starts = np.append(0, records[:, 0])
-    return Corpus(name, tokens, starts, records[:, 1], records[:, 2], fingerprint, folder)
+    return Corpus(
+        name,
+        tokens,
+        starts,
+        doc_checksums=records[:, 1],
+        doc_sources=records[:, 2],
+        fingerprint=fingerprint,
+        folder=folder,
+    )
+
+
+def _say_spelled(name: str, spelled: dict[str, int]) -> str:
+    """A warning of text in which special tokens are written out, as some files part documents."""
+    most = sorted(spelled, key=lambda token: -spelled[token])
+    counts = ", ".join(f"{token!r} {spelled[token]:,} times" for token in most[:3])
+    code = (
+        f'import json; parts = open("FILE", encoding="utf-8").read().split({json.dumps(most[0])})'
+    )
+    code += '; print(*(json.dumps({"text": part.strip()}) for part in parts), sep="\\n")'
+    return (
+        f"WARNING {name}: its text spells special tokens, which are read as ordinary text: "
+        f"{counts}; where one parts documents, make .jsonl of them: python -c {shlex.quote(code)} "
+        "> FILE.jsonl"
+    )
 
 
 def _read_memo(path: Path) -> dict:
@@ -663,7 +901,8 @@ def _complete(folder: Path, log: Callable = lambda _: None) -> dict | None:
 
 DTYPES = "uint16", "uint32"
 # A cache's description before anything is in it; sizes in bytes.
-FRESH = dict.fromkeys(FILES, 0) | {"checksums": [0, 0], "dtype": "", "pieces": 0, "bad": 0, "cr": 0}
+FRESH = dict.fromkeys((*FILES, "pieces", "bad", "cr"), 0)
+FRESH |= {"checksums": [0, 0], "dtype": "", "spelled": {}}
 
 
 def _kinds(description: dict) -> dict[str, type]:
@@ -709,7 +948,7 @@ def _build(folder, files, tokenizer, name, skip_bad, log) -> dict:
     part, began = Path(f"{folder}.part"), time.perf_counter()
     part.mkdir(exist_ok=True)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    fresh = FRESH | {"checksums": [0, 0], "dtype": dtype}
+    fresh = FRESH | {"checksums": [0, 0], "dtype": dtype, "spelled": {}}
     total, item = sum(file.stat[0] for file in files), np.dtype(dtype).itemsize
     with contextlib.ExitStack() as stack:
         bar = tqdm(None, f"tokenising {name}", total, unit="B", unit_scale=True, disable=None)
@@ -729,8 +968,8 @@ def _build(folder, files, tokenizer, name, skip_bad, log) -> dict:
 
         # What was tokenised is read again and dropped, plain text 100 times as fast as one core
         # tokenises it.
-        state["bad"] = state["cr"] = 0
-        pieces = _pieces(files, tokenizer.cut, skip_bad, state)
+        state |= {"bad": 0, "cr": 0, "spelled": {}}
+        pieces = _pieces(files, tokenizer, skip_bad, state)
         pieces = itertools.islice(pieces, state["pieces"], None)
         size = 0  # characters
         for n, (batch, ids) in enumerate(_encoded(_batches(pieces), tokenizer.encode), 1):
@@ -786,6 +1025,8 @@ def _append(batch, ids, tokenizer, state, tokens, records) -> None:
     for piece, piece_ids in zip(batch, ids, strict=True):
         first = [tokenizer.bos_id] if tokenizer.add_bos and piece.first else []
         last = [tokenizer.eos_id] if tokenizer.add_eos and piece.last else []
+        if piece.ids is not None:
+            piece_ids, last = piece.ids, []
         parts += [first, piece_ids, last]
         n_tokens += len(first) + len(piece_ids) + len(last)
         if piece.last:

@@ -11,6 +11,7 @@ itself, so that readers differ, it is refused; an entry that nobody here reads i
 
 from functools import lru_cache
 
+from model import CONFIG_NAMES
 from rope_kernels import rope_frequencies
 
 # model_type -> the architecture that config.json names
@@ -40,20 +41,6 @@ OTHER_FAMILIES = {
 # transformers' own defaults for what a config.json leaves out
 WINDOWS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
 KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
-# ModelConfig's names -> config.json's
-CONFIG_NAMES = {
-    "d_model": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "d_ff": "intermediate_size",
-    "vocab_size": "vocab_size",
-    "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-    "rope_scaling": "rope_scaling",
-    "tie_embeddings": "tie_word_embeddings",
-}
 # Entries that say how long a text may be: vLLM takes the smallest it finds, so all are kept alike.
 WINDOW_NAMES = (
     "max_position_embeddings max_sequence_length max_seq_length max_seq_len seq_length seq_len "
@@ -110,6 +97,7 @@ def check_config(hf: dict) -> dict:
     rope_frequencies(head_dim, theta, scaling)  # a bad theta or scaling ends here, explained
     _name_the_unknown(hf, family)
     return hf | {
+        "rope_parameters": None,
         "model_type": family,
         "num_key_value_heads": n_kv_heads,
         "head_dim": head_dim,
@@ -331,13 +319,7 @@ def exported(hf: dict, window: int | None) -> dict:
     hf: as read, with the new shape and rotary in it. window: tokens; None: not known. Code named by
     auto_map stays behind, and max_length, which would stop generation inside the window.
     """
-    gone = "rope_parameters", "original_max_position_embeddings", "auto_map", "max_length"
-    hf = {key: value for key, value in hf.items() if key not in gone}
     if window:
         hf |= {key: window for key in WINDOW_NAMES if type(hf.get(key)) is int}
         hf["max_position_embeddings"] = window
-    scaling = hf.get("rope_scaling") or {}
-    if window and scaling.get("rope_type") == "linear":
-        # transformers ignores it; it tells the next reader that the window is the scaled one
-        hf["original_max_position_embeddings"] = max(1, round(window / scaling["factor"]))
     return hf

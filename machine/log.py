@@ -4,16 +4,25 @@ import json
 import math
 import os
 import select
+import shlex
 import statistics
 import sys
 import threading
 from contextlib import contextmanager
 from itertools import takewhile
+from pathlib import Path
 
 import torch
 
 from model import Llama
 from rope_kernels import rope_backend
+
+
+def command(script: str, *arguments) -> str:
+    """A command line that works from any folder: python PATH/script, quoted for a shell."""
+    path = Path(__file__).resolve().parent.parent / script
+    return shlex.join(["python", str(path), *map(str, arguments)])
+
 
 # ----------------------------------------------------------------------------- who may be gone
 

@@ -8,7 +8,6 @@ Four mechanisms compose; machine/plan.py chooses among them and OneGPU is such a
     apply_policy  how blocks run: recomputed in backward, attention outputs saved, some blocks left
                   alone, inputs waiting in host memory (Offload), the MLP in tiles (_Tiles)
     Visitor       a frozen teacher, on the GPU only while it is needed
-    in_chunks     hidden states compared a few thousand tokens at a time
 
 Everything here also runs on a CPU, where streams are empty words and every copy is done when it
 returns. Sizes in bytes unless said otherwise; GiB = 2^30.
@@ -20,15 +19,15 @@ import math
 import mmap
 import sys
 from contextlib import contextmanager, nullcontext, suppress
-from functools import cache, partial, wraps
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from machine.plan import DISTANCE_ROWS, GIB, IN_FLIGHT, Plan, Policy, available_memory
-from model import Llama, add_product, causal_attention, fp32_product
+from machine.plan import GIB, IN_FLIGHT, Plan, Policy, available_memory
+from model import Llama, add_product, fp32_product
 
 # ------------------------------------------------------------------------------------- host memory
 
@@ -712,47 +711,6 @@ class Visitor:
 
 
 # ------------------------------------------------------------------------- distances, small heads
-
-
-def in_chunks(distance):
-    """Decorate distance(student, teacher), a mean over tokens of (B, T, D) hidden states of one
-    layer, to make fp32 copies of DISTANCE_ROWS tokens at a time.
-
-    Left to autograd, a cosine distance saves some ten fp32 copies, 5 GB a layer at 32K tokens of
-    Llama-3-8B; six layers would pile them up.
-    """
-
-    @wraps(distance)
-    def chunked(student: Tensor, teacher: Tensor, rows: int = DISTANCE_ROWS) -> Tensor:
-        parts = (hidden.flatten(0, -2).split(rows) for hidden in (student, teacher))
-        total = student.shape[:-1].numel()
-        once = dict(use_reentrant=False, preserve_rng_state=False)
-        return sum(
-            checkpoint(distance, s, t, **once) * (len(s) / total)
-            for s, t in zip(*parts, strict=True)
-        )
-
-    return chunked
-
-
-def pad_heads(model: Llama) -> Llama:
-    """Give torch's CPU attention kernel heads of 16 where they are narrower: 1.6 x as fast as 8."""
-    if model.config.head_dim < 16 and not model.embed_tokens.weight.is_cuda:
-        for block in model.layers:
-            block.self_attn.attend = _padded_attention
-    return model
-
-
-def _padded_attention(q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor:
-    """model.causal_attention on heads of 16: zeros add nothing to a score, whose scale stays."""
-    if start:  # a few tokens against a cache, whose copy would cost more
-        return causal_attention(q, k, v, start)
-    width = q.shape[-1]
-    q, k, v = (F.pad(t.transpose(1, 2), (0, 16 - width)) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=width**-0.5, enable_gqa=True
-    )
-    return out[..., :width].transpose(1, 2)
 
 
 # ------------------------------------------------------------------------------ a plan at work

@@ -23,11 +23,16 @@ from typing import NamedTuple
 
 import torch
 
-from machine.formats import stored_dtype
-from model import LOSS_ROWS, Llama, ModelConfig, next_token_loss
+from model import (
+    DISTANCE_ROWS,
+    LOSS_ROWS,
+    Llama,
+    ModelConfig,
+    next_token_loss,
+    stored_dtype,
+)
 
 GIB = 2**30
-DISTANCE_ROWS = 8192  # tokens whose hidden states are compared at a time (memory.in_chunks)
 
 
 @dataclass(frozen=True)

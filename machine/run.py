@@ -1,20 +1,22 @@
-"""The one door between the method and its machine: longred.py uses all of machine/ through `Run`.
+"""A run that survives and fits: longred.Run with states, signals, many GPUs, and other formats.
 
-A Run opens what a run needs, hands out this process's part of each step, and between steps logs,
-saves and stops. It knows no loss: what is learnt, and how, stands in longred.py.
+`Run` overrides what longred.Run does in the plainest way. It knows no loss: what is learnt, and
+how, is in longred.py.
 
-    settings.py     flags, the paper's defaults, what is refused;  command_line.py
+    settings.py     the machine's flags, and what is refused
     plan.py         what fits: disk, memory, the fastest plan for one GPU
     memory.py       that plan at work: AdamW in host memory, recomputing, tiles, a visiting teacher
     states.py       states on disk;  keeper.py: when they are saved, signals, the lock;  log.py
     many.py         torchrun: weights in shards, sequences shared out
-    corpus.py       text of any kind -> token files;  samples.py: the checkpoint's own
+    corpus.py       text of any kind -> token files;  mixture.py: shares of several sources
+    samples.py      text sampled from the checkpoint itself
     tokenizer.py, checkpoints.py    every format
 """
 
 import os
 import platform
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -24,34 +26,28 @@ import torch
 from torch import Tensor
 
 import data
+import longred
+from longred import Config, parse_args
 from machine import checkpoints, corpus, log, memory, plan, samples, states
-from machine.checkpoints import hf_name, open_tensors, resolve_checkpoint
-from machine.command_line import parse_args  # noqa: F401, for longred.py
+from machine.checkpoints import open_tensors, resolve_checkpoint
 from machine.corpus import beginnings
-from machine.formats import (  # rescaled: for longred.py
-    load_checkpoint,
-    load_config,
-    rescaled,  # noqa: F401
-    save_checkpoint,
-    stored_dtype,
-)
+from machine.formats import load_checkpoint, load_config, save_checkpoint
 from machine.keeper import Keeper, refuse_in_the_way, refuse_taken
-from machine.log import outlive_readers  # noqa: F401, for longred.py
 from machine.many import Processes, after_restart, whole_number
-from machine.memory import in_chunks  # noqa: F401, for longred.py
-from machine.settings import (  # noqa: F401, for longred.py
+from machine.mixture import Mixture, choose_documents
+from machine.settings import (
     HARMLESS,
     TEXTS,
     MachineConfig,
+    check_flags,
     is_path,
-    opt,
+    of_today,
     resolve,
     resumed_config,
-    rope_scaling,
     source_shares,
 )
-from machine.tokenizer import check_export
-from model import Llama
+from machine.tokenizer import check_export, find_tokenizer, load_tokenizer
+from model import Llama, hf_name, merge_weights, stored_dtype
 
 
 def last_words(error: Exception) -> str | int:
@@ -64,20 +60,21 @@ def last_words(error: Exception) -> str | int:
     return f"longred: {line}"
 
 
-class Run:
+class Run(longred.Run):
     """One process at work on a run, from its settings to its export; a context around all of it."""
 
     def __init__(self):
         plan.expand_segments()  # before anything asks for the GPU
         self.processes = Processes()
         self.keeper = Keeper(self.processes)
-        self.once = self.processes.from_rank_0  # what one process does for all
+        self.once = self.processes.from_rank_0  # call a function in one process, for all of them
         self.plan = self.one_gpu = None  # of the memory of one GPU; None on a CPU or on many
         self.resumed = None  # longred.json of the run that goes on
         self.data_seconds = 0.0  # waited for text in this step
         self.own = {}  # the source self:N -> its file and cost
         self.sequences = {}  # stream -> how many of its sequences go into one forward pass
-        self.texts = {}  # stream -> its data.Stream or data.Mixture
+        self.texts = {}  # stream -> its data.Stream or mixture.Mixture
+        self.whole = False  # whether `load` takes the weights whole, not this process's shards
 
     def __enter__(self) -> "Run":
         return self
@@ -98,17 +95,21 @@ class Run:
 
     # ---------------------------------------------------------------------------- before step 1
 
-    def open(self, config: MachineConfig) -> MachineConfig:
+    def open(self, config: Config) -> MachineConfig:
         """The settings, all filled in. Raises ValueError, one line, for what cannot work."""
+        if not isinstance(config, MachineConfig):  # longred.Config, with the defaults of the rest
+            config = MachineConfig(**vars(config))
         config = after_restart(config)
         if config.resume:
             self.resumed = states.read_run(config.resume)
             states.refuse_older(Path(config.resume))
+            self.resumed["config"] = of_today(self.resumed["config"], config.resume)
             config = resumed_config(self.resumed["config"], config)
         self.processes.join(config.device, config.context or 1)
         if self.resumed:
             self.keeper.claim(Path(config.resume), resumed=True)
         self.source = resolve_checkpoint(config.ckpt)
+        find_tokenizer(self.source)  # where there is none, that comes before every question
         self.original = load_config(self.source)
         self.c = c = resolve(config, self.original, self.source)
         self.out_dir = Path(c.out_dir)
@@ -134,7 +135,7 @@ class Run:
             empty = Llama(self.original)
         shapes = {hf_name(name): p.shape for name, p in empty.named_parameters()}
         open_tensors(self.source, shapes, self.original)
-        data.load_tokenizer(self.source, self.c.add_eos).check_fits(self.original.vocab_size)
+        load_tokenizer(self.source, self.c.add_eos).check_fits(self.original.vocab_size)
         for specs in (getattr(given, name) for name in TEXTS):
             corpus.find_files([s for s in map(str, specs or ()) if is_path(s)], {})
 
@@ -187,28 +188,34 @@ class Run:
         return found
 
     def open_texts(self, streams: dict) -> None:
-        """Tokenise, once, on one process, and open every stream's text."""
+        """Check disk and memory; then tokenise, once, on one process, and open every stream."""
+        self.check(streams)
         c = self.c
-        tokenizer = data.load_tokenizer(self.source, c.add_eos)
+        tokenizer = load_tokenizer(self.source, c.add_eos)
         tokenizer.check_fits(self.original.vocab_size)
         check_export(self.source, tokenizer)
 
         def tokenize() -> list[data.Corpus]:
             texts = [self.own_text(getattr(c, f"{name}_data"), tokenizer) for name in streams]
-            options = tokenizer, c.cache_dir
             return [
-                data.tokenize(text, *options, name, c.skip_bad_lines)
+                corpus.tokenize(text, tokenizer, c.cache_dir, name, c.skip_bad_lines)
                 for text, name in zip(texts, streams, strict=True)
             ]
 
-        def open_stream(s, tokens: data.Corpus) -> data.Stream | data.Mixture:
-            only_long = (c.min_doc_len, c.length_upsample) if s.name == "long" else (0, 1.0)
-            settings = tokens, s.name, c.seed, s.batch, s.seq_len, *only_long
+        def open_stream(s, tokens: data.Corpus) -> data.Stream | Mixture:
+            min_doc_len, upsample = (
+                (c.min_doc_len, c.length_upsample) if s.name == "long" else (0, 1)
+            )
+
+            def of_source(source: int | None) -> data.Stream:
+                chosen = choose_documents(tokens, s.seq_len, source, min_doc_len, upsample)
+                return data.Stream(tokens, s.name, c.seed, s.batch, s.seq_len, chosen)
+
             specs = getattr(c, f"{s.name}_data")
             shares = source_shares(c, specs)
             if not shares:
-                return data.Stream(*settings)
-            return data.Mixture([data.Stream(*settings, i) for i in range(len(specs))], shares)
+                return of_source(None)
+            return Mixture([of_source(i) for i in range(len(specs))], shares)
 
         if self.processes.size > 1:
             self.once(lambda: tokenize() and None)
@@ -223,10 +230,10 @@ class Run:
         self.record = {
             "data": {name: text.corpus.fingerprint for name, text in self.texts.items()},
             "weights": states.weight_fingerprints(self.source),
-            "own_samples": self.own,
         }
         if self.resumed:
             states.check_same(self.resumed, self.record, self.out_dir, c.resume_anyway)
+        self.record["own_samples"] = self.own  # where they are and what they cost; they are data
         self.record["code"] = states.code_fingerprints()
         self.record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
 
@@ -240,8 +247,7 @@ class Run:
                     for s in self.streams.values()
                     if spec in getattr(self.c, f"{s.name}_data")
                 )
-                load = partial(self.load, whole=True)
-                more = self.source, self.original, load, tokenizer, asked
+                more = self.source, self.original, self.load_whole, tokenizer, asked
                 path, cost = samples.own_samples(self.c, n, *more)
                 self.own[spec] = {"file": path} | cost
         return [self.own[spec]["file"] if spec in self.own else spec for spec in specs]
@@ -255,21 +261,35 @@ class Run:
             n += check_export(self.source, tokenizer, texts)
         print(f"the export's tokenizer makes the same {n:,} tokens of this text's beginnings")
 
-    def load(self, theta=None, scaling=None, whole: bool = False, frozen: bool = False) -> Llama:
-        """The checkpoint's model, its rotary rescaled; over many processes in shards, or whole.
+    def choose_layers(self) -> list[int]:
+        """longred.choose_layers in the first process, with the weights whole."""
+        self.whole = True
+        layers = self.once(super().choose_layers)
+        self.whole = False
+        return layers
 
-        frozen: only read from, so that nothing is kept that its passes would round away.
+    def load_whole(self) -> Llama:
+        """The original in this process alone, to be sampled from."""
+        self.whole = True
+        model = self.load()
+        self.whole = False
+        return model
+
+    def load(self, theta: float | None = None, scaling: dict | None = None) -> Llama:
+        """The original, which is only read, or the model to train, its rotary embedding rescaled.
+
+        Of many processes each has its shards, except while layers are chosen. The original needs no
+        more digits than passes compute with.
         """
 
-        def prepare(model: Llama) -> None:  # while it is empty
-            if self.c.device == "cpu":
-                memory.pad_heads(model)
-            if self.processes.size > 1 and not whole:
+        def shard(model: Llama) -> None:  # while it is empty
+            if self.processes.size > 1 and not self.whole:
                 self.processes.shard(model)
 
-        memory.empty_cache(self.c.device)  # of the layer choice's remains
-        dtype = self.compute if whole or frozen else self.stored
-        return load_checkpoint(self.source, theta, scaling, self.c.device, dtype, prepare)
+        memory.empty_cache(self.c.device)  # of what is left of the choice of layers
+        only_read = self.whole or (theta is None and scaling is None)
+        dtype = self.compute if only_read else self.stored
+        return load_checkpoint(self.source, theta, scaling, self.c.device, dtype, shard)
 
     def optimizer(self, student: Llama, teacher: Llama):
         """AdamW for this machine; how the blocks of the student run is settled with it."""
@@ -319,6 +339,8 @@ class Run:
             keeper.claim(self.out_dir, resumed=False)
         self.record["config"] = asdict(c)
         config = {k: v for k, v in self.record["config"].items() if k not in HARMLESS}
+        if c.source_weights:  # shares in the order of the sources, whose names may change
+            config["source_weights"] = [text.rpartition("=")[2] for text in c.source_weights]
         before = self.resumed["config"] if self.resumed else {}
         first = keeper.load(c, config, before, self.student, self.adamw)
         self.note_changed_code(first)
@@ -368,7 +390,7 @@ class Run:
         if self.processes.rank == 0:
             states.write_json(self.out_dir / "longred.json", self.record)
 
-    def batches(self, stream, step: int):
+    def batches(self, stream, step: int) -> Iterator[data.Batch]:
         """This process's part of what a step reads of a stream, as data.Batch, one a forward pass.
 
         Yields nothing in a step that does not read the stream.
@@ -377,19 +399,26 @@ class Run:
             return
         if self.one_gpu:
             self.one_gpu.ready(stream.name)
-        c, size = self.c, self.processes.size
+        c = self.c
         numbers, piece, pieces = self.processes.share(stream.micro * stream.batch)
         length = stream.seq_len // pieces
-        part = slice(piece * length, (piece + 1) * length)
-
-        def read(index: int) -> data.MicroBatch:
+        batches = data.batches(
+            self.texts[stream.name],
+            stream,
+            step,
+            c,
+            most=self.sequences[stream.name],
+            is_end=self.is_end,
+            numbers=numbers,
+            part=slice(piece * length, (piece + 1) * length),
+            processes=self.processes.size,
+        )
+        while True:
             began = time.monotonic()
-            found = data.micro_batch(self.texts[stream.name], stream, index, c, self.is_end)
+            batch = next(batches, None)
             self.data_seconds += time.monotonic() - began
-            return found
-
-        most = self.sequences[stream.name]
-        for batch in data.batches(read, stream, step, numbers, part, most, size, c.device):
+            if batch is None:
+                return
             self.keeper.check_stop()
             self.read += len(batch.ids) if batch.fraction else 0
             yield batch
@@ -446,8 +475,11 @@ class Run:
     def export(self, student: Llama, teacher: Llama) -> Path:
         """Write OUT_DIR/hf, as a Hugging Face folder in the original's dtype, and the report."""
         c, exported = self.c, self.out_dir / "hf"
+        student, teacher = self.gather(student, teacher)
         if self.processes.rank:
             return exported
+        if c.merge:
+            merge_weights(student, teacher, c.merge)
         student.to(stored_dtype(self.original) or self.stored)
         with states.writing(exported):
             save_checkpoint(student, exported, tokenizer_from=self.source)
@@ -457,18 +489,47 @@ class Run:
         if c.eval_tokens:
             from measure.report import report
 
-            models = (memory.pad_heads(m.to(c.device, self.compute)) for m in (teacher, student))
+            teacher, student = (m.to(c.device, self.compute) for m in (teacher, student))
             texts = {
                 name: [self.own.get(spec, {"file": spec})["file"] for spec in getattr(c, name)]
                 for name in ("long_data", "short_data")
             }
             corpora = {name: text.corpus for name, text in self.texts.items()}
-            told = self.record["code_changes"], self.own
             self.record["report"] = report(
-                replace(c, **texts), self.streams, corpora, *models, *told
+                replace(c, **texts),
+                streams=self.streams,
+                corpora=corpora,
+                teacher=teacher,
+                student=student,
+                code_changes=self.record["code_changes"],
+                own_samples=self.own,
             )
         if said := log.unheard():  # after the last line of log.jsonl
             self.record["notes"] = [said]
         self.write_record()
-        print(f"more: python -m measure.evaluate --base {c.ckpt} --ckpt {self.out_dir}")
+        evaluation = ("measure/evaluate.py", "--base", c.ckpt, "--ckpt", self.out_dir)
+        print("more:", log.command(*evaluation))
         return exported
+
+
+def train(config: Config) -> Path:
+    """longred.train with the run below. Returns the folder of the exported model."""
+    return longred.train(config, Run())
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line. An error that the user can correct ends it with a message of one line."""
+    log.outlive_readers()
+    config = parse_args(argv, MachineConfig)
+    check_flags(config)
+    try:
+        if config.resume or config.ckpt:
+            train(config)
+        else:
+            from measure.demo import demo  # not at the top: it imports this file
+
+            demo(config)
+    except (ValueError, OSError) as e:
+        raise SystemExit(last_words(e)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -3,6 +3,9 @@
 Nobody has the text that Llama 3 was trained on, but its weights can be asked for more of the like.
 Texts are made in parts of some dozens, each a function of (weights, seed, settings, part): a
 stopped run goes on at the next part, and a larger N only adds to what is there.
+
+What is kept and read is the sampled ids themselves. Text would not do: a special token spelled out
+is a dozen ordinary ones, and the tokens of a text are not always those that it was made of.
 """
 
 import hashlib
@@ -13,6 +16,7 @@ from pathlib import Path
 import torch
 
 from machine import plan, states
+from machine.corpus import ids_header
 from machine.tokenizer import Tokenizer
 from model import Llama
 
@@ -31,47 +35,48 @@ def count(spec: str) -> int | None:
     return int(number) if colon else DEFAULT_TEXTS
 
 
-def sample_texts(
+def sample_ids(
     model: Llama,
     tokenizer: Tokenizer,
     n: int,
     length: int,
     generator: torch.Generator,
     temperature: float = 1.0,
-) -> tuple[list[str], int]:
-    """n texts, each from BOS (else EOS) to EOS or to `length` tokens; and their tokens in all.
+) -> list[list[int]]:
+    """Token ids of n texts, each sampled after BOS (else EOS), `length` tokens with it at most.
 
-    Sampled in one batch with the KV cache, from the whole softmax. Raises ValueError where the
-    tokenizer has neither token.
+    A text ends with its end of text, which is kept, or before any other id that no text becomes: a
+    special token, a row that pads the embedding. Sampled in one batch with the KV cache, from the
+    whole softmax. Raises ValueError where the tokenizer has neither BOS nor EOS.
     """
     first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     if first is None:
         raise ValueError("its tokenizer has neither BOS nor EOS to start a text from")
-    device, texts, tokens = model.embed_tokens.weight.device, [], 0
-    batch = torch.full((n, 1), first, device=device)
-    for ids in model.generate(batch, length - 1, temperature, generator=generator)[:, 1:].tolist():
-        stops = [i for i, t in enumerate(ids) if t in (tokenizer.eos_id, first)]
-        ids = ids[: (stops + [None])[0]]
-        tokens += len(ids)
-        texts.append(tokenizer.decode(ids))
-    return texts, tokens
+    batch = torch.full((n, 1), first, device=model.embed_tokens.weight.device)
+    rows = model.generate(batch, length - 1, temperature, generator=generator)[:, 1:].tolist()
+    texts = []
+    for ids in rows:
+        end = next((i for i, t in enumerate(ids) if t not in tokenizer.ordinary), len(ids))
+        texts.append(ids[: end + (ids[end : end + 1] == [tokenizer.eos_id])])
+    return texts
 
 
 def own_samples(
     c, n: int, source: Path, config, load, tokenizer: Tokenizer, asked: int
 ) -> tuple[str, dict]:
-    """(a .jsonl of n texts up to c.original_len tokens, its cost), made now or found in the cache.
+    """(a file of n texts up to c.original_len tokens, its cost), made now or found in the cache.
 
     source: the checkpoint's folder, config: its ModelConfig. load(): the whole model. asked: tokens
     that the run will read of them.
     """
     length = c.original_len
     each = max(1, min(64, PART_TOKENS // length))
-    key = [states.weight_fingerprints(source), tokenizer.fingerprint, c.seed, length, each, "T=1"]
+    key = [states.weight_fingerprints(source), tokenizer.fingerprint, c.seed, length, each]
+    key += ["T=1, ids"]
     folder = Path(c.cache_dir) / ("samples-" + _digest(key))
     folder.mkdir(parents=True, exist_ok=True)
     parts = [folder / f"part-{i:05d}.json" for i in range(-(-n // each))]
-    left = [path for path in parts if not path.exists()]
+    left = [path for path in parts if _read_part(path, each) is None]
     print(
         f"own samples: {n:,} texts of up to {length:,} tokens, at most {n * length:,} tokens, read "
         f"{asked / (n * length):.2f} times over or more; {len(left)} of {len(parts)} parts to "
@@ -85,23 +90,33 @@ def own_samples(
         seed = int(_digest([c.seed, path.name])[:12], 16)
         generator = torch.Generator(c.device).manual_seed(seed)
         part_began = time.monotonic()
-        texts, tokens = sample_texts(model, tokenizer, each, length, generator)
-        found = {"texts": texts, "tokens": tokens, "seconds": time.monotonic() - part_began}
-        states.write_json(path, found)
+        texts = sample_ids(model, tokenizer, each, length, generator)
+        found = {"texts": texts, "seconds": time.monotonic() - part_began}
+        states.write_json(path, states.signed(found))
         to_go = (time.monotonic() - began) / (done + 1) * (len(left) - done - 1)
         print(
             f"own samples: part {done + 1}/{len(left)}  {each * length / found['seconds']:,.0f} "
             f"tok/s  ETA {to_go // 60:.0f}:{to_go % 60:02.0f}",
             flush=True,
         )
-    made = [json.loads(path.read_text(encoding="utf-8")) for path in parts]
-    whole = folder / f"{n}.jsonl"
-    if not whole.exists():  # under torchrun the first process has written it
-        lines = [json.dumps({"text": text}) + "\n" for part in made for text in part["texts"]]
-        with states.whole_file(whole) as f:
-            f.writelines(lines[:n])
-    cost = {"texts": n, "tokens": sum(part["tokens"] for part in made)}
+    made = [_read_part(path, each) for path in parts]
+    texts = [ids for part in made for ids in part["texts"]][:n]
+    whole, lines = folder / f"{n}.ids", "".join(f"{json.dumps(ids)}\n" for ids in texts)
+    lines = ids_header(tokenizer.fingerprint) + lines
+    if not whole.is_file() or whole.read_bytes() != lines.encode():
+        with states.whole_file(whole) as f:  # under torchrun the first process does it
+            f.write(lines)
+    cost = {"texts": n, "tokens": sum(map(len, texts))}
     return str(whole), cost | {"seconds": round(sum(part["seconds"] for part in made), 1)}
+
+
+def _read_part(path: Path, n: int) -> dict | None:
+    """A part of n texts, as its checksum says; None: it is missing or damaged, and to be made."""
+    try:
+        part = json.loads(path.read_bytes())
+        return part if part == states.signed(part) and len(part["texts"]) == n else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def _digest(key) -> str:

@@ -1,37 +1,31 @@
-"""Settings of a run: the machine's flags, the paper's defaults, and what is refused.
+"""The machine's settings, and what a run on this machine refuses.
 
-`MachineConfig` holds what a machine needs to know; longred.Config inherits it and adds what is
-learnt, from what. Every field is a flag; None is worked out by `resolve`.
+`MachineConfig` adds to longred.Config how text is read, and how a run uses its machine.
 """
 
 import glob
 import math
 import os
 import re
-import sys
 import types
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, Union, get_args, get_origin
 
 import torch
 
+import longred
+from longred import Config, fill, opt
 from machine import corpus, plan, samples
 from machine.hf_config import original_window
 from model import ModelConfig
 
 
-def opt(default, help: str, least: float | None = None, most: float | None = None):
-    """A setting and its command-line flag. least, most: values that make sense (most of a whole
-    number, if not given: 2^40, above which products overflow)."""
-    return field(default=default, metadata={"help": help, "least": least, "most": most})
-
-
 @dataclass
-class MachineConfig:
-    """How text is read, and how a run lives on its machine."""
+class MachineConfig(Config):
+    """longred.Config, how text is read, and how a run uses its machine."""
 
-    # Text, beyond longred.Config's
+    # How text is read
     source_weights: list[str] | None = opt(
         None, "SOURCE=SHARE of its stream's tokens, for all of a --..._data list (default: as read)"
     )
@@ -46,11 +40,8 @@ class MachineConfig:
         None, "end documents with EOS (default: where the tokenizer has one)"
     )
     # The run
-    out_dir: str | None = opt(None, "default: out/<ckpt name>-<target_len>; demo: out/demo")
     resume: str | None = opt(None, "continue the run in this OUT_DIR; needs no other flag")
     resume_anyway: bool = opt(False, "with --resume: although config, data or weights changed")
-    device: str | None = opt(None, "cuda or cpu (default: cuda where there is one)")
-    unit_tokens: int = opt(32768, "most tokens in one forward pass, at least one sequence", least=1)
     recompute: bool = opt(False, "recompute blocks in backward on a CPU; a GPU's plan decides")
     context: int | None = opt(None, "processes to a sequence, under torchrun (default: 1)", least=1)
     gpu_gib: float | None = opt(None, "GPU memory to plan for (default: all that is free)", least=0)
@@ -70,66 +61,15 @@ class MachineConfig:
 
 # Fields that a resumed run may have otherwise: none changes a step's numbers beyond how they round
 # (or, steps, when a replay begins).
-HARMLESS = {f.name for f in fields(MachineConfig)} - set(
-    "recompute moments skip_bad_lines source_weights min_doc_len length_upsample add_eos".split()
-)
+HARMLESS = {f.name for f in fields(MachineConfig)} - {f.name for f in fields(Config)}
+HARMLESS -= {"recompute", "moments", "skip_bad_lines", "source_weights", "min_doc_len"}
+HARMLESS -= {"length_upsample", "add_eos"}
+HARMLESS |= {"out_dir", "device", "unit_tokens"}
 # Text is known by its content, wherever it lies.
 TEXTS = "long_data", "short_data", "s2l_data", "replay_data"
 HARMLESS |= {"ckpt", "steps", *TEXTS}
 
-# -------------------------------------------------------------------------------------- defaults
-
-# The paper's base for (theta, window) -> target (App. B, tables 3 and 9); 32000 and 128000 there.
-PAPER_THETA = {
-    (500_000.0, 8192, 32768): 2e7,
-    (500_000.0, 8192, 131072): 1e8,
-    (1_000_000.0, 32768, 131072): 2e7,
-}
-# The rest of App. B: at 32K, and at 128K.
-PAPER = {
-    "alpha_short": (5.0, 2.0),
-    "alpha_s2l": (10.0, 15.0),
-    "position_scheme": ("cream", "uniform"),
-    "n_distill_layers": (6, 3),  # 3 only where the window grows by more than 8
-}
-MICRO_BATCH = 131072  # tokens in each of the paper's 16 micro-batches
-
-
-def default_theta(theta: float, original_len: int, target_len: int) -> float:
-    """ABF's new base: the paper's where it has one, else a rule.
-
-    The rule keeps how many frequencies complete a turn within the window: with wavelengths
-    2 pi theta^(2j/H), that is ln(new) / ln(theta) = ln(target / 2 pi) / ln(original / 2 pi).
-    Rounded to two digits.
-    """
-    for (base, window, target), new in PAPER_THETA.items():
-        if (theta, original_len) == (base, window) and 0.97 * target < target_len <= target:
-            return new
-    ratio = math.log(target_len / (2 * math.pi)) / math.log(original_len / (2 * math.pi))
-    return float(f"{theta**ratio:.1e}")
-
-
-def default_train_len(c: MachineConfig) -> int:
-    """LongRecipe's best ratio, 30% of the target (its table of ratios); all of it if ordinary.
-
-    From 4,096 on a multiple of 128, as attention on a GPU likes its lengths.
-    """
-    if c.long_position_scheme == "ordinary":
-        return c.target_len
-    multiple = 128 if c.target_len >= 4096 else 1
-    return round(0.3 * c.target_len / multiple) * multiple
-
-
-def rope_scaling(c: MachineConfig) -> dict | None:
-    """--rope_type in transformers' form; None keeps what the checkpoint has (ABF)."""
-    if c.rope_type is None:
-        return None
-    scaling = {"rope_type": c.rope_type}
-    if c.rope_type != "default":
-        scaling["factor"] = c.target_len / c.original_len
-    if c.rope_type == "yarn":
-        scaling["original_max_position_embeddings"] = c.original_len
-    return scaling
+# ---------------------------------------------------------------------------------------- checks
 
 
 def source_shares(c: MachineConfig, specs: list[str]) -> list[float] | None:
@@ -172,107 +112,41 @@ def check_sources(c: MachineConfig) -> None:
             )
 
 
-def fill(c: MachineConfig, **defaults) -> None:
-    """Set the fields that were left to us."""
-    for name, value in defaults.items():
-        if getattr(c, name) is None:
-            setattr(c, name, value)
-
-
-def fill_defaults(c: MachineConfig, ckpt_name: str, theta: float) -> None:
-    """The paper's settings and the usual places, wherever nothing was said."""
-    far = c.target_len >= 128_000  # the paper's second set of settings
-    paper = {name: values[far] for name, values in PAPER.items()}
-    if far and c.target_len <= 8 * c.original_len:
-        paper["n_distill_layers"] = PAPER["n_distill_layers"][0]
-    if c.method == "mix_cpt":  # a plain mixture, unless a weight is asked for
-        fill(c, alpha_short=1.0, alpha_s2l=1.0)
-    alone = c.method in ("long_cpt", "longrecipe")  # baselines that read no other stream
-    if alone:
-        c.short_micro = c.s2l_micro = 0
-    fill(
-        c,
-        **paper,
-        out_dir=f"out/{ckpt_name}-{c.target_len}",
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        context=1,
-        # Short-to-long wants text like the short stream's; a user's own long text is near at hand.
-        s2l_data=c.long_data or c.short_data or corpus.DEFAULT_SHORT,
-        long_data=corpus.DEFAULT_LONG,
-        short_data=corpus.DEFAULT_SHORT,
-        long_position_scheme="longrecipe" if c.method == "longrecipe" else "ordinary",
-        long_micro=16 if alone else 8,
-        long_batch=max(1, MICRO_BATCH // c.target_len),
-        s2l_batch=max(1, MICRO_BATCH // c.original_len),
-        replay_batch=max(1, MICRO_BATCH // c.original_len),
-        short_len=1024,
-        alpha_kl=1.0 if c.method == "soft_replay" else 0.0,
-    )
-    if c.rope_type is None:
-        fill(c, rope_theta=default_theta(theta, c.original_len, c.target_len))
-    c.short_len = min(c.short_len, c.original_len)
-    fill(c, train_len=default_train_len(c), short_batch=max(1, MICRO_BATCH // c.short_len))
-
-
-# ---------------------------------------------------------------------------------------- checks
-
-
 def resolve(config: MachineConfig, model: ModelConfig, ckpt: Path) -> MachineConfig:
-    """Fill in what was left to us and refuse what cannot work, before anything is allocated."""
+    """All settings filled in. Raises ValueError for those that cannot work, before anything is
+    allocated. ckpt: the folder that config.ckpt names."""
     c = replace(config, ckpt=str(ckpt.resolve()))
     settle_paths(c)
+    fill(c, original_len=original_window(model))
     if c.original_len is None:
-        c.original_len = original_window(model)
-    if c.original_len is None:
         raise ValueError(
-            "--original_len is missing: Meta's params.json does not say it; pass 4096 for Llama 2, "
-            "2048 for Llama 1"
-        )
-    for f in fields(c):
-        value, least, most = getattr(c, f.name), f.metadata["least"], f.metadata["most"]
-        if most is None:
-            most = 2**40 if isinstance(value, int) else sys.float_info.max
-        if None not in (value, least) and not least <= value <= most:
-            above = f", at most {most:g}" if value > most else ""
-            raise ValueError(f"--{f.name} {value}: need at least {least}{above}")
-    if c.target_len is None:
-        raise ValueError("--target_len is missing: how many tokens the extended model should read")
-    if c.target_len <= c.original_len:
-        raise ValueError(
-            f"--target_len {c.target_len} is not above the original window of {c.original_len}; "
-            "pass a longer one (or the true --original_len)"
-        )
-    if c.rope_type is None and (model.rope_scaling or {}).get("rope_type") == "yarn":
-        raise ValueError(
-            f"the checkpoint is scaled by YaRN, {model.rope_scaling}: a larger theta on top of it "
-            "is not defined, and readers would take another factor from the new window; pass "
-            "--rope_type default, which removes the scaling, with a --rope_theta to your liking"
+            "--original_len is missing: Meta's params.json does not have it; pass 4096 for Llama "
+            "2, 2048 for Llama 1"
         )
     check_device(c, plan.parameter_count(model))
-    fill_defaults(c, Path(config.ckpt).name, model.rope_theta)
-    if c.train_len > c.target_len:
-        raise ValueError(
-            f"--train_len {c.train_len} is above --target_len {c.target_len}; try a third of it"
-        )
-    if bool(c.replay_data) != bool(c.replay_steps):
-        raise ValueError(
-            f"--replay_data {c.replay_data} with --replay_steps {c.replay_steps}: need both or none"
-        )
-    if not 0 <= c.merge < 1:
-        raise ValueError(f"--merge {c.merge}: need the original's share, from 0 to below 1")
-    if c.alpha_kl and c.method not in ("longred", "soft_replay"):
-        raise ValueError(
-            f"--alpha_kl {c.alpha_kl:g} with --method {c.method}: only longred and soft_replay "
-            "have that loss; drop one of the two"
-        )
-    if not all(1 <= i <= model.n_layers for i in c.distill_layers or ()):
-        raise ValueError(
-            f"--distill_layers {c.distill_layers}: this model has hidden states 1 to "
-            f"{model.n_layers} (the last is after the final norm)"
-        )
+    # Short-to-long needs text like the short stream's; a user's own long text is available, too.
+    fill(c, context=1, s2l_data=c.long_data or c.short_data or corpus.DEFAULT_SHORT)
+    fill(c, long_data=corpus.DEFAULT_LONG, short_data=corpus.DEFAULT_SHORT)
+    c = longred.resolve(c, model, Path(config.ckpt).name or Path(config.ckpt).resolve().name)
     check_lengths(c, model)
     check_sources(c)
     return c
+
+
+def check_flags(c: MachineConfig) -> None:
+    """SystemExit, in one line, for flags that do not go with --resume or need --ckpt."""
+    given = {f.name for f in fields(c) if getattr(c, f.name) != f.default}
+    extra = given - {"resume", "resume_anyway", *HARMLESS}
+    if c.resume and extra and not c.resume_anyway:
+        raise SystemExit(
+            f"longred: --resume takes its run's own settings: drop --{min(extra)}, or add "
+            "--resume_anyway"
+        )
+    extra = given - {"out_dir", "seed", "device"}
+    if not c.resume and not c.ckpt and extra:
+        raise SystemExit(
+            f"longred: --{min(extra)} needs --ckpt: the checkpoint to extend (none: the demo)"
+        )
 
 
 def check_device(c: MachineConfig, parameters: int) -> None:
@@ -344,6 +218,27 @@ def is_path(spec: str) -> bool:
     return not spec.startswith("hf:") and samples.count(spec) is None
 
 
+# Flags that were removed, and the values with which a run that has them in its record can go on.
+REMOVED = {"short_rope": "new", "export_longrope": False}
+
+
+def of_today(saved: dict, where: str) -> dict:
+    """The settings of a run's record, which an earlier version may have written, as of today.
+
+    Raises ValueError for a removed flag that made a difference. where: OUT_DIR, for the message.
+    """
+    saved = dict(saved)
+    old = saved.keys() & REMOVED.keys()
+    for name in old:
+        if saved.pop(name) != REMOVED[name]:
+            raise ValueError(f"--resume {where}: --{name} was removed; resume it with its version")
+    method = saved.get("method")
+    if old and method == "mix_cpt":  # these were recorded, and did nothing
+        saved |= {"alpha_short": 1.0, "alpha_s2l": 1.0}
+    unread = [name for name, methods in longred.READ_BY.items() if method not in methods]
+    return saved | {name: None for name in unread if name in saved}
+
+
 def moved(path: str, old_dir: str, new_dir: str) -> str:
     """A run's path, or where it lies now if it moved together with OUT_DIR; checked by content."""
     plain = path.rpartition("#")[0] if "#" in path and not os.path.exists(path) else path
@@ -378,6 +273,15 @@ def resumed_config(saved: dict, given: MachineConfig) -> MachineConfig:
             if f.name not in now and getattr(given, f.name) != f.default:
                 now[f.name] = getattr(given, f.name)
     check_kinds(given, saved)
+    # A source that was named anew is so wherever else it is named.
+    pairs = (zip(saved.get(name) or (), now.get(name) or (), strict=False) for name in TEXTS)
+    renamed = {old: str(new) for pair in pairs for old, new in pair}
+    for name in TEXTS:
+        if saved.get(name):
+            saved[name] = [renamed.get(spec, spec) for spec in saved[name]]
+    if shares := saved.get("source_weights"):
+        shares = (text.rpartition("=") for text in shares)
+        saved["source_weights"] = [f"{renamed.get(s, s)}={share}" for s, _, share in shares]
     return type(given)(**(saved | now))
 
 

@@ -178,7 +178,8 @@ def weight_fingerprints(folder: Path) -> dict[str, str]:
 def check_same(saved: dict, now: dict, out_dir: Path, anyway: bool) -> None:
     """Refuse to continue a run as a different one.
 
-    saved, now: {"config" or "data" or "weights": dict}; what `now` lacks is not compared.
+    saved, now: {"config" or "data" or "weights": dict}; what `now` lacks is not compared. Text and
+    weights are known by fingerprints of their content, not by paths, times or costs.
     anyway: print, do not refuse. Raises ValueError naming the first difference.
     """
     found = []

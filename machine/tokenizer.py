@@ -1,19 +1,17 @@
 """A checkpoint's tokenizer: read, and carried into an export.
 
-Either Hugging Face's tokenizer.json or Meta's tokenizer.model, which is tiktoken's ranks (Llama 3)
-or sentencepiece (Llama 1 and 2) and leaves an export as a tokenizer.json that encodes alike.
+Either Hugging Face's tokenizer.json or Meta's tokenizer.model of Llama 3, tiktoken's ranks, which
+an export has as a tokenizer.json that encodes alike. Sentencepiece's tokenizer.model is not read.
 """
 
 import base64
 import functools
 import hashlib
 import importlib
-import importlib.util
 import json
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -23,14 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from data import END_OF_TEXT, END_OF_TURN
 from machine.checkpoints import LFS_REMEDY, is_lfs_pointer, read_json, write_json
 from machine.hf_config import say_once
-
-# What may stand beside the weights, and goes along with them.
-TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json tokenizer.model vocab.json "
-    "merges.txt added_tokens.json chat_template.jinja"
-).split()
+from model import TOKENIZER_FILES
 
 
 @dataclass
@@ -43,7 +37,8 @@ class Tokenizer:
     add_bos: bool  # documents begin with bos_id
     add_eos: bool  # documents end with eos_id
     fingerprint: str  # of the tokenizer's file
-    largest: int  # of the ids that a text can become; special ones are made by nobody
+    ordinary: frozenset[int]  # ids that a text can become: no special token, no hole, no padding
+    spelled: re.Pattern  # a special token written out in a text, which is ordinary text there
     cut: re.Pattern | None = None  # where a text may be cut without changing its tokens
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -53,11 +48,35 @@ class Tokenizer:
     def check_fits(self, vocab_size: int) -> None:
         """ValueError if a document can hold ids that a model's vocabulary does not."""
         final = self.bos_id if self.add_bos else 0, self.eos_id if self.add_eos else 0
-        if (largest := max(self.largest, *final)) >= vocab_size:
+        if (largest := max(max(self.ordinary, default=0), *final)) >= vocab_size:
             raise ValueError(
                 f"tokenizer does not fit the model: its ids go up to {largest}, the "
                 f"model has {vocab_size} embeddings; use the tokenizer that came with the weights"
             )
+
+
+def find_tokenizer(folder: str | Path) -> Path:
+    """A folder's tokenizer.json, else its tokenizer.model. Raises ValueError for none that is read.
+
+    Such a tokenizer.model is tiktoken's ranks; sentencepiece's is not read.
+    """
+    path = Path(folder) / "tokenizer.json"
+    path = path if path.is_file() else path.with_name("tokenizer.model")
+    if not path.is_file():
+        raise ValueError(
+            f"no tokenizer in {folder}: looked for tokenizer.json and tokenizer.model; copy one of "
+            "them from where the weights came from"
+        )
+    if is_lfs_pointer(path):
+        raise ValueError(f"{path} is {LFS_REMEDY}")
+    if path.name == "tokenizer.model" and not read_ranks(path):
+        kind = "a sentencepiece model" if path.read_bytes()[:1] == b"\n" else "damaged"
+        raise ValueError(
+            f"{path} is {kind}: need tiktoken's ranks (Llama 3), or a tokenizer.json; take that "
+            "from the checkpoint's Hugging Face repository: hf download OWNER/NAME tokenizer.json "
+            f"--local-dir {folder}"
+        )
+    return path
 
 
 def load_tokenizer(folder: str | Path, add_eos: bool | None = None) -> Tokenizer:
@@ -66,28 +85,24 @@ def load_tokenizer(folder: str | Path, add_eos: bool | None = None) -> Tokenizer
     add_eos: whether documents end with EOS; None: where the tokenizer names an end of text.
     Raises: ValueError if there is neither, or it cannot be read, or names no EOS and one is asked.
     """
-    for name, load in (("tokenizer.json", _load_json), ("tokenizer.model", _load_model)):
-        path = Path(folder) / name
-        if path.is_file():
-            _try_in_a_child(path)
-            try:
-                tokenizer = load(path, _settings(path))
-            except Exception as error:  # the tokenizers library raises bare Exception
-                if type(error) is ValueError:  # ours
-                    raise
-                raise ValueError(f"cannot use {path}: {error}; fetch it again") from error
-            tokenizer.cut = _find_cut(tokenizer)
-            if add_eos and tokenizer.eos_id is None:
-                raise ValueError(
-                    f"--add_eos: {path} and what stands beside it name no end of text among its "
-                    "special tokens; name one as eos_token in tokenizer_config.json, or drop it"
-                )
-            tokenizer.add_eos = tokenizer.add_eos if add_eos is None else add_eos
-            return tokenizer
-    raise ValueError(
-        f"no tokenizer in {folder}: looked for tokenizer.json and tokenizer.model; copy one of "
-        "them from where the weights came from"
-    )
+    path, load = find_tokenizer(folder), _load_ranks
+    if path.name == "tokenizer.json":
+        _try_in_a_child(path)
+        load = _load_json
+    try:
+        tokenizer = load(path, _settings(path))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        if type(error) is ValueError:  # ours
+            raise
+        raise ValueError(f"cannot use {path}: {error}; fetch it again") from error
+    tokenizer.cut = _find_cut(tokenizer)
+    if add_eos and tokenizer.eos_id is None:
+        raise ValueError(
+            f"--add_eos: {path} and what stands beside it name no end of text among its "
+            "special tokens; name one as eos_token in tokenizer_config.json, or drop it"
+        )
+    tokenizer.add_eos = tokenizer.add_eos if add_eos is None else add_eos
+    return tokenizer
 
 
 # Tried on everything that a rule of a tokenizer may speak of, a few lines of it.
@@ -108,19 +123,12 @@ try:
 except (ImportError, ValueError, OSError):
     pass
 try:
-    if path.endswith(".json"):
-        import tokenizers
-        tokenizer = tokenizers.Tokenizer.from_file(path)
-        encode = lambda text: tokenizer.encode(text).ids
-        vocabulary = tokenizer.get_vocab_size()
-    else:
-        import sentencepiece
-        coder = sentencepiece.SentencePieceProcessor(model_file=path)
-        encode, vocabulary = coder.encode, coder.vocab_size()
-    ids = encode(probe)
+    import tokenizers
+    tokenizer = tokenizers.Tokenizer.from_file(path)
+    ids = tokenizer.encode(probe).ids
     if len(ids) > 200 * len(probe):
         sys.exit(f"it makes {len(ids):,} tokens of {len(probe)} characters")
-    if vocabulary < 1:
+    if tokenizer.get_vocab_size() < 1:
         sys.exit("it has no tokens")
 except BaseException as error:
     sys.exit(" ".join(str(error).split())[:200] or type(error).__name__)
@@ -148,21 +156,10 @@ def _tried(path: Path, stat: tuple) -> str | None:
 
 def _try_in_a_child(path: Path) -> None:
     """ValueError for a tokenizer that panics, hangs or expands without end: no later moment and no
-    `except` would help. Costs 0.1 s, once for a file. tiktoken's ranks are plain text."""
-    if is_lfs_pointer(path):
-        raise ValueError(f"{path} is {LFS_REMEDY}")
-    if path.suffix == ".model" and (read_ranks(path) or not _has("sentencepiece")):
-        return
+    `except` would help. Costs 0.1 s, once for a file."""
     stat = path.stat()
     if wrong := _tried(path.resolve(), (stat.st_size, stat.st_mtime_ns, stat.st_ino)):
         raise ValueError(f"cannot use {path}: {wrong}; fetch it again")
-
-
-def _has(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ValueError:  # None in its place among the modules
-        return False
 
 
 def _settings(path: Path) -> dict:
@@ -197,12 +194,6 @@ def _settings(path: Path) -> dict:
     return settings | {"ids": ids}
 
 
-# Ends of a turn, which a chat model's tokenizer calls its EOS; a text goes on beyond them.
-END_OF_TURN = "<|eot_id|> <|im_end|> <|eom_id|> <end_of_turn> <|end_of_turn|> <|endofturn|> "
-END_OF_TURN = f"{END_OF_TURN} <|end|> <|turn_end|> <|assistant_end|> <|return|>".split()
-END_OF_TEXT = "<|end_of_text|> <|endoftext|> </s> <eos> <|eos|> <|endofdoc|> [EOS]".split()
-
-
 def _end_of_text(named: int | None, listed: list[int], spell: Callable, find: Callable):
     """(id or None, whether documents end with it) of a tokenizer's EOS, which may end a turn only.
 
@@ -225,6 +216,10 @@ def _end_of_text(named: int | None, listed: list[int], spell: Callable, find: Ca
             f"documents end with nothing: {final} ends a turn, not a text (--add_eos: with it)"
         )
     return turns[0], final == "<|end|>"
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern:
+    return re.compile("|".join(map(re.escape, sorted(tokens, reverse=True))) or r"(?!)")
 
 
 def _sha256(data: bytes) -> str:
@@ -292,7 +287,8 @@ def _load_json(path: Path, config: dict) -> Tokenizer:
         lambda ids: tk.decode([int(i) for i in ids], skip_special_tokens=False),
         max(vocab) + 1,
         *(bos_id, eos_id, bool(add_bos), final, _sha256(path.read_bytes())),
-        max((i for i in vocab if i not in specials), default=0),
+        frozenset(i for i in vocab if i not in specials),
+        _any_of(specials.values()),
     )
 
 
@@ -321,28 +317,29 @@ def read_ranks(path: Path) -> dict[bytes, int] | None:
         return None
 
 
-def _load_model(path: Path, config: dict) -> Tokenizer:
-    """Meta's tokenizer.model: tiktoken ranks (Llama 3) or sentencepiece (Llama 1 and 2)."""
-    if ranks := read_ranks(path):
-        import tiktoken
+def _load_ranks(path: Path, config: dict) -> Tokenizer:
+    """Meta's tokenizer.model: tiktoken's ranks."""
+    import tiktoken
 
-        special = llama3_special_tokens(len(ranks))
-        coder = tiktoken.Encoding(
-            "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special
-        )
-        pool = ThreadPoolExecutor(os.cpu_count())
-        one = functools.partial(coder.encode_to_numpy, disallowed_special=())
-        encode = lambda texts: list(pool.map(one, texts))  # noqa: E731
-        ids = len(ranks) + 256, special["<|begin_of_text|>"], special["<|end_of_text|>"]
-        largest = len(ranks) - 1
-    else:
-        coder = optional("sentencepiece", path).SentencePieceProcessor(model_file=str(path))
-        final = (i if i >= 0 else None for i in (coder.bos_id(), coder.eos_id()))  # -1: it has none
-        encode, ids, largest = coder.encode, (coder.vocab_size(), *final), coder.vocab_size() - 1
-    add_bos = ids[1] is not None and bool(config.get("add_bos_token", True))
-    decode = lambda ids: coder.decode([int(i) for i in ids])  # noqa: E731
-    fingerprint = _sha256(path.read_bytes())
-    return Tokenizer(encode, decode, *ids, add_bos, ids[2] is not None, fingerprint, largest)
+    ranks = read_ranks(path)
+    special = llama3_special_tokens(len(ranks))
+    coder = tiktoken.Encoding(
+        "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special
+    )
+    pool = ThreadPoolExecutor(os.cpu_count())
+    one = functools.partial(coder.encode_to_numpy, disallowed_special=())
+    return Tokenizer(
+        encode=lambda texts: list(pool.map(one, texts)),
+        decode=lambda ids: coder.decode([int(i) for i in ids]),
+        vocab_size=len(ranks) + 256,
+        bos_id=special["<|begin_of_text|>"],
+        eos_id=special["<|end_of_text|>"],
+        add_bos=bool(config.get("add_bos_token", True)),
+        add_eos=True,
+        fingerprint=_sha256(path.read_bytes()),
+        ordinary=frozenset(ranks.values()),
+        spelled=_any_of(special),
+    )
 
 
 def optional(package: str, what: object):
@@ -442,24 +439,17 @@ def _export_encoder(source: Path) -> Callable[[str], list[int]]:
 def _convert(source: Path, out_dir: Path) -> dict:
     """Write Meta's tokenizer.model as a tokenizer.json that encodes alike; refuse if it does not.
 
-    Returns config.json's ids of begin and end of text.
+    Returns config.json's ids of begin and end of text. The ranks' own file stays behind: readers of
+    Hugging Face folders take it for a sentencepiece model, and break on it.
     """
     from tokenizers import AddedToken
     from tokenizers.processors import TemplateProcessing
 
-    path = source / "tokenizer.model"
-    original, ranks = load_tokenizer(source), read_ranks(path)
-    if ranks:
-        converted, special = _convert_ranks(ranks)
-    else:
-        converted, special = _convert_sentencepiece(path)
-        # Llama 3's file of that name is left behind: readers of Hugging Face folders take it for a
-        # sentencepiece model, and break on it.
-        shutil.copyfile(path, out_dir / path.name)
+    path, original = source / "tokenizer.model", load_tokenizer(source)
+    converted, special = _convert_ranks(read_ranks(path))
     converted.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    final = {"bos": original.bos_id, "eos": original.eos_id}
-    final = {kind: i for kind, i in final.items() if i is not None}
-    tokens = {kind: converted.id_to_token(i) for kind, i in final.items()}
+    ids = {"bos": original.bos_id, "eos": original.eos_id}
+    tokens = {kind: converted.id_to_token(i) for kind, i in ids.items()}
     if original.add_bos:
         begin = [(tokens["bos"], original.bos_id)]
         single = f"{tokens['bos']} $A"
@@ -470,13 +460,12 @@ def _convert(source: Path, out_dir: Path) -> dict:
     write_json(
         out_dir / "tokenizer_config.json", settings | {"clean_up_tokenization_spaces": False}
     )
-    own = [t.content for t in converted.get_added_tokens_decoder().values() if not t.special]
-    probe = [PROBE, " a", "", "a  b ", *PROBE.split(), *(f"{t}a {t} b" for t in own)]
+    probe = [PROBE, " a", "", "a  b ", *PROBE.split()]
     converted.encode_special_tokens = True
     for text, want in zip(probe, original.encode_batch(probe), strict=True):
         if converted.encode(text, add_special_tokens=False).ids != want:
             raise ValueError(f"{path} is of a kind with no known tokenizer.json; put one beside it")
-    return {f"{kind}_token_id": i for kind, i in final.items()}
+    return {f"{kind}_token_id": i for kind, i in ids.items()}
 
 
 def _convert_ranks(ranks: dict[bytes, int]):
@@ -498,93 +487,10 @@ def _convert_ranks(ranks: dict[bytes, int]):
     return converted, llama3_special_tokens(len(ranks))
 
 
-BLANK = "\u2581"  # sentencepiece's space
-UNIGRAM, BPE, USER_DEFINED = 1, 2, 4  # sentencepiece_model.proto's numbers
-
-
-def _convert_sentencepiece(path: Path):
-    """A sentencepiece BPE or unigram model: (tokenizer, its special tokens). Refuses other kinds.
-
-    What it does to a text before cutting it, normalising, folding blanks, putting one in front, is
-    in the file only, which its library does not tell: `_proto` reads it.
-    """
-    from sentencepiece import SentencePieceProcessor
-    from tokenizers import AddedToken, Regex, decoders, models, normalizers
-    from tokenizers import Tokenizer as Fast
-
-    sp, proto = SentencePieceProcessor(model_file=str(path)), _proto(path.read_bytes())
-    trainer, normal = (_proto(proto.get(k, [b""])[-1]) for k in (2, 3))
-    kind = trainer.get(3, [UNIGRAM])[-1]
-    if kind not in (UNIGRAM, BPE) or trainer.get(24, [0])[-1]:  # blanks at the ends of words
-        raise ValueError(f"{path} is of a kind with no known tokenizer.json; put one beside it")
-    vocab = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
-    special = [p for p, i in vocab.items() if sp.is_control(i) or sp.is_unknown(i)]
-    types = [_proto(piece).get(3, [1])[-1] for piece in proto.get(1, [])]
-    own = [p for p, i in vocab.items() if types[i] == USER_DEFINED]
-    fallback = any(sp.is_byte(i) for i in vocab.values())
-    if kind == UNIGRAM:
-        scores = [(p, sp.get_score(i)) for p, i in vocab.items()]
-        converted = Fast(models.Unigram(scores, sp.unk_id(), byte_fallback=fallback))
-    else:
-        apart = {*special, *own}
-        merged = [p for p, i in vocab.items() if p not in apart and not sp.is_byte(i)]
-        order = sorted(merged, key=lambda p: -sp.get_score(vocab[p]))
-        pieces = {p: vocab[p] for p in merged}
-        merges = _merges(pieces, order)
-        unknown = {"unk_token": sp.id_to_piece(sp.unk_id()), "fuse_unk": True}
-        converted = Fast(models.BPE(vocab, merges, byte_fallback=fallback, **unknown))
-    charsmap, (front, fold, escape) = (
-        normal.get(2, [b""])[-1],
-        (normal.get(i, [1])[-1] for i in (3, 4, 5)),
-    )
-    steps = [normalizers.Precompiled(charsmap)] if charsmap else []
-    if fold:  # blanks at both ends go, several are one
-        folded = ((r"\A +| +\z", ""), (" {2,}", " "))
-        steps += [normalizers.Replace(Regex(pattern), new) for pattern, new in folded]
-    steps += [normalizers.Prepend(BLANK if escape else " ")] if front else []
-    steps += [normalizers.Replace(" ", BLANK)] if escape else []
-    if steps:
-        converted.normalizer = normalizers.Sequence(steps)
-    decoder = [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
-    decoder += [decoders.Strip(" ", 1, 0)] if front else []
-    converted.decoder = decoders.Sequence(decoder)
-    converted.add_tokens([AddedToken(p, special=False, normalized=False) for p in own])
-    return converted, special
-
-
-def _proto(raw: bytes) -> dict[int, list]:
-    """A protocol buffer's fields, by number: ints, floats, or bytes of text and of inner ones."""
-    found, i = {}, 0
-
-    def varint() -> int:
-        nonlocal i
-        value, shift = 0, 0
-        while True:
-            byte = raw[i]
-            i += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while i < len(raw):
-        key = varint()
-        if key & 7 == 0:
-            value = varint()
-        elif key & 7 == 2:
-            size = varint()
-            value, i = raw[i : i + size], i + size
-        else:
-            size = 4 if key & 7 == 5 else 8
-            value, i = struct.unpack("<f" if size == 4 else "<d", raw[i : i + size])[0], i + size
-        found.setdefault(key >> 3, []).append(value)
-    return found
-
-
 def _merges(vocab: dict[str, int], order: list[str]) -> list[tuple[str, str]]:
     """Every pair of tokens that make a third, in the order in which BPE prefers the result.
 
-    Neither kind of file keeps the pairs: any two neighbours merge whose union is a token.
+    The file of ranks does not keep the pairs: any two neighbours merge whose union is a token.
     """
     merges = []
     for token in order:

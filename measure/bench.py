@@ -35,14 +35,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
-from longred import Config, StepStream, add_gradients, plan_streams
+from longred import Config, StepStream, fill_defaults, plan_streams, whole_number
 from machine import memory
 from machine import plan as planner
-from machine.command_line import integer
-from machine.formats import config_to_hf
-from machine.settings import fill_defaults
 from machine.states import refuse_foreign, whole_file
-from model import LOSS_ROWS, Llama, ModelConfig, next_token_kl, next_token_loss
+from model import LOSS_ROWS, Llama, ModelConfig, config_to_hf, next_token_kl, next_token_loss
 from rope_kernels import apply_rope, rope_backend, rope_frequencies
 
 # ------------------------------------------------ Timing and bookkeeping, shared by the subcommands
@@ -410,7 +407,9 @@ class Trainer:
         if stream.position_scheme != "ordinary":  # positions that skip are each sequence's own
             skipping = batch.teacher_positions * (c.target_len // unit.seq_len)
             batch = batch._replace(student_positions=skipping.expand(unit.batch, -1))
-        add_gradients(stream, self.student, self.teacher, batch, c)
+        losses = stream.loss(self.student, self.teacher, batch, c)
+        losses = losses if isinstance(losses, dict) else {stream.name: losses}
+        sum(stream.weights[name] * loss for name, loss in losses.items()).backward()
 
     def update(self):
         """What ends a step: clipping, the optimizer, zeroing."""
@@ -815,7 +814,7 @@ class CountBytes(TorchDispatchMode):
 
 
 def integers(text):
-    return [integer(word) for word in text.split(",")]
+    return [whole_number(word) for word in text.split(",")]
 
 
 def main(argv=None):

@@ -14,18 +14,23 @@ import torch
 from tqdm import tqdm
 
 import data
-from longred import Config, cross_entropy, train
+from longred import cross_entropy
 from machine.checkpoints import read_json
+from machine.corpus import tokenize
 from machine.formats import save_checkpoint
 from machine.keeper import clear_run, lock
+from machine.log import command
+from machine.run import train
+from machine.settings import MachineConfig as Config
 from machine.settings import check_device, whole_path
 from machine.states import read_run, write_json
+from machine.tokenizer import load_tokenizer
 from measure import evaluate
 from model import Llama, ModelConfig
 
 
 def demo(config: Config) -> Path:
-    """Train the original, stretch it both ways, compare the three. Returns the demo's folder.
+    """Train the original, stretch it both ways and compare the three. Return the demo's folder.
 
     config: out_dir (default: out/demo), seed and device count; the rest is the demo's own.
     """
@@ -35,7 +40,7 @@ def demo(config: Config) -> Path:
     device = config.device
     check_device(config, 0)
     with lock(out_dir, "--out_dir"):
-        return tell(out_dir, config.seed, device)
+        return run_demo(out_dir, config.seed, device)
 
 
 MADE = "prose.jsonl code.jsonl original tokenizer tokens long_cpt longred".split()
@@ -45,7 +50,7 @@ MAKER = "python longred.py"
 
 
 def take_folder(out_dir: Path) -> None:
-    """Mark a folder as the demo's; ValueError where somebody's files have the demo's names."""
+    """Mark a folder as the demo's; raise ValueError if other files there have the demo's names."""
     mark = out_dir / MARK
     if not mark.is_file() or read_json(mark).get("made by") != MAKER:
         if there := [name for name in (MARK, *MADE) if os.path.lexists(out_dir / name)]:
@@ -56,8 +61,8 @@ def take_folder(out_dir: Path) -> None:
         write_json(mark, {"made by": MAKER})
 
 
-def tell(out_dir: Path, seed: int, device: str | None) -> Path:
-    """The demo, in a folder that is locked."""
+def run_demo(out_dir: Path, seed: int, device: str | None) -> Path:
+    """Run the demo in a folder that is locked. Return the folder."""
     take_folder(out_dir)
     prose, code, original = out_dir / "prose.jsonl", out_dir / "code.jsonl", out_dir / "original"
     if not (original / "config.json").is_file():
@@ -92,10 +97,8 @@ def tell(out_dir: Path, seed: int, device: str | None) -> Path:
         losses["position"] = {"whole": {"nll": reports[name]["long loss in 32 parts"][name]}}
         measured.append((title, out_dir / name / "hf", losses))
     print(f"\nWhat the longer window gained, and what it cost:\n\n{evaluate.table(rows, errors)}\n")
-    print(
-        f"More: python -m measure.evaluate --base {original} --ckpt {out_dir}/long_cpt "
-        f"{out_dir}/longred --out_dir {out_dir}/more"
-    )
+    flags = ["--base", original, "--ckpt", out_dir / "long_cpt", out_dir / "longred"]
+    print("More:", command("measure/evaluate.py", *flags, "--out_dir", out_dir / "more"))
     try:
         print("pictures:", *evaluate.draw(measured, out_dir, 256, 1024))
     except ImportError:
@@ -103,13 +106,17 @@ def tell(out_dir: Path, seed: int, device: str | None) -> Path:
     return out_dir
 
 
-def write_demo_text(prose: Path, code: Path) -> None:
-    """Two .jsonl files: Python's help topics, and the sources of its standard library."""
+def prose_lines() -> str:
+    """Return Python's help topics as .jsonl: English prose that every Python has with it."""
     from pydoc_data.topics import topics
 
+    return "".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics))
+
+
+def write_demo_text(prose: Path, code: Path) -> None:
+    """Write two .jsonl files: Python's help topics, and the sources of its standard library."""
     prose.parent.mkdir(parents=True, exist_ok=True)
-    with open(prose, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics))
+    prose.write_text(prose_lines(), encoding="utf-8")
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     with open(code, "w", encoding="utf-8") as f:
         for path in sorted(stdlib.rglob("*.py")):
@@ -126,8 +133,8 @@ def train_demo_model(seed: int, out_dir: Path, prose: Path, steps: int = 640) ->
     linearly to 0.
     """
     tokenizer_dir = write_byte_tokenizer(out_dir.with_name("tokenizer"))
-    tokenizer = data.load_tokenizer(tokenizer_dir)
-    corpus = data.tokenize([str(prose)], tokenizer, out_dir.with_name("tokens"), "prose")
+    tokenizer = load_tokenizer(tokenizer_dir)
+    corpus = tokenize([str(prose)], tokenizer, out_dir.with_name("tokens"), "prose")
     halves = [data.Stream(corpus, f"original {t}", seed, 1024 // t, t) for t in (128, 256)]
     shape = dict(d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=352)
     shape |= dict(vocab_size=256, rope_theta=1e4, max_position_embeddings=256)

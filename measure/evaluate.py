@@ -4,8 +4,8 @@
     python -m measure.evaluate samples stories.jsonl --base DIR --n_samples 400
     python -m measure.evaluate corpus selected.jsonl --base DIR --ckpt DIR --data TEXT...
 
-The first, whose name may be left out, sets the original beside any number of extended checkpoints
-and leaves report.md, results.json and pictures in --out_dir; the second writes short text sampled
+The first, whose name may be left out, compares the original with any number of extended checkpoints
+and leaves report.md, results.json and pictures in --out_dir. The second writes short text sampled
 from a model itself, the third LongRecipe's training text (measure/select_corpus.py). From any other
 folder the command is python PATH/measure/evaluate.py.
 
@@ -13,17 +13,17 @@ folder the command is python PATH/measure/evaluate.py.
     ----------  ------------------------------------------------------------------------------------
     kept        short text: loss, KL(original || it), first choices, drift  (short_text_drift)
     position    long text: loss by position, whole and with the window cut  (position_losses)
-    far         long text: what far text brings by content, what by length alone: the same tokens
-                behind the far part of another document  (measure/far_context.py)
+    far         long text: what far text adds by its content, and what by its length alone: the
+                same tokens behind the far part of another document  (measure/far_context.py)
     repeat      is a passage better known the second time, and from how far?  (repeat_scores)
-    niah_... vt cwe fwe    RULER (Hsieh et al., arXiv 2404.06654), in our own words  (make_sample)
+    niah_...    needles, RULER's retrieval tasks (arXiv 2404.06654), in our own words  (make_sample)
 
 Perplexity falls when a model merely tolerates distance, and a cut window costs a model that only
-stands on many tokens; so two numbers here show use of far text: the same tokens scored behind the
-far part of another document, and the passage that was there before.
+relies on having many tokens. Therefore two numbers here show use of far text: the loss of the same
+tokens behind the far part of another document, and the loss of a passage that was there before.
 Give --data and --short_data the lists that longred.py was given: what it held out is read here.
-Every result is kept in OUT_DIR/cache as soon as it is there, by the checkpoint's content and the
-task's settings: a stopped command continues, and one more --ckpt costs only itself.
+The row of a checkpoint is kept in OUT_DIR/cache when it ends, by the checkpoint's content and the
+settings: a stopped command continues with the next row, and one more --ckpt costs only itself.
 """
 
 import argparse
@@ -51,23 +51,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from machine.checkpoints import hf_name, open_tensors, resolve_checkpoint
-from machine.command_line import integer
+from longred import whole_number
+from machine.checkpoints import open_tensors, resolve_checkpoint
+from machine.corpus import tokenize
 from machine.formats import load_checkpoint, load_config
 from machine.keeper import lock
 from machine.log import finite, outlive_readers
-from machine.memory import pad_heads
 from machine.plan import available_memory, expand_segments, parameter_count
-from machine.samples import sample_texts
+from machine.samples import sample_ids
 from machine.settings import check_device, fits
 from machine.states import read_run, refuse_foreign, whole_file
-from machine.tokenizer import Tokenizer
+from machine.tokenizer import Tokenizer, load_tokenizer
 from measure.pcd import PCD, contrast, local_view
 from measure.pcd import generate as by_contrast
 from measure.pictures import draw
-from model import Llama, attention_kl, merge_weights
+from model import Llama, attention_kl, hf_name, merge_weights
 
-FORMAT = 3  # of a remembered result; raised when what is measured changes
+FORMAT = 4  # of a remembered result; raised when what is measured changes
 CHUNK = 8192  # tokens of a sequence read at a time, so that 128K fits one GPU
 BATCH_TOKENS = 65536  # tokens whose keys and values are held at a time
 
@@ -78,7 +78,7 @@ BATCH_TOKENS = 65536  # tokens whose keys and values are held at a time
 def short_text_drift(
     base: Llama, model: Llama, input_ids: Tensor, rows: int = 512, attention_sequences: int = 8
 ) -> dict:
-    """How far a model has moved from the original on short text (LongReD section 3).
+    """Measure how far a model has moved from the original on short text (LongReD section 3).
 
     input_ids: (B, T + 1) int64, read a sequence at a time, logits `rows` tokens at a time: two 8B
         models at 8,192 need 30 GiB for the weights and 5 GiB for hidden states in bf16.
@@ -130,7 +130,7 @@ def short_text_drift(
 def position_losses(
     model: Llama, input_ids: Tensor, window: int | None = None, rows: int = 512
 ) -> Tensor:
-    """Next-token loss at each position, mean over sequences.
+    """Return the next-token loss at each position, as a mean over sequences.
 
     input_ids: (B, T + 1) int64, read one sequence at a time, logits `rows` tokens at a time.
     window: None reads each sequence whole. Else each token is predicted from at most the `window`
@@ -145,7 +145,7 @@ def position_losses(
 def losses_by_sequence(
     model: Llama, input_ids: Tensor, window: int | None = None, rows: int = 512
 ) -> Tensor:
-    """position_losses before the mean: (B, T) float64."""
+    """Return position_losses before the mean: (B, T) float64."""
     length = input_ids.shape[1] - 1
     found = torch.zeros(len(input_ids), length, dtype=torch.float64)
     window = min(window or length, length)
@@ -173,7 +173,10 @@ def read(model: Llama, input_ids: Tensor):
 
 
 def token_losses(model: Llama, hidden: Tensor, labels: Tensor, rows: int = 512) -> Tensor:
-    """hidden (T, D) and the tokens that follow, (at least T,) -> (T,) float64 nats on the CPU."""
+    """Return each token's loss, (T,) float64 nats on the CPU.
+
+    hidden: (T, D). labels: the tokens that follow, at least T of them.
+    """
     parts = []
     for start in range(0, len(hidden), rows):
         logits = model.logits(hidden[start : start + rows]).float()
@@ -186,9 +189,9 @@ def token_losses(model: Llama, hidden: Tensor, labels: Tensor, rows: int = 512) 
 def repeat_scores(
     model: Llama, sequences: Tensor, passage: int, cue: int | None = None, pcd: dict | None = None
 ) -> Tensor:
-    """How well the last `passage` tokens of each sequence are known, the first `cue` not counted.
+    """Score the last `passage` tokens of each sequence, without the first `cue` of them.
 
-    cue: 8 unless told, of a passage under 16 tokens half: something has to be left to count.
+    cue: if None, 8, or half of a passage under 16 tokens, so that some tokens are left to count.
     sequences: (B, T) int64. pcd: predict by contrast, model.PCD's settings; a token outside its
     gamma likeliest ones has probability 0 then, so that only first choices can be compared.
     Returns (B, 2) float64, means over the counted tokens: loss in nats; 1 where the first choice
@@ -218,9 +221,9 @@ def repeat_scores(
 def repeat_sequences(
     tokens: np.ndarray, length: int, depths: list[float], n: int, seed: int
 ) -> tuple[Tensor, int]:
-    """Sequences ending in a passage that also stands earlier, at each depth, or not at all.
+    """Return sequences that end in a passage which also occurs earlier, at each depth, or does not.
 
-    tokens: held-out text. depths: 0 = the passage opens the sequence, 1 = it stands just before
+    tokens: held-out text. depths: 0 = the passage opens the sequence, 1 = it comes just before
         its repetition.
     Returns ((len(depths) + 1) * n, length) int64, per sample the depths in order and then the
     control, whose passage is new; and the passage's length.
@@ -240,7 +243,7 @@ def repeat_sequences(
 
 
 def repeat(a: Namespace, model: Llama, long: Tensor, length: int, pcd: dict | None) -> dict:
-    """What a passage's having been read before is worth at one length, a.samples at each depth.
+    """Compare passages that were read before with new ones at one length, a.samples at each depth.
 
     long: (B, T) int64, held-out text. Returns losses in nats on seen and new passages and shares
     of right first choices; under PCD (`repeat_scores`) only the latter.
@@ -262,42 +265,38 @@ def repeat(a: Namespace, model: Llama, long: Tensor, length: int, pcd: dict | No
     return found
 
 
-# ------------------------------------------------------------------------------ RULER's tasks
+# -------------------------------------------------------------------------------------- needles
 #
 # Construction: RULER's paper, section 3, and its published settings. Differs: sentences are our
 # own; the haystack is the user's held-out text instead of essays; words are drawn from that text
-# instead of a list; variable tracking has a one-line example and common words none, where RULER
-# shows a whole solved sample; below 4K the room for an answer shrinks to an eighth of the length.
-# The two tasks on SQuAD and HotpotQA need downloads and are left to RULER itself.
+# instead of a list; below 4K the room for an answer shrinks to an eighth of the length. RULER's
+# other tasks (several values or keys at once, variable tracking, word counting, questions) are left
+# to RULER itself.
 
-# haystack, keys, values, number of keys, values of each key, keys asked for
+# haystack, kind of keys, kind of values, needles with a key (one of them is asked for)
 NIAH = {
-    "niah_single_1": ("noise", "words", "number", 1, 1, 1),
-    "niah_single_2": ("text", "words", "number", 1, 1, 1),
-    "niah_single_3": ("text", "words", "uuid", 1, 1, 1),
-    "niah_multikey_1": ("text", "words", "number", 4, 1, 1),
-    "niah_multikey_2": ("needles", "words", "number", 1, 1, 1),
-    "niah_multikey_3": ("needles", "uuid", "uuid", 1, 1, 1),
-    "niah_multivalue": ("text", "words", "number", 1, 4, 1),
-    "niah_multiquery": ("text", "words", "number", 4, 1, 4),
+    "niah_single_1": ("noise", "words", "number", 1),
+    "niah_single_2": ("text", "words", "number", 1),
+    "niah_single_3": ("text", "words", "uuid", 1),
+    "niah_multikey_1": ("text", "words", "number", 4),
+    "niah_multikey_2": ("needles", "words", "number", 1),
+    "niah_multikey_3": ("needles", "uuid", "uuid", 1),
 }
 NOISE = "The wind turns. Rain falls and the river runs on. Night comes, and then day again. "
-RULER = [*NIAH, "vt", "cwe", "fwe"]
-TASKS = ["kept", "position", "far", "repeat", "niah_single_2", "niah_multikey_1", "niah_multivalue"]
-TASKS += ["niah_multiquery", "vt", "cwe", "fwe"]  # what is done unless --tasks says otherwise
-TASKS_ALL = ["kept", "position", "far", "repeat", *RULER]
+TASKS = ["kept", "position", "far", "repeat", "niah_single_2", "niah_multikey_1"]  # the default
+TASKS_ALL = ["kept", "position", "far", "repeat", *NIAH]
 
 
 @dataclass
 class Sample:
     prompt: np.ndarray  # (length - n_new,) int64
-    answers: list[str]  # all of them are asked for
+    answer: str
     n_new: int  # tokens of room for the answer
-    depth: float | None  # of the one needle asked for, 0 = start of the haystack
+    depth: float  # of the needle that is asked for, 0 = start of the haystack
 
 
 class Source:
-    """What samples are made of: a tokenizer, and text with its words and ends of sentences."""
+    """A tokenizer, and text with its words and ends of sentences, of which samples are made."""
 
     def __init__(self, tokenizer: Tokenizer, tokens: np.ndarray):
         self.tokenizer, self.tokens = tokenizer, tokens
@@ -305,31 +304,26 @@ class Source:
         # RULER's room for answers is in tokens of about 4 characters.
         self.stretch = max(1.0, 4 * min(len(tokens), 1_000_000) / len(text))
         self.words = sorted(set(re.findall(r"\b[a-z]{4,9}\b", text)))
-        self.newline = self.encode("\n")[-1:]
         seen = np.unique(np.concatenate([tokens, self.encode(NOISE + "\n")]))
         closing = [i for i in seen if tokenizer.decode([int(i)]).rstrip(" ")[-1:] in list(".!?\n")]
         self.sentence_ends = np.array(closing, dtype=np.int64)
         if len(self.words) < 100:
             raise ValueError(
                 f"--data holds {len(self.words)} different words of 4 to 9 small letters in its "
-                "held-out part, RULER's tasks need 100; add text or leave them out of --tasks"
+                "held-out part, needles need 100; add text or leave niah_... out of --tasks"
             )
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self.tokenizer.encode_batch([text])[0], dtype=np.int64)
 
     def draw(self, rng: np.random.Generator, kind: str, n: int) -> list[str]:
-        """n different pairs of words, 7-digit numbers, uuids, words, or codes of 6 letters."""
-        if kind == "word" and n <= len(self.words):
-            return rng.choice(self.words, n, replace=False).tolist()
+        """Return n different pairs of words, 7-digit numbers, or uuids."""
         found = {}  # a set that keeps its order
         while len(found) < n:
             if kind == "number":
                 new = str(rng.integers(10**6, 10**7))
             elif kind == "uuid":
                 new = re.sub("(.{8})(.{4})(.{4})(.{4})", r"\1-\2-\3-\4-", rng.bytes(16).hex())
-            elif kind == "code":
-                new = "".join(chr(97 + c) for c in rng.integers(26, size=6))
             else:
                 new = "-".join(self.words[i] for i in rng.integers(len(self.words), size=2))
             found[new] = None
@@ -339,107 +333,41 @@ class Source:
 def make_sample(
     source: Source, task: str, length: int, depth: float, rng: np.random.Generator
 ) -> Sample:
-    """A task's prompt and answers; prompt and room for the answer are exactly `length` tokens.
+    """Make a prompt and its answer; prompt and room for the answer are exactly `length` tokens.
 
-    depth: where the one needle asked for lies in the haystack, to the nearest end of a sentence;
-        tasks that ask for several things place them at random.
+    depth: where the needle asked for is in the haystack, to the nearest end of a sentence. The
+        others are at random depths.
     Raises ValueError if the task does not fit the length.
     """
-    make = {"vt": _variables, "cwe": _common_words, "fwe": _frequent_words}.get(task, _needles)
-    head, body, tail, answers, n_new, depth = make(source, task, length, depth, rng)
+    haystack, key_kind, value_kind, n_keys = NIAH[task]
+    n_more = length // 8 if haystack == "needles" else 0  # more than fit
+    keys = source.draw(rng, key_kind, n_keys + n_more)
+    values = source.draw(rng, value_kind, n_keys + n_more)
+    state = f" One secret {value_kind} of {{}} is {{}}."
+    stated = [state.format(*pair) for pair in zip(keys, values, strict=True)]
+    depths = [depth, *rng.random(n_keys)[1:].tolist()]
+    what = f"secret {value_kind} of {keys[0]}"
+    head = f"Secret {value_kind}s are hidden in this text. Learn them: some will be asked for.\n"
+    tail = f"\nWhat is the {what}, as hidden in the text above? Answer: One {what} is"
+    haystack = "".join(stated[n_keys:]) or haystack
     bos = [source.tokenizer.bos_id] if source.tokenizer.add_bos else []
     head, tail = np.concatenate([bos, source.encode(head)]).astype(np.int64), source.encode(tail)
-    n_new = min(math.ceil(n_new * source.stretch), length // 8)
+    n_new = min(math.ceil(32 * source.stretch), length // 8)
+    needles, room = (
+        [source.encode(s) for s in stated[:n_keys]],
+        length - n_new - len(head) - len(tail),
+    )
     try:
-        middle = body(length - n_new - len(head) - len(tail))
+        middle = _bury(source, haystack, needles, depths, room, rng)
     except ValueError as e:
         raise ValueError(f"{task} does not fit {length} tokens: {e}") from None
     prompt = np.concatenate([head, middle, tail])
     assert len(prompt) + n_new == length, (task, len(prompt), n_new, length)
-    return Sample(prompt, answers, n_new, depth)
-
-
-def _needles(source: Source, task: str, length: int, depth: float, rng) -> tuple:
-    haystack, key_kind, value_kind, n_keys, n_values, n_asked = NIAH[task]
-    n_more = length // 8 if haystack == "needles" else 0  # more than fit
-    keys = source.draw(rng, key_kind, n_keys + n_more)
-    values = source.draw(rng, value_kind, n_keys * n_values + n_more)
-    owners = [key for key in keys[:n_keys] for _ in range(n_values)] + keys[n_keys:]
-    state = f" One secret {value_kind} of {{}} is {{}}."
-    stated = [state.format(*pair) for pair in zip(owners, values, strict=True)]
-    n = n_keys * n_values
-    answers, names = values[: n_asked * n_values], ", ".join(keys[:n_asked])
-    depths = rng.random(n).tolist()
-    what = f"{value_kind}s of {names}"
-    if len(answers) > 1:
-        tail = f"\nWhat are the {len(answers)} secret {what}, as hidden in the text above? Answer: "
-        tail += f"The {len(answers)} secret {what} are"
-        depth = None
-    else:
-        what = f"secret {value_kind} of {names}"
-        tail = f"\nWhat is the {what}, as hidden in the text above? Answer: One {what} is"
-        depths[0] = depth
-    head = f"Secret {value_kind}s are hidden in this text. Learn them: some will be asked for.\n"
-    haystack = "".join(stated[n:]) or haystack
-
-    def body(room: int) -> np.ndarray:
-        return _bury(source, haystack, [source.encode(s) for s in stated[:n]], depths, room, rng)
-
-    return head, body, tail, answers, 32 * len(answers), depth
-
-
-def _variables(source: Source, task: str, length: int, depth: float, rng, hops=4) -> tuple:
-    names = [name.upper() for name in source.draw(rng, "code", hops + 1)]
-    value = str(rng.integers(10_000, 100_000))
-    held = [value, *(f"VAR {name}" for name in names)]
-    head = "Variables are set in this text, some from others. Learn which hold which value. For "
-    head += "example, VAR QX = 31. VAR ZK = VAR QX. gives the value 31 to QX, ZK.\n"
-    tail = f"\nWhich {hops + 1} variables hold the value {value} at the end of the text above? "
-    tail += f"Answer: The {hops + 1} variables that hold the value {value} are"
-
-    def body(room: int) -> np.ndarray:
-        pieces = [source.encode(f" VAR {n} = {v}.") for n, v in zip(names, held, strict=False)]
-        return _bury(source, "noise", pieces, sorted(rng.random(len(pieces))), room, rng)
-
-    return head, body, tail, names, 50, None
-
-
-def _common_words(source: Source, task: str, length: int, depth: float, rng) -> tuple:
-    n_asked, common, uncommon = 10, *((30, 3) if length >= 4096 else (6, 1))  # times in the list
-    words = source.draw(rng, "word", n_asked + length // (3 * uncommon))  # more than fit
-    what = f"{n_asked} words"
-    head = "This is a numbered list of words. Learn which of them stand in it most often.\n"
-    tail = f"\nWhich {what} stand most often in the list above? Answer: The {what} that stand most "
-    tail += "often are"
-
-    def entries(n: int) -> np.ndarray:
-        listed = words[:n_asked] * common + words[n_asked : n_asked + n] * uncommon
-        order = np.random.default_rng(n).permutation(len(listed))
-        return source.encode("".join(f" {i + 1}. {listed[j]}" for i, j in enumerate(order)))
-
-    body = functools.partial(_fill, source, entries, n_asked)
-    return head, body, tail, words[:n_asked], 120, None
-
-
-def _frequent_words(source: Source, task: str, length: int, depth: float, rng) -> tuple:
-    words = np.array(["...", *source.draw(rng, "code", 1999)])
-    share = np.arange(1, len(words) + 1) ** -2.0  # zeta with alpha = 2; the first, dots, is noise
-    share /= share.sum()
-    head = "This is a text in code. Learn which words of it stand in it most often; dots are not "
-    head += "words.\n"
-    tail = "\nWhich three words stand most often in the text above? Answer: The three words that "
-    tail += "stand most often are"
-
-    def text(n: int) -> np.ndarray:
-        drawn = np.repeat(words, np.round(n * share).astype(int))
-        return source.encode(" " + " ".join(np.random.default_rng(n).permutation(drawn)))
-
-    body = functools.partial(_fill, source, text, 60)  # 60: the dots 36 times, words 9, 4, 2, 1, 1
-    return head, body, tail, words[1:4].tolist(), 50, None
+    return Sample(prompt, values[0], n_new, depth)
 
 
 def _bury(source, haystack: str, pieces: list, depths: list, room: int, rng) -> np.ndarray:
-    """Each piece at the end of the sentence nearest to its depth in the haystack, `room` in all."""
+    """Put each piece at the end of the sentence nearest to its depth; `room` tokens in all."""
     n = room - sum(len(p) for p in pieces)
     if n < 0:
         raise ValueError(f"{-n} tokens too few")
@@ -457,28 +385,13 @@ def _bury(source, haystack: str, pieces: list, depths: list, room: int, rng) -> 
     return np.concatenate([*out, filler[last:]])
 
 
-def _fill(source: Source, build: Callable, least: int, room: int) -> np.ndarray:
-    """About the longest build(n) that fits, n at least `least`, filled up by newlines to `room`."""
-    n, body = least, build(least)
-    best = body
-    if len(best) > room:
-        raise ValueError(f"{len(best) - room} tokens too few")
-    for _ in range(5):  # length grows almost in proportion to n
-        n = max(least, n * room // len(body))
-        body = build(n)
-        if len(best) < len(body) <= room:
-            best = body
-    return np.concatenate([best, np.resize(source.newline, room - len(best))])
-
-
-def score(text: str, answers: list[str]) -> float:
-    """Share of the answers that stand in the text as whole words, in any case and order."""
-    words = set(re.findall(r"[\w-]+", text.lower()))
-    return sum(a.lower() in words for a in answers) / len(answers)
+def found(text: str, answer: str) -> bool:
+    """Return whether the text holds the answer as a whole word, in any case."""
+    return answer.lower() in re.findall(r"[\w-]+", text.lower())
 
 
 def ask(generate: Callable, samples: list[Sample], tokenizer: Tokenizer) -> list[float]:
-    """Score of each sample; all are of one task and length, so a batch needs no padding.
+    """Score each sample 1.0 or 0.0. All are of one task and length, so a batch needs no padding.
 
     generate: (prompts (B, T) int64, n_new) -> (B, n_new) int64.
     """
@@ -488,14 +401,14 @@ def ask(generate: Callable, samples: list[Sample], tokenizer: Tokenizer) -> list
         part = samples[start : start + batch]
         new = generate(torch.from_numpy(np.stack([s.prompt for s in part])), part[0].n_new)
         texts = [tokenizer.decode(ids) for ids in new.tolist()]
-        scores += [score(text, s.answers) for text, s in zip(texts, part, strict=True)]
+        scores += [float(found(text, s.answer)) for text, s in zip(texts, part, strict=True)]
     return scores
 
 
-def ruler(
+def needles(
     a: Namespace, model: Llama, source: Source, task: str, length: int, pcd: dict | None
 ) -> dict:
-    """A task at one length, a.samples at each of a.depths: share answered in full, and of all.
+    """Return the share of needles found in one task at one length, a.samples at each depth.
 
     Returns {"skipped": why} where the task does not fit the length.
     """
@@ -514,18 +427,16 @@ def ruler(
     except ValueError as e:
         return {"skipped": str(e)}
     scores = ask(generate, samples, source.tokenizer)
-    exact = np.array([score == 1 for score in scores], dtype=float).reshape(len(a.depths), -1)
-    by_depth = None if samples[0].depth is None else exact.mean(1).tolist()
-    found = {"exact": exact.mean().item(), "part": statistics.mean(scores)}
-    found["error"] = standard_error(exact.flatten().tolist())
-    return found | {"depths": a.depths, "by_depth": by_depth}
+    by_depth = np.array(scores).reshape(len(a.depths), -1).mean(1).tolist()
+    share = {"exact": statistics.mean(scores), "error": standard_error(scores)}
+    return share | {"depths": a.depths, "by_depth": by_depth}
 
 
 # ------------------------------------------------------------------------------- a comparison
 
 
 def find_run(spec: str) -> tuple[str, Path | None, str]:
-    """[NAME=]CHECKPOINT -> (name, its folder, ""), or (name, None, how far the run has come).
+    """Split [NAME=]CHECKPOINT into (name, folder, ""), or (name, None, how far the run has come).
 
     Runs given one NAME share a row, as mean +- standard deviation. Raises ValueError where there is
     neither a checkpoint nor a run that will export one.
@@ -543,7 +454,7 @@ def find_run(spec: str) -> tuple[str, Path | None, str]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Of a checkpoint's content: its config and every byte of the weights."""
+    """Return a checksum of a checkpoint's config and of every byte of its weights."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in (".safetensors", ".pth") or path.name in ("config.json", "params.json"):
@@ -553,7 +464,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def remember(folder: Path, key: dict, compute: Callable[[], dict]) -> dict:
-    """compute(), or what it returned when it was last called under this key."""
+    """Return compute(), or what it returned when it was last called under this key."""
     text = json.dumps({"format": FORMAT, **key}, sort_keys=True)
     path = folder / f"{key['task']}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     try:
@@ -563,7 +474,6 @@ def remember(folder: Path, key: dict, compute: Callable[[], dict]) -> dict:
             return value
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # not there, cut short by a crash, or damaged
-    print("  measuring", key["task"], key.get("length", ""), flush=True)
     value = compute()
     if finite(value) == value:  # what is not finite has no place in JSON
         checksum = zlib.crc32(json.dumps(value, sort_keys=True).encode())
@@ -574,7 +484,7 @@ def remember(folder: Path, key: dict, compute: Callable[[], dict]) -> dict:
 
 @dataclass
 class Texts:
-    """What all checkpoints are asked about."""
+    """The text that all checkpoints are measured on."""
 
     short: Tensor  # (B, original_len + 1)
     long: Tensor  # (B, longest + 1)
@@ -583,85 +493,74 @@ class Texts:
     lengths: list[int]
     far: dict[str, Tensor] | str  # other far parts for `long` (B, T - original_len), or why not
 
-
-def identify(folder: Path, base: Path, share: float):
-    """What a result is remembered by: the content of weights, and what was made of them."""
-    identity = fingerprint(folder)
-    if share:
-        return [identity, fingerprint(base), share]
-    return identity
+    @property
+    def has_far(self) -> bool:
+        return isinstance(self.far, dict)
 
 
-def measure(
+def row(
     a: Namespace,
     texts: Texts,
     folder: Path,
     base: Path,
-    out: dict,
     pcd: dict | None = None,
     share: float = 0.0,
-) -> None:
-    """Fill `out` with every task's result for one checkpoint; `out` keeps what Ctrl-C leaves.
+) -> dict:
+    """Return one checkpoint's results, {task: result}, measured now or found in OUT_DIR/cache.
 
     pcd: of measure.pcd.generate; where given, only the tasks that ask for tokens are done.
     share: of the original, averaged into the weights (model.merge_weights).
     """
-    cache, identity = Path(a.out_dir) / "cache", identify(folder, base, share)
+    far = {name: _digest(ids) for name, ids in texts.far.items()} if texts.has_far else None
+    key = {"task": "row", "checkpoint": fingerprint(folder), "base": fingerprint(base)}
+    key |= {"share": share, "pcd": pcd, "dtype": str(a.dtype), "tasks": sorted({*a.tasks})}
+    key |= {"short": _digest(texts.short), "long": _digest(texts.long), "far": far}
+    key |= {"original_len": texts.original_len, "lengths": texts.lengths}
+    key |= {"seed": a.seed, "samples": a.samples, "depths": a.depths}
+    key |= {"tokenizer": texts.source.tokenizer.fingerprint if texts.source else None}
+    compute = functools.partial(measure, a, texts, folder=folder, base=base, pcd=pcd, share=share)
+    return remember(Path(a.out_dir) / "cache", key, compute)
 
-    @functools.cache
+
+def measure(
+    a: Namespace, texts: Texts, *, folder: Path, base: Path, pcd: dict | None, share: float
+) -> dict:
+    """Measure the row of a checkpoint: every task's result."""
+
     def load(path: Path) -> Llama:
-        model = pad_heads(load_checkpoint(path, device=a.device, dtype=a.dtype))
-        return merge_weights(model, load(base), share) if share and path == folder else model
+        return load_checkpoint(path, device=a.device, dtype=a.dtype)
 
-    def once(task: str, compute: Callable[[], dict], **settings) -> dict:
-        key = {"task": task, "checkpoint": identity, "dtype": str(a.dtype), **settings}
-        return remember(cache, key, compute)
+    model, out = load(folder), {}
+    model = merge_weights(model, load(base), share) if share else model
+    long, edges = texts.long.to(a.device), _edges(texts.original_len, texts.lengths)
+    tasks = a.tasks if pcd is None else [t for t in a.tasks if t in ("repeat", *NIAH)]
+    for task in dict.fromkeys(tasks):
+        print(f"  measuring {task}", flush=True)
+        if task == "kept":
+            original = model if folder == base else load(base)
+            out[task] = short_text_drift(original, model, texts.short.to(a.device))
+            del original  # an 8B model, which what follows does not need
+        elif task == "position":
+            windows = {"whole": None, "cut": texts.original_len}
+            out[task] = {
+                name: by_position(model, long, window, edges) for name, window in windows.items()
+            }
+        elif task == "far":
+            from measure.far_context import far_losses  # which reads models as we do
 
-    def positions(window: int | None) -> dict:
-        return by_position(load(folder), texts.long.to(a.device), window, edges)
-
-    def far() -> dict:
-        from measure.far_context import far_losses  # which reads models as we do
-
-        long = texts.long.to(a.device)
-        return far_losses(load(folder), long, texts.original_len, texts.far)
-
-    def drift() -> dict:
-        return short_text_drift(load(base), load(folder), texts.short.to(a.device))
-
-    def asked(task: str, length: int) -> dict:
-        if task == "repeat":
-            return repeat(a, load(folder), texts.long, length, pcd)
-        return ruler(a, load(folder), texts.source, task, length, pcd)
-
-    edges = _edges(texts.original_len, texts.lengths)
-    text = {"text": _digest(texts.long), "original_len": texts.original_len}
-    tasks = a.tasks if pcd is None else [t for t in a.tasks if t in ("repeat", *RULER)]
-    if "kept" in tasks:
-        both = {"text": _digest(texts.short), "base": fingerprint(base)}
-        out["kept"] = once("kept", drift, **both)
-    if "position" in tasks:
-        out["position"] = {
-            name: once(
-                "position", functools.partial(positions, window), window=window, edges=edges, **text
-            )
-            for name, window in (("whole", None), ("cut", texts.original_len))
-        }
-    if "far" in tasks and isinstance(texts.far, dict):
-        others = {name: _digest(ids) for name, ids in texts.far.items()}
-        out["far"] = once("far", far, others=others, **text)
-    drawn = {**text, "seed": a.seed, "samples": a.samples, "depths": a.depths}
-    drawn |= {"tokenizer": texts.source.tokenizer.fingerprint} if texts.source else {}
-    drawn |= {} if pcd is None else {"pcd": pcd}
-    for task in [t for t in tasks if t not in ("kept", "position", "far")]:
-        for length in texts.lengths:
-            result = once(task, functools.partial(asked, task, length), length=length, **drawn)
-            out.setdefault(task, {})[str(length)] = result
-    load.cache_clear()  # it refers to itself: 8B would wait for the next collection of garbage
+            if texts.has_far:
+                out[task] = far_losses(model, long, texts.original_len, texts.far)
+        elif task == "repeat":
+            out[task] = {str(n): repeat(a, model, texts.long, n, pcd) for n in texts.lengths}
+        else:
+            out[task] = {
+                str(n): needles(a, model, texts.source, task, n, pcd) for n in texts.lengths
+            }
+    return out
 
 
 def by_position(model: Llama, long: Tensor, window: int | None, edges: list[int]) -> dict:
-    """{"nll": loss at each position, "spans": of each sequence, between the edges}, nats."""
+    """Return {"nll": loss at each position, "spans": each sequence's means between the edges}."""
     losses = losses_by_sequence(model, long, window)
     spans = [losses[:, lo:hi].mean(1).tolist() for lo, hi in zip(edges, edges[1:], strict=False)]
     nll = [round(nll, 4) for nll in losses.mean(0).tolist()]
@@ -669,12 +568,12 @@ def by_position(model: Llama, long: Tensor, window: int | None, edges: list[int]
 
 
 def _edges(original_len: int, lengths: list[int]) -> list[int]:
-    """Between these positions a loss is reported: 0, the old window, and each length."""
+    """Return the positions between which a loss is reported: 0, the old window, each length."""
     return sorted(n for n in {0, original_len, *lengths} if n <= lengths[-1])
 
 
 def standard_error(values: list[float]) -> float | None:
-    """Of their mean, were they drawn anew; None: one value tells nothing about that."""
+    """Return the standard error of the values' mean, or None if there is only one value."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
     return statistics.stdev(values) / len(values) ** 0.5
@@ -685,9 +584,9 @@ def _digest(ids: Tensor) -> str:
 
 
 def summarize(result: dict, original_len: int, lengths: list[int], asked: dict) -> dict:
-    """One checkpoint's numbers for the report: {table's title: {column: (number, its error)}}.
+    """Return one checkpoint's numbers as {table's title: {column: (number, its error)}}.
 
-    asked: {length: RULER's tasks of its mean}. Errors are standard errors of a mean over
+    asked: {length: the needle tasks of its mean}. Errors are standard errors of a mean over
     sequences, passages or questions; None where there was one.
     """
     tables = {}
@@ -707,7 +606,7 @@ def summarize(result: dict, original_len: int, lengths: list[int], asked: dict) 
     if "far" in result:
         from measure.far_context import columns
 
-        tables[f"Gained: what text beyond {original_len:,} tokens brings, nats"] = {
+        tables[f"Gained: what text beyond {original_len:,} tokens adds, nats"] = {
             column: (value, None) for column, value in columns(result["far"]).items()
         }
     if "repeat" in result:
@@ -722,14 +621,14 @@ def summarize(result: dict, original_len: int, lengths: list[int], asked: dict) 
                 error = _times(100, r["errors"][f"{name}_right"])
                 right[column] = 100 * r[f"{name}_right"], error
     for length in lengths:
-        scores = {t: r[str(length)] for t, r in result.items() if t in RULER and str(length) in r}
+        scores = {t: r[str(length)] for t, r in result.items() if t in NIAH and str(length) in r}
         scores = {t: r for t, r in scores.items() if "exact" in r}
         row = {t: (100 * r["exact"], _times(100, r["error"])) for t, r in scores.items()}
         if asked[length] and set(asked[length]) <= set(row):
             values, errors = zip(*(row[t] for t in asked[length]), strict=True)
             error = None if None in errors else math.hypot(*errors) / len(errors)
             row["mean"] = statistics.mean(values), error
-        tables[f"Gained: RULER's tasks at {length:,}, % answered in full"] = row
+        tables[f"Gained: needles found at {length:,}, %"] = row
     return {t: row for t, row in tables.items() if row}
 
 
@@ -738,28 +637,28 @@ def _times(factor: float, error: float | None) -> float | None:
 
 
 def _by_position(found: dict, original_len: int, lengths: list[int]) -> dict:
-    """The two tables of loss by position; a cut window is compared with the whole text by text."""
+    """Make the two tables of loss by position. A cut window is compared text by text."""
     edges = _edges(original_len, lengths)
     whole, cut = (found[name]["spans"] for name in ("whole", "cut"))
-    losses, brings = {}, {}
+    losses, gains = {}, {}
     for i, (lo, hi) in enumerate(zip(edges, edges[1:], strict=False)):
         span = f"{lo + 1:,}-{hi:,}"
         losses[span] = statistics.mean(whole[i]), standard_error(whole[i])
         gain = [b - a for a, b in zip(whole[i], cut[i], strict=True)]
         if lo >= original_len:
-            brings[span] = statistics.mean(gain), standard_error(gain)
+            gains[span] = statistics.mean(gain), standard_error(gain)
     return {
         "Gained: loss by position, the whole text before it read": losses,
-        f"Loss with the window cut to {original_len:,} tokens, less that above, nats": brings,
+        f"Loss with the window cut to {original_len:,} tokens, less that above, nats": gains,
     }
 
 
 def fitting_tasks(results: list, lengths: list[int]) -> tuple[dict[int, list[str]], list[str]]:
-    """{length: RULER's tasks that all did at it}; and why the others were not, a line each."""
-    tasks = list(dict.fromkeys(t for _, _, result in results for t in result if t in RULER))
+    """Return {length: the needle tasks that every row did}, and a line for each one left out."""
+    tasks = list(dict.fromkeys(t for _, _, result in results for t in result if t in NIAH))
     done, why = {length: list(tasks) for length in lengths}, {}
     for _, _, result in results:
-        for task in [t for t in tasks if set(result) & set(RULER)]:
+        for task in [t for t in tasks if set(result) & set(NIAH)]:
             for length in lengths:
                 found = result.get(task, {}).get(str(length), {})
                 if "exact" not in found and task in done[length]:
@@ -769,7 +668,7 @@ def fitting_tasks(results: list, lengths: list[int]) -> tuple[dict[int, list[str
 
 
 def write_report(a: Namespace, texts: Texts, results: list, unfinished: list) -> str:
-    """report.md and results.json in a.out_dir; returns the report."""
+    """Write report.md and results.json into a.out_dir and return the report."""
     asked, left_out = fitting_tasks(results, texts.lengths)
     named, errors = {}, {}
     for name, _, result in results:
@@ -788,9 +687,11 @@ def write_report(a: Namespace, texts: Texts, results: list, unfinished: list) ->
     ]
     for title, rows in named.items():
         lines += [f"## {title}\n", table(rows, errors[title]) + "\n"]
-    if any(task in RULER for task in a.tasks):
+    if any(task in NIAH for task in a.tasks):
         for length, tasks in asked.items():
-            lines += [f"RULER's mean at {length:,} is over: {', '.join(tasks) or 'no task'}.\n"]
+            lines += [
+                f"the needles' mean at {length:,} is over: {', '.join(tasks) or 'no task'}.\n"
+            ]
         lines += [f"Left out of it: {why}.\n" for why in left_out]
     lines += [f"{name}: {why}" for name, why in unfinished]
     report = "\n".join(lines)
@@ -807,9 +708,9 @@ def write_report(a: Namespace, texts: Texts, results: list, unfinished: list) ->
 
 
 def table(rows: dict[str, dict[str, float | list[float]]], errors: dict | None = None) -> str:
-    """{row: {column: a number, or one from each run}} as a Markdown table.
+    """Print {row: {column: a number, or one from each run}} as a Markdown table.
 
-    errors: {row: {column: standard error or None}} of the numbers that stand alone.
+    errors: {row: {column: standard error or None}} of the single numbers.
     """
     columns = list(dict.fromkeys(c for row in rows.values() for c in row))
     lines = ["| model | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
@@ -821,7 +722,7 @@ def table(rows: dict[str, dict[str, float | list[float]]], errors: dict | None =
 
 
 def _cell(value: float | list[float], error: float | None = None) -> str:
-    """A mean and its error, to the error's first digit (its second where the first is a 1)."""
+    """Print a mean and its error, to the error's first digit (the second if the first is a 1)."""
     values = value if isinstance(value, list) else [value]
     if not all(map(math.isfinite, values)):
         return "not finite"
@@ -843,27 +744,37 @@ def _cell(value: float | list[float], error: float | None = None) -> str:
 
 def write_samples(a: Namespace) -> None:
     """Sample texts from the model, each from its BOS token (else EOS) to its EOS token."""
-    model = pad_heads(load_checkpoint(a.base, device=a.device, dtype=a.dtype))
+    model = load_checkpoint(a.base, device=a.device, dtype=a.dtype)
     length = a.length or model.config.max_position_embeddings
     if not length:
         raise ValueError("--length is missing: Meta's params.json does not say the window")
     generator = torch.Generator(a.device).manual_seed(a.seed)
-    tokenizer = data.load_tokenizer(resolve_checkpoint(a.base))
-    with whole_file(a.write_samples) as f, tqdm(total=a.n_samples, unit="text") as bar:
+    tokenizer = load_tokenizer(resolve_checkpoint(a.base))
+    with whole_file(a.file) as f, tqdm(total=a.n_samples, unit="text") as bar:
         for start in range(0, a.n_samples, 50):
             n = min(50, a.n_samples - start)
-            texts, _ = sample_texts(model, tokenizer, n, length, generator, a.temperature)
-            f.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+            texts = sample_ids(model, tokenizer, n, length, generator, a.temperature)
+            texts = ([i for i in ids if i != tokenizer.eos_id] for ids in texts)
+            f.writelines(json.dumps({"text": tokenizer.decode(ids)}) + "\n" for ids in texts)
             bar.update(n)
 
 
 # ---------------------------------------------------------------------------------- the command
 
 
-JOBS = {
-    "compare": "measure the original and its extensions; report, numbers and pictures",
-    "samples": "write short text sampled from a model itself, as a .jsonl",
-    "corpus": "write LongRecipe's training text, by what extending changed most, as a .jsonl",
+JOBS = {  # its flags in short, and what it does
+    "compare": (
+        "--base DIR --ckpt OUT [OUT ...] [flags]",
+        "measure the original and its extensions; report, numbers and pictures",
+    ),
+    "samples": (
+        "FILE.jsonl --base DIR [flags]",
+        "write short text sampled from a model itself, as a .jsonl",
+    ),
+    "corpus": (
+        "FILE.jsonl --base DIR --ckpt DIR --data TEXT... [flags]",
+        "write LongRecipe's training text, by what extending changed most, as a .jsonl",
+    ),
 }
 # The first flag of each group -> what the group is about, for --help.
 GROUPS = {
@@ -875,64 +786,46 @@ GROUPS = {
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
-    """The flags of a job named first, or, where none is, of all three together."""
+    """Parse the flags of a job; if no job is named, those of compare."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    job = argv[0] if argv and argv[0] in JOBS else None
-    defaults = vars(_parser(None).parse_args(["--base", ""]))
-    a = _parser(job).parse_args(argv[1:] if job else argv)
-    a = Namespace(**(defaults | vars(a)))
+    if not argv or argv[0] not in (*JOBS, "-h", "--help"):
+        argv = ["compare", *argv]
+    command = "python -m measure.evaluate"
+    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    hint = f"flags of a job: {command} JOB --help; without a job's name: compare"
+    parser = argparse.ArgumentParser(command, epilog=hint, **form)
+    jobs = parser.add_subparsers(dest="job", metavar="JOB", required=True)
+    for job, (usage, what) in JOBS.items():
+        lengths = "Lengths may be written 4K, 32K, 128K (K = 1,024)."
+        usage = f"{command} {job} {usage}"
+        one = jobs.add_parser(job, help=what, description=what, usage=usage, epilog=lengths, **form)
+        _add_flags(job, one)
+        one.error = parser.error = functools.partial(_refuse, f"{command} {argv[0]} --help")
+    a = parser.parse_args(argv)
     a.dtype = getattr(torch, a.dtype or ("bfloat16" if "cuda" in a.device else "float32"))
     return a
 
 
-def _parser(job: str | None) -> argparse.ArgumentParser:
-    command = "python -m measure.evaluate"
-    uses = {
-        "compare": "--base DIR --ckpt OUT [OUT ...] [flags]",
-        "samples": "FILE.jsonl --base DIR [flags]",
-        "corpus": "FILE.jsonl --base DIR --ckpt DIR --data TEXT... [flags]",
-    }
-    lines = [f"{command} {name} {rest}" for name, rest in uses.items() if job in (None, name)]
-    text = JOBS.get(job) or "\n".join(f"  {name:<8} {what}" for name, what in JOBS.items())
-    more = "" if job else f"flags of a job: {command} JOB --help; without a job: compare"
-    parser = argparse.ArgumentParser(
-        command,
-        "\n       ".join(lines),
-        text,
-        more or "Lengths may be written 4K, 32K, 128K (K = 1,024).",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _refuse(help_command: str, message: str) -> None:
+    raise SystemExit(f"evaluate: {message}; all flags: {help_command}")
 
-    def error(message: str):
-        raise SystemExit(f"evaluate: {message}; all flags: {command} {job or 'compare'} --help")
 
+def _add_flags(job: str, parser: argparse.ArgumentParser) -> None:
+    """Add one job's flags, out of the list of every flag with the jobs that read it."""
     group = parser.add_argument_group("needed")
 
-    def add(jobs: str, *names, help: str = "", **more) -> None:
+    def add(jobs: str, *names, **settings) -> None:
         nonlocal group
-        group = parser.add_argument_group(GROUPS[names[0]]) if names[0] in GROUPS else group
-        if job is None:  # every flag is known, and a job's own help tells of them
-            help = argparse.SUPPRESS
-        if job is None or job in jobs.split():
-            group.add_argument(*names, help=help, **more)
-
-    parser.error = error
-    if job == "samples":
-        group.add_argument("write_samples", metavar="FILE.jsonl", help="what to write")
-    if job == "corpus":
-        group.add_argument("select_corpus", metavar="FILE.jsonl", help="what to write")
-    _add_flags(add)
-    return parser
-
-
-def _add_flags(add: Callable) -> None:
-    """Every flag, with the jobs that read it."""
+        if names[0] in GROUPS:  # a group without flags is not printed
+            group = parser.add_argument_group(GROUPS[names[0]])
+        if job in jobs.split():
+            group.add_argument(*names, **settings)
 
     def numbers(kind: Callable) -> Callable:
         return lambda text: [kind(part) for part in text.split(",")]
 
-    both, every, integers = "compare corpus", " ".join(JOBS), {"type": integer, "metavar": "N"}
+    add("samples corpus", "file", metavar="FILE.jsonl", help="what to write")
+    both, every, integers = "compare corpus", " ".join(JOBS), {"type": whole_number, "metavar": "N"}
     original = "the original: folder, OUT_DIR, known name or hub id"
     add(every, "--base", required=True, metavar="DIR", help=original)
     extended = "extended checkpoints; those given one NAME share a row (default: none)"
@@ -947,11 +840,11 @@ def _add_flags(add: Callable) -> None:
     add(both, "--add_eos", action=argparse.BooleanOptionalAction, default=None, help=eos)
     tokens = "where tokenised text is kept (default: out/tokens)"
     add(both, "--cache_dir", default="out/tokens", metavar="DIR", help=tokens)
-    tasks = f"of {' '.join(TASKS_ALL)} (default: all but some of niah)"
+    tasks = f"of {' '.join(TASKS_ALL)} (default: {' '.join(TASKS)})"
     tasks = {"default": TASKS, "choices": TASKS_ALL, "metavar": "TASK", "help": tasks}
     add("compare", "--tasks", nargs="+", **tasks)
     lengths = "in tokens (default: the original window, doubled up to the target)"
-    add("compare", "--lengths", type=numbers(integer), metavar="N,N", help=lengths)
+    add("compare", "--lengths", type=numbers(whole_number), metavar="N,N", help=lengths)
     window = "the original window, in tokens (default: the original's own)"
     add("compare", "--original_len", **integers, help=window)
     depths = {"default": [0.0, 0.25, 0.5, 0.75, 1.0], "metavar": "X,X"}
@@ -961,7 +854,7 @@ def _add_flags(add: Callable) -> None:
     add("compare", "--samples", default=10, help=ask, **integers)
     merge = "shares of the original to average each extension with, a row each (default: none)"
     add("compare", "--merge", type=numbers(float), default=[], metavar="X,X", help=merge)
-    pcd = "ask repeat and RULER's tasks again, by contrast, PCD (default: no)"
+    pcd = "ask repeat and the needles again, by contrast, PCD (default: no)"
     add("compare", "--pcd", action="store_true", help=pcd)
     real = {"type": float, "metavar": "X"}
     add("corpus", "--keep", default=0.3, help="of a document's tokens (default: 0.3)", **real)
@@ -975,12 +868,10 @@ def _add_flags(add: Callable) -> None:
     dtypes = ["float32", "bfloat16"]
     add(every, "--dtype", choices=dtypes, help="default: bfloat16 on a GPU, else float32")
     add(every, "--seed", default=2024, help="of every draw (default: 2024)", **integers)
-    add("", "--write_samples", metavar="FILE")  # a job's FILE, as it was written before
-    add("", "--select_corpus", metavar="FILE")
 
 
 def open_weights(folder: Path, config) -> None:
-    """Look at a checkpoint's headers, names and sizes; ValueError for what cannot be read."""
+    """Check a checkpoint's headers, names and sizes; raise ValueError if it cannot be read."""
     with torch.device("meta"):
         shapes = {hf_name(name): p.shape for name, p in Llama(config).named_parameters()}
     open_tensors(folder, shapes, config)
@@ -1015,23 +906,23 @@ def open_texts(a: Namespace, base: Path, folders: list[Path]) -> Texts:
             f"memory: two models take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; try "
             "--dtype bfloat16, or a machine with more"
         )
-    tokenizer = data.load_tokenizer(base, a.add_eos)
+    tokenizer = load_tokenizer(base, a.add_eos)
     tokenizer.check_fits(configs[0].vocab_size)
     texts = {"long": a.data, "short": a.short_data or a.data}
-    corpora = {name: data.tokenize(x, tokenizer, a.cache_dir, name) for name, x in texts.items()}
+    corpora = {name: tokenize(x, tokenizer, a.cache_dir, name) for name, x in texts.items()}
     data.share_held_out([*corpora.values()])
     ids = [
         data.held_out(corpus, max(1, a.eval_tokens // length), length)
         for corpus, length in zip(corpora.values(), (lengths[-1], original_len), strict=True)
     ]
-    asks = any(task in RULER for task in a.tasks)
+    asks = any(task in NIAH for task in a.tasks)
     source = Source(tokenizer, ids[0].flatten().numpy()) if asks else None
     far = far_parts(a, corpora["long"], *ids, original_len) if "far" in a.tasks else "not asked"
     return Texts(ids[1], ids[0], source, original_len, lengths, far)
 
 
 def far_parts(a: Namespace, corpus, long: Tensor, short: Tensor, window: int):
-    """Other far parts for the long sequences, by name; or, printed too, why there are none."""
+    """Return other far parts for the long sequences, by name, or the reason why there are none."""
     from measure.far_context import other_documents, shuffled
 
     length = long.shape[1] - 1
@@ -1048,18 +939,17 @@ def far_parts(a: Namespace, corpus, long: Tensor, short: Tensor, window: int):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line. A user's error ends as SystemExit with one line."""
+    """The command line. An error that the user can correct ends it with a message of one line."""
     expand_segments()  # before anything asks for the GPU
     outlive_readers()
     a = parse_args(argv)
     try:
         check_device(a, 0)
-        for path in filter(None, (a.write_samples, a.select_corpus)):
-            if Path(path).exists():
-                raise ValueError(f"{path} exists: remove it, or name another file")
-        if a.write_samples:
+        if a.job != "compare" and Path(a.file).exists():
+            raise ValueError(f"{a.file} exists: remove it, or name another file")
+        if a.job == "samples":
             write_samples(a)
-        elif a.select_corpus:
+        elif a.job == "corpus":
             from measure.select_corpus import select_corpus  # which reads models as we do
 
             select_corpus(a)
@@ -1082,9 +972,13 @@ def compare(a: Namespace) -> None:
     base = resolve_checkpoint(a.base)
     found = [find_run(spec) for spec in a.ckpt]
     seen = Counter(["original", *(name for name, _, _ in found)])
-    for i, (spec, (name, *more)) in enumerate(zip(a.ckpt, found, strict=True)):
+    for i, (spec, (name, folder, why)) in enumerate(zip(a.ckpt, found, strict=True)):
         if seen[name] > 1 and not spec.startswith(f"{name}="):
-            found[i] = (spec, *more)  # two folders of one name are two rows unless asked for as one
+            found[i] = (
+                spec,
+                folder,
+                why,
+            )  # two folders of one name are two rows unless asked for as one
     for _, folder, _ in found:  # the text that a run of longred.py was given
         run = folder and folder.parent / "longred.json"
         if run and run.is_file() and not a.data:
@@ -1104,19 +998,17 @@ def compare(a: Namespace) -> None:
 
 
 def measure_all(a: Namespace, texts: Texts, runs: list, base: Path, unfinished: list) -> None:
-    """The comparison itself, in a folder that is locked."""
+    """Run the comparison in a folder that is locked."""
     results, stopped = [], False
     try:
         for name, folder in runs:
             print(f"{name}: {folder}, {a.dtype} on {a.device}", flush=True)
-            results.append((name, folder, {}))
-            measure(a, texts, folder, base, results[-1][2])
+            results.append((name, folder, row(a, texts, folder, base)))
             for share in a.merge if results[1:] else ():
-                results.append((f"{name}, {share:g} original", None, {}))
-                measure(a, texts, folder, base, results[-1][2], share=share)
+                merged = row(a, texts, folder, base, share=share)
+                results.append((f"{name}, {share:g} original", None, merged))
             if a.pcd:
-                results.append((f"{name}, PCD", None, {}))
-                measure(a, texts, folder, base, results[-1][2], PCD)
+                results.append((f"{name}, PCD", None, row(a, texts, folder, base, PCD)))
     except KeyboardInterrupt:
         stopped = True
     print("\n" + write_report(a, texts, results, unfinished), flush=True)
@@ -1129,7 +1021,7 @@ def measure_all(a: Namespace, texts: Texts, runs: list, base: Path, unfinished: 
         print("for pictures: pip install matplotlib, then the same command (nothing is redone)")
     print(f"report and numbers: {a.out_dir}/report.md, {a.out_dir}/results.json")
     if stopped:
-        print("stopped; what was measured is kept, the same command goes on from there")
+        print("stopped; the rows that ended are kept, the same command goes on with the next")
         sys.exit(130)
     if bad:
         raise ValueError(

@@ -1,15 +1,15 @@
-"""Does a model read far text, or does it only like having many tokens before it?
+"""Does a model read far text, or does it only rely on having many tokens before it?
 
-The same tokens are scored behind four kinds of far part; what is near stays the same:
+The same tokens are scored behind four kinds of far part. The near part is always the same:
 
     true       the text that was there
-    other      as much of another document of the same kind (same --data, same source if it can)
+    other      as much of another document (of the same --data, and the same source if possible)
     NAME       other kinds of text, and `shuffled`, the true far part's tokens in random order
     cut        none: the window is cut to the original's
 
-What content brings is other - true, what length brings is cut - other: a model that gains only by
-the second has learnt to stand on many tokens, not to read them. A cut window alone (true against
-cut) is the sum of both and shows neither. measure.evaluate's task `far` reports both.
+Content adds other - true, and length adds cut - other. A model that gains only by the second has
+learnt to rely on many tokens, not to read them. A cut window alone (true against cut) is the sum of
+both and shows neither. The task `far` of measure.evaluate reports both.
 """
 
 import math
@@ -76,8 +76,8 @@ def far_losses(
 ) -> dict[str, list[float]]:
     """Loss on the last window / 2 tokens of each sequence, behind every kind of far part.
 
-    sequences: (B, T + 1) int64. The last `window` inputs of each are near, and stay; what lies
-    before them, T - window tokens, is the far part. others: {name: (B, T - window) int64}.
+    sequences: (B, T + 1) int64. The last `window` inputs of each are near and are kept; the
+    T - window tokens before them are the far part. others: {name: (B, T - window) int64}.
     Returns {"true", each name, "cut": B mean losses in nats}.
     """
     far = sequences.shape[1] - 1 - window
@@ -115,8 +115,8 @@ def interval(differences, draws: int = DRAWS) -> tuple[float, float, float]:
     return float(d.mean()), float(low), float(high)
 
 
-def brings(losses: dict[str, list[float]]) -> dict[str, tuple[float, float, float]]:
-    """What content and what length bring, each with its interval over sequences, nats."""
+def content_and_length(losses: dict[str, list[float]]) -> dict[str, tuple[float, float, float]]:
+    """What content and what length add, each with its interval over sequences, nats."""
     true, other, cut = (np.array(losses[name]) for name in ("true", "other", "cut"))
     return {"content": interval(other - true), "length": interval(cut - other)}
 
@@ -124,7 +124,7 @@ def brings(losses: dict[str, list[float]]) -> dict[str, tuple[float, float, floa
 def columns(losses: dict[str, list[float]]) -> dict[str, float]:
     """A row of the report: losses by kind of far part, then both differences with their ends."""
     row = {f"loss, far part {name}": float(np.mean(x)) for name, x in losses.items()}
-    for name, (mean, low, high) in brings(losses).items():
-        row |= {f"{name} brings": mean, f"{name}, 95% from": low, f"{name}, to": high}
+    for name, (mean, low, high) in content_and_length(losses).items():
+        row |= {f"{name} adds": mean, f"{name}, 95% from": low, f"{name}, to": high}
     assert all(math.isfinite(x) for x in row.values())
     return row

@@ -1,8 +1,8 @@
 """The pictures of a comparison: what each model kept and gained, how it drifted, how it trained.
 
-Names stand beside what they name, in its colour; grey is the original's alone. Several runs of one
-name are their mean, and a band from the least to the most. Thick lines are smoothed, faint ones
-raw. One unit to an axis; a signed quantity has a map centred on 0.
+Each line or point has its name next to it, in its own colour; grey is the original's alone. Several
+runs of one name are drawn as their mean with a band from the least to the most. Thick lines are
+smoothed, faint ones are raw. An axis has one unit; a signed quantity has a map centred on 0.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-# Okabe and Ito's colours, told apart by colour-blind readers, and five more for long comparisons.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and five for long comparisons.
 GREY = "#777777"
 COLORS = ["#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 COLORS += ["#7f3b08", "#5e3c99", "#8c0d2c", "#4d7c0f", "#b8a100"]
@@ -22,7 +22,7 @@ SMOOTH = 5  # values in a moving average
 
 
 def draw(results: list, out_dir: Path, original_len: int, target_len: int) -> list[Path]:
-    """The pictures that the results allow. Raises ImportError without matplotlib.
+    """Draw the pictures that the results allow. Raises ImportError without matplotlib.
 
     results: [(name, folder or None, what evaluate.measure filled in)], the original first.
     """
@@ -50,7 +50,7 @@ def draw(results: list, out_dir: Path, original_len: int, target_len: int) -> li
 
 
 def styles(results: list) -> dict[str, dict]:
-    """{name: how its lines look}; beyond the colours there are, lines are dashed."""
+    """Return {name: how its lines look}. When the colours run out, lines are dashed."""
     names = list(dict.fromkeys(name for name, _, _ in results))
     found = {names[0]: {"color": GREY, "ls": "-"}}
     for i, name in enumerate(names[1:]):
@@ -62,7 +62,7 @@ def styles(results: list) -> dict[str, dict]:
 
 
 def by_name(pairs) -> dict[str, np.ndarray]:
-    """{name: (runs, values)} of (name, values), cut to the shortest run of that name."""
+    """Group (name, values) as {name: (runs, values)}, cut to the shortest run of each name."""
     runs = {}
     for name, values in pairs:
         runs.setdefault(name, []).append(values)
@@ -73,7 +73,7 @@ def by_name(pairs) -> dict[str, np.ndarray]:
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """A moving average over SMOOTH values, over fewer at the two ends."""
+    """Return a moving average over SMOOTH values, over fewer near the two ends."""
     if len(values) < 3 * SMOOTH:
         return values
     window = np.ones(SMOOTH)
@@ -81,7 +81,7 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def plot(axes, x, runs: np.ndarray, style: dict, marker: str = "", smooth: bool = True):
-    """The mean of runs (n, values) with its band, smoothed with the raw mean faint; its line."""
+    """Plot the mean of runs (n, values) with its band, the raw mean faint; return its line."""
     from matplotlib.colors import to_rgb
 
     mean = runs.mean(0)
@@ -96,7 +96,7 @@ def plot(axes, x, runs: np.ndarray, style: dict, marker: str = "", smooth: bool 
 
 
 def name_lines(axes, lines: dict, style: dict, height: float = 0.06) -> None:
-    """Each line's name to the right of its end, moved apart where they would overlap.
+    """Write each line's name to the right of its end, moved apart where they would overlap.
 
     lines: {name: Line2D}. Lines nearer than 1% of the axis' height everywhere look like one and
     share a name; one that ends early has its name there, on white.
@@ -127,7 +127,7 @@ def name_lines(axes, lines: dict, style: dict, height: float = 0.06) -> None:
 
 
 def apart(wanted: list[float], heights: list[float]) -> list[float]:
-    """Middles of boxes as near to the rising `wanted` as they go without overlap, none above 1."""
+    """Place the middles of boxes as near to the rising `wanted` as they go without overlap."""
     gaps = [(a + b) / 2 for a, b in zip(heights, heights[1:], strict=False)]
     placed = wanted[:1]
     for y, gap in zip(wanted[1:], gaps, strict=True):
@@ -144,7 +144,7 @@ def whole_steps(axes) -> None:
 
 
 def draw_overview(plt, results: list, style: dict, original_len: int, target_len: int):
-    """What each has of both: short text against long; and the long text by position."""
+    """Draw short text against long text, and the long text by position."""
     results = [(n, f, r) for n, f, r in results if "kept" in r and "position" in r]
     if not results:
         return None
@@ -185,7 +185,7 @@ def draw_overview(plt, results: list, style: dict, original_len: int, target_len
 
 
 def draw_points(axes, points: dict, short: dict, long: dict, style: dict, first: str) -> None:
-    """A point a name, bars from the least to the most run, the name beside it."""
+    """Draw each name's point, with bars from the least to the most run and the name next to it."""
     ys = [v for n in points if n != first for v in long[n].mean(1)] or [points[first][1]]
     # A small difference of one must not look as large as a large one of the other.
     wide = np.ptp([x for x, _ in points.values()])
@@ -238,8 +238,10 @@ def draw_drift(plt, results: list, style: dict):
 
 
 def training_curves(results: list) -> dict[tuple[str, str], list]:
-    """{(stream, unit): [(name, losses)]} from the logs beside the checkpoints: long text first,
-    replay last, between them unit by unit."""
+    """Read {(stream, unit): [(name, losses)]} from the logs next to the checkpoints.
+
+    Long text comes first and replay last, and between them the others unit by unit.
+    """
     curves = {}
 
     def add(stream: str, unit: str, name: str, values: list) -> None:
@@ -266,7 +268,7 @@ def training_curves(results: list) -> dict[tuple[str, str], list]:
 
 
 def draw_training(plt, results: list, style: dict):
-    """A panel for each stream and unit: cross-entropy and distances share no axis."""
+    """Draw a panel for each stream and unit: cross-entropy and distances share no axis."""
     curves = training_curves(results)
     if not curves:
         return None
@@ -290,7 +292,7 @@ def draw_training(plt, results: list, style: dict):
 
 
 def draw_maps(plt, results: list, task: str, title: str):
-    """Heat maps, length by depth: a row of them for each task, a column for each name.
+    """Draw heat maps, length by depth: a row of them for each task, a column for each name.
 
     Shares run from 0 to 1; nats may be of either sign, on a map centred on 0 and no narrower than a
     tenth, lest noise be painted dark.

@@ -1,28 +1,35 @@
-"""The report that closes a run: original against extended model, on held-out text."""
+"""The report that closes a run: original against extended model on held-out text."""
 
 import statistics
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import data
-from machine.corpus import DEFAULT_SHORT
+from machine.corpus import DEFAULT_SHORT, tokenize
 from machine.log import finite
 from machine.states import writing
+from machine.tokenizer import load_tokenizer
 from measure.evaluate import losses_by_sequence, short_text_drift, standard_error, table
 from model import Llama
 
 
 def report(
-    c, streams: dict, corpora: dict, teacher: Llama, student: Llama, code_changes: list, own: dict
+    c,
+    *,
+    streams: dict,
+    corpora: dict,
+    teacher: Llama,
+    student: Llama,
+    code_changes: list,
+    own_samples: dict,
 ) -> dict:
-    """Measure both models, print the table, write OUT_DIR/report.md; returns the numbers.
+    """Measure both models, print the table, write OUT_DIR/report.md and return the numbers.
 
     c: the run's Config. streams: of longred.plan_streams. corpora: the data.Corpus of each stream.
     code_changes: {"after_step", "files"} for each time that the run continued with changed code.
-    own: {source: cost} of short text sampled from the checkpoint.
+    own_samples: {source: cost} of short text sampled from the checkpoint.
     """
     texts = held_out_texts(c, corpora)
     rows, errors, curves = {}, {}, {}
@@ -67,7 +74,7 @@ def report(
     changes += "".join(
         f"{spec}: {cost['texts']:,} of the checkpoint's own texts, {cost['tokens']:,} tokens, "
         f"sampled in {cost['seconds']:,.0f} s.\n\n"
-        for spec, cost in own.items()
+        for spec, cost in own_samples.items()
     )
     text = (
         f"# {c.method}: {c.original_len:,} -> {c.target_len:,}\n\n"
@@ -85,14 +92,14 @@ def report(
 
 
 def held_out_texts(c, corpora: dict) -> dict:
-    """{"short": (n, original_len + 1) ids, "long": (n, target_len + 1), "beyond": twice the target
-    window}, what there is of them.
+    """Return the held-out ids that there are, (n, length + 1) of each text.
 
-    Of a text that was no stream of the run too, nothing that one of its streams trained on, as far
-    as those gave a document's end. The default short text, 2.9 GB to fetch, is measured only where
+    "short" has the original window's length, "long" the target's and "beyond" twice the target's.
+    A text that was no stream of the run is held out too, as far as the streams that share documents
+    with it hold out a document's end. The default short text, 2.9 GB to fetch, is measured only if
     the run reads it anyway.
     """
-    tokenizer, texts = data.load_tokenizer(c.ckpt, c.add_eos), {}
+    tokenizer, texts = load_tokenizer(c.ckpt, c.add_eos), {}
     for name, specs, seq_len in (
         ("short", c.short_data, c.original_len),
         ("long", c.long_data, c.target_len),
@@ -107,9 +114,8 @@ def held_out_texts(c, corpora: dict) -> dict:
             if kind in corpora:
                 corpus = corpora[kind]
             else:
-                corpus = data.tokenize(specs, tokenizer, c.cache_dir, kind, **quiet)
-                tails = [read.ends_held_out() for read in corpora.values()]
-                corpus.elsewhere = np.unique(np.concatenate(tails))
+                corpus = tokenize(specs, tokenizer, c.cache_dir, kind, **quiet)
+                data.share_held_out([corpus], next(iter(corpora.values())).ends)
             ids = data.held_out(corpus, max(1, c.eval_tokens // seq_len), seq_len)
             texts[name] = ids.to(c.device)
         except ValueError as e:

@@ -1,6 +1,6 @@
 """LongRecipe's choice of text: whole sentences rich in what an extension changed most.
 
-    python -m measure.evaluate --base DIR --ckpt DIR --data TEXT... --select_corpus selected.jsonl
+    python -m measure.evaluate corpus selected.jsonl --base DIR --ckpt DIR --data TEXT...
 
 LongRecipe (arXiv 2409.00509, section 4.1) scores each token by how far extending the model moved
 its logit, calls the kinds of token that are frequent among the highest scores anchors, and trains
@@ -18,17 +18,17 @@ from tqdm import tqdm
 
 import data
 from machine.checkpoints import resolve_checkpoint
+from machine.corpus import tokenize
 from machine.formats import load_checkpoint
-from machine.memory import pad_heads
 from machine.states import whole_file
-from machine.tokenizer import Tokenizer
+from machine.tokenizer import Tokenizer, load_tokenizer
 from measure.evaluate import read
 from model import Llama
 
 
 @torch.no_grad()
 def logit_change(base: Llama, extended: Llama, input_ids: Tensor, rows: int = 256) -> Tensor:
-    """log softmax(S' - S) of each token that came, S and S' the two models' logits (eq. 2).
+    """Return log softmax(S' - S) of each token that came, from both models' logits S, S' (eq. 2).
 
     input_ids: (T + 1,) int64. Returns (T,) fp32 on the CPU: above -ln V the extension raised the
     token that came more than the rest of the vocabulary.
@@ -47,7 +47,7 @@ def logit_change(base: Llama, extended: Llama, input_ids: Tensor, rows: int = 25
 
 
 def token_kinds(tokenizer: Tokenizer) -> tuple[np.ndarray, list[str]]:
-    """A kind for every token: ((V,) index into the names, names).
+    """Return a kind for every token: ((V,) index into the names, names).
 
     Differs: the paper counts parts of speech. A tagger would tie us to one language and one way of
     cutting words, so a kind is the token's own text, case and blanks aside, and all numbers are
@@ -63,7 +63,7 @@ def token_kinds(tokenizer: Tokenizer) -> tuple[np.ndarray, list[str]]:
 def anchor_kinds(
     scores: np.ndarray, kinds: np.ndarray, n_kinds: int, top: float = 0.2
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The kinds that are frequent among the `top` share of tokens by score: impactful ones.
+    """Return the kinds that are frequent among the `top` share of tokens by score (impactful ones).
 
     scores: (T,) of tokens; kinds: (T,) theirs. Returns (anchors, most frequent first; each kind's
     share of the impactful tokens; its share of all).
@@ -83,7 +83,7 @@ def anchor_kinds(
 def select_sentences(
     ids: np.ndarray, starts: np.ndarray, is_anchor: np.ndarray, keep: float
 ) -> np.ndarray:
-    """The part of a document to train on: (T,) bool, whole sentences only.
+    """Return the part of a document to train on: (T,) bool, whole sentences only.
 
     Sentences without an anchor go; of the others the ones densest in anchors stay, in their order
     in the text, until they make up `keep` of the document's tokens (the last may exceed it).
@@ -104,7 +104,7 @@ def find_anchors(a: Namespace, corpus: data.Corpus, tokenizer: Tokenizer) -> np.
     Returns (V,) bool, whether a token is of such a kind.
     """
     where = dict(device=a.device, dtype=a.dtype)
-    base, extended = (pad_heads(load_checkpoint(x, **where)) for x in (a.base, a.ckpt[0]))
+    base, extended = (load_checkpoint(x, **where) for x in (a.base, a.ckpt[0]))
     length = a.length or extended.config.max_position_embeddings
     sample = data.Stream(corpus, "impactful", a.seed, 1, length)
     n = min(sample.n_sequences, max(1, a.eval_tokens // length))
@@ -128,13 +128,13 @@ def select_corpus(a: Namespace) -> None:
     What training holds out is left out here too: selected text has other checksums.
     """
     if not a.data or len(a.ckpt) != 1 or not 0 < a.keep <= 1:
-        raise ValueError("--select_corpus needs one --ckpt, --data, and a --keep in (0, 1]")
-    tokenizer = data.load_tokenizer(resolve_checkpoint(a.base), a.add_eos)
-    corpus = data.tokenize(a.data, tokenizer, a.cache_dir, "data")
+        raise ValueError("corpus: need one --ckpt, --data, and a --keep in (0, 1]")
+    tokenizer = load_tokenizer(resolve_checkpoint(a.base), a.add_eos)
+    corpus = tokenize(a.data, tokenizer, a.cache_dir, "data")
     is_anchor, is_end = find_anchors(a, corpus, tokenizer), data.sentence_ends(tokenizer)
     special = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
     total = selected = documents = 0
-    with whole_file(a.select_corpus) as f:
+    with whole_file(a.file) as f:
         for start, size in zip(*corpus.segments(), strict=True):
             ids = corpus.tokens[start : start + size].astype(np.int64)
             ids = ids[~np.isin(ids, special)]
@@ -147,5 +147,5 @@ def select_corpus(a: Namespace) -> None:
                 selected, documents = selected + len(ids), documents + 1
     print(
         f"kept {selected:,} of {total:,} tokens in {documents:,} of {corpus.n_docs:,} documents: "
-        f"{a.select_corpus}; train on it with --method longrecipe --long_data {a.select_corpus}"
+        f"{a.file}; train on it with --method longrecipe --long_data {a.file}"
     )

@@ -16,10 +16,10 @@ if __name__ == "__main__":  # by path from any folder too
 
 import numpy as np
 
-import data
 from machine import corpus as texts
 from machine.checkpoints import resolve_checkpoint
-from machine.tokenizer import Tokenizer, check_export
+from machine.corpus import tokenize
+from machine.tokenizer import Tokenizer, check_export, load_tokenizer
 
 SHOWN = 24  # tokens of a beginning, and of an end
 
@@ -58,7 +58,7 @@ def show(tokenizer: Tokenizer, ids: np.ndarray) -> str:
 def look(a: argparse.Namespace) -> None:
     """Print all of it. Raises ValueError, one line, for what a run would refuse too."""
     folder, left_out = resolve_checkpoint(a.ckpt), []
-    tokenizer = data.load_tokenizer(folder, a.add_eos)
+    tokenizer = load_tokenizer(folder, a.add_eos)
     check_export(folder, tokenizer)
 
     def log(line: str) -> None:
@@ -66,7 +66,7 @@ def look(a: argparse.Namespace) -> None:
         if "left out" in line:
             left_out.append(line)
 
-    corpus = data.tokenize(a.paths, tokenizer, a.cache_dir, "text", a.skip_bad_lines, log)
+    corpus = tokenize(a.paths, tokenizer, a.cache_dir, "text", a.skip_bad_lines, log)
     sizes = np.diff(corpus.doc_starts)
     marks = [f"BOS {tokenizer.bos_id} in front" if tokenizer.add_bos else "nothing in front"]
     marks += [f"EOS {tokenizer.eos_id} at the end" if tokenizer.add_eos else "nothing at the end"]

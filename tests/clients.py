@@ -18,16 +18,16 @@ import torch
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import data
 from machine.checkpoints import resolve_checkpoint
-from model import load_checkpoint
+from machine.formats import load_checkpoint
+from machine.tokenizer import load_tokenizer
 
 N_NEW, GAP = 48, 1e-2  # greedy tokens; largest gap of logits that passes
 
 
 def ours(folder: Path, text: str):
     """(ids (1, T), logits (T, V), greedy tokens) of model.py in fp32."""
-    model, tokenizer = load_checkpoint(folder), data.load_tokenizer(folder)
+    model, tokenizer = load_checkpoint(folder), load_tokenizer(folder)
     ids = torch.tensor(tokenizer.encode_batch([text]))
     with torch.no_grad():
         logits = model.logits(model(ids)[0])[0]

@@ -33,11 +33,13 @@ if not torch.cuda.is_available():
 
 import data
 import rope_kernels
-from longred import Config, train
 from machine import memory
-from machine.tokenizer import LLAMA3_PATTERN
+from machine.formats import load_checkpoint, save_checkpoint
+from machine.run import train
+from machine.settings import MachineConfig as Config
+from machine.tokenizer import LLAMA3_PATTERN, load_tokenizer
 from measure.demo import write_byte_tokenizer
-from model import Llama, ModelConfig, load_checkpoint, save_checkpoint
+from model import Llama, ModelConfig
 
 HERE = Path(__file__).resolve().parent.parent  # the repository's root
 SHARED = HERE.parent / "shared"
@@ -186,7 +188,7 @@ def byte_tokenizer(folder):
     folder.mkdir(parents=True, exist_ok=True)
     tk.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
-    return data.load_tokenizer(folder)
+    return load_tokenizer(folder)
 
 
 @pytest.fixture
@@ -220,7 +222,7 @@ def tiktoken_folder(folder, tk):
     folder.mkdir(parents=True, exist_ok=True)
     lines = (base64.b64encode(token) + f" {i}\n".encode() for i, token in ranks)
     (folder / "tokenizer.model").write_bytes(b"".join(lines))
-    return data.load_tokenizer(folder)
+    return load_tokenizer(folder)
 
 
 def prose():
@@ -239,7 +241,7 @@ def made_corpus(lengths, checksums=None, sources=None):
     n = len(lengths)
     checksums = np.arange(n) if checksums is None else np.asarray(checksums)
     sources = np.zeros(n, np.int64) if sources is None else np.asarray(sources)
-    return data.Corpus("made", np.arange(starts[-1]), starts, checksums, sources, "", Path())
+    return data.Corpus("made", np.arange(starts[-1]), starts, checksums, sources)
 
 
 def run_python(code, *args, before=(), **env):

@@ -20,7 +20,6 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longred import train
 from machine import checkpoints, hf_config
 from machine.checkpoints import resolve_checkpoint
 from machine.formats import (
@@ -31,6 +30,7 @@ from machine.formats import (
     save_checkpoint,
     stored_dtype,
 )
+from machine.run import train
 from measure import evaluate
 from measure.demo import write_byte_tokenizer
 from tests.conftest import (

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from model import load_checkpoint, save_checkpoint
+from machine.formats import load_checkpoint, save_checkpoint
 from tests import clients
 from tests.conftest import byte_tokenizer, tiny_llama
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from longred import main, train
+from longred import main
+from machine.formats import load_checkpoint
 from machine.keeper import clear_run, lock
+from machine.run import train
 from machine.states import write_json
 from measure import demo, evaluate
-from model import load_checkpoint
 
 
 def test_the_demo_trains_an_original_stretches_it_both_ways_and_compares(

@@ -9,14 +9,16 @@ import torch
 from torch.nn.attention import varlen
 
 import data
-from longred import cosine_distance, train
+from longred import cosine_distance
 from machine import memory, settings
+from machine.corpus import tokenize
+from machine.formats import load_checkpoint, load_config
+from machine.run import train
+from machine.tokenizer import load_tokenizer
 from model import (
     Documents,
     causal_attention,
     document_attention,
-    load_checkpoint,
-    load_config,
     next_token_loss,
 )
 from tests.conftest import (
@@ -63,7 +65,7 @@ def test_packed_documents_equal_separate_ones(counted, head_dim, qk_norm):
     """Forward within 2e-5 of the largest number, gradients within 1e-4 (fp32); "from 0": rotary
     sees differences of positions alone."""
     shape = dict(head_dim=head_dim, qk_norm=qk_norm)
-    packed, apart_ = (memory.pad_heads(tiny_llama(**shape)) for _ in range(2))
+    packed, apart_ = (tiny_llama(**shape) for _ in range(2))
     ids, taps = tokens(), (1, 3)
     positions = torch.arange(33).expand(2, -1)
     if counted == "skipped":
@@ -110,9 +112,10 @@ def test_the_gpus_call_of_variable_length_attention(monkeypatch, version):
     """A stand-in with torch's contract, on what looks like a GPU's tensors."""
     asked = []
 
-    def stand_in(q, k, v, starts, starts_k, most, most_k, *, window_size, enable_gqa=False):
+    def stand_in(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa=False):
         asked.append(enable_gqa)
-        assert window_size == (-1, 0) and most == most_k == 27 and starts is starts_k
+        starts = cu_seq_q
+        assert window_size == (-1, 0) and max_q == max_k == 27 and starts is cu_seq_k
         assert enable_gqa or q.shape[1] == k.shape[1]
         parts = (t.split(starts.diff().tolist()) for t in (q, k, v))
         out = [causal_attention(*(t[None] for t in p))[0] for p in zip(*parts, strict=True)]
@@ -166,10 +169,8 @@ def test_a_step_equals_the_formula_over_separate_documents(short_documents, tmp_
     folder, long, short = short_documents
     teacher = load_checkpoint(folder)
     student = load_checkpoint(folder, rope_theta=3000.0).train()
-    tok, cache = data.load_tokenizer(folder), tmp_path / "tokens"
-    text = {
-        n: data.tokenize([str(p)], tok, cache, n) for n, p in (("long", long), ("short", short))
-    }
+    tok, cache = load_tokenizer(folder), tmp_path / "tokens"
+    text = {n: tokenize([str(p)], tok, cache, n) for n, p in (("long", long), ("short", short))}
     skipped = data.cream_positions(np.random.default_rng([c.seed, 0x52, 0]), 2, 64, 256)
 
     def pieces(stream, indices, positions=None):

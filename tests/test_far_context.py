@@ -1,4 +1,4 @@
-"""measure/far_context.py: a model that reads far text is told from one that does not."""
+"""measure/far_context.py: a model that reads far text differs from one that does not."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 import data
 from measure.far_context import (
-    brings,
     columns,
+    content_and_length,
     far_losses,
     interval,
     other_documents,
@@ -51,7 +51,10 @@ def test_the_measure_fires_for_a_model_that_reads_far_text(reader):
     far = LENGTH - WINDOW
     others = {"other": periodic(64, 2)[:, :far], "shuffled": shuffled(true[:, :far], 0)}
     losses = far_losses(model, true, WINDOW, others)
-    (content, low, _), (length, _, _) = brings(losses)["content"], brings(losses)["length"]
+    (content, low, _), (length, _, _) = (
+        content_and_length(losses)["content"],
+        content_and_length(losses)["length"],
+    )
     assert low > 2.0 and content > 2.0  # ln 16 is 2.77: all of what was to be known
     assert abs(length) < content / 2
     assert np.mean(losses["shuffled"]) > np.mean(losses["true"]) + 2
@@ -61,7 +64,9 @@ def test_content_brings_nothing_to_a_model_that_does_not_read_it(reader):
     model = Llama(reader[0].config)  # the same toy, untrained
     model.init_weights(0.1, torch.Generator().manual_seed(0)).eval()
     others = {"other": periodic(64, 2)[:, : LENGTH - WINDOW]}
-    content, low, high = brings(far_losses(model, periodic(64, 1), WINDOW, others))["content"]
+    content, low, high = content_and_length(far_losses(model, periodic(64, 1), WINDOW, others))[
+        "content"
+    ]
     assert low <= 0 <= high and abs(content) < 0.05
 
 
@@ -77,7 +82,7 @@ def test_losses_are_those_of_the_last_half_window_behind_each_far_part():
         assert losses[name] == pytest.approx(want.tolist(), rel=1e-4)
     row = columns(losses)
     difference = np.mean(losses["other"]) - np.mean(losses["true"])
-    assert row["content brings"] == pytest.approx(difference)
+    assert row["content adds"] == pytest.approx(difference)
 
 
 def test_a_sequence_without_a_far_part_is_refused():

@@ -20,9 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model
-from longred import main, train
+from longred import main
 from machine import memory, plan
+from machine.formats import load_checkpoint
 from machine.plan import Policy
+from machine.run import train
 from measure import bench, evaluate
 from model import causal_attention, fp32_product
 from rope_kernels import rope_backend
@@ -295,7 +297,7 @@ def test_a_limit_on_the_gpus_memory_goes_to_a_device_by_number(monkeypatch):
 
 # What only tensors on a real GPU reach, wherever it is: file -> functions.
 ONLY_ON_A_GPU = {
-    "model.py": {"causal_attention", "kernels_without_a_square", "document_attention"}
+    "model.py": {"causal_attention", "choose_attention_kernels", "document_attention"}
     | {"fp32_product"}
     | {"next_token_loss", "next_token_kl"},  # more rows at a time
     "rope_kernels.py": {"_launch", "apply_rope", "rope_backend"},
@@ -304,7 +306,6 @@ ONLY_ON_A_GPU = {
         "host_buffer",
         "_forget_cuda_error",
         "free_host_buffers",
-        "pad_heads",
         "empty_cache",
     }
     | {"__init__"},  # whether host memory is locked
@@ -354,7 +355,7 @@ def test_a_run_trains_stops_resumes_reports_and_is_evaluated_on_the_gpu(
     assert ON_GPU or same_run(tmp_path / "whole", tmp_path / "parts")  # on a CPU to the bit
     assert "beyond the window" in (tmp_path / "parts/report.md").read_text()
 
-    extended = model.load_checkpoint(tmp_path / "parts", device="cuda", dtype=torch.bfloat16)
+    extended = load_checkpoint(tmp_path / "parts", device="cuda", dtype=torch.bfloat16)
     ids = torch.arange(100, device="cuda")[None]
     out = extended.generate(ids, 3, chunk_len=64)
     assert out.shape == (1, 103) and torch.equal(out[:, :100], ids)
@@ -381,7 +382,7 @@ def test_what_only_a_gpu_reaches_is_known_by_name():
     assert found == ONLY_ON_A_GPU
 
 
-ENTRIES = ["bench", "evaluate", "multiple_choice"]
+ENTRIES = ["bench", "evaluate", "tasks"]
 
 
 @pytest.mark.parametrize("name", ["longred", *ENTRIES])

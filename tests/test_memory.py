@@ -15,14 +15,16 @@ from unittest import mock
 
 import pytest
 import torch._dynamo.testing
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
 import longred
-from longred import Config, cosine_distance, main, plan_streams, train
+from longred import cosine_distance, fill, main, plan_streams
 from machine import memory, plan, run
+from machine.formats import load_checkpoint
 from machine.plan import (
     GIB,
     Policy,
@@ -34,9 +36,10 @@ from machine.plan import (
     model_flops,
     parameter_count,
 )
-from machine.settings import fill
+from machine.run import train
+from machine.settings import MachineConfig as Config
 from measure import bench
-from model import Attention, Llama, ModelConfig, load_checkpoint, next_token_loss
+from model import Attention, Llama, ModelConfig, causal_attention, next_token_loss
 from tests.conftest import killed_after_two, read_log, same_run, tiny_config, tiny_run
 
 # -------------------------------------------------------------------------------------------- AdamW
@@ -314,11 +317,18 @@ def test_chunked_hidden_distance_is_the_mean_over_tokens_with_its_gradient():
 
 @pytest.mark.parametrize("head_dim", [2, 8, 16])
 def test_padded_heads_attend_as_narrow_ones_do(head_dim):
-    plain, padded = (tiny(head_dim=head_dim) for _ in range(2))
-    memory.pad_heads(padded)
-    ids = torch.randint(96, (2, 33), generator=torch.Generator().manual_seed(1))
-    assert_same(gradients(padded, ids), gradients(plain, ids))
-    assert torch.equal(padded.generate(ids, 9, chunk_len=5), plain.generate(ids, 9))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, 33, heads, head_dim, generator=generator).requires_grad_()
+        for heads in (6, 2, 2)
+    )
+    wide = (t.transpose(1, 2) for t in (q, k, v))
+    plain = F.scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=True).transpose(1, 2)
+    ours = causal_attention(q, k, v)
+    torch.testing.assert_close(ours, plain)
+    grads = (torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (ours, plain))
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 # ------------------------------------------------------------------------------------------ one GPU
@@ -710,7 +720,7 @@ def test_a_run_on_several_gpus_prints_its_plan_and_reads_as_it_says(monkeypatch,
     loaded = []
     monkeypatch.setattr(run, "load_checkpoint", lambda *args: loaded.append(args[4]))
     monkeypatch.setattr(memory, "empty_cache", lambda device: None)
-    machine.load(frozen=True), machine.load(3000.0)
+    machine.load(), machine.load(3000.0)
     assert loaded == [torch.bfloat16, torch.float32]  # the teacher, and the student
 
 

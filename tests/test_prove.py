@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from machine import memory
+from machine.formats import load_config
 from machine.hf_config import original_window
 from measure import bench, prove
-from model import load_config
 from tests.conftest import HERE
 
 PASSES = ["long", "short", "s2l"]

@@ -22,13 +22,17 @@ from safetensors.torch import load_file, save_file
 
 import data
 import longred
-from longred import Config, cross_entropy, main, short_to_long_distillation, train
+from longred import cross_entropy, main, short_to_long_distillation
 from machine import log, plan, states
+from machine.corpus import tokenize
+from machine.formats import load_checkpoint
 from machine.keeper import Keeper, StopSignal
 from machine.log import Watch
 from machine.many import Processes
 from machine.memory import AdamW
-from model import load_checkpoint
+from machine.run import train
+from machine.settings import MachineConfig as Config
+from machine.tokenizer import load_tokenizer
 from tests.conftest import HERE, read_log, same_run, tiny_run
 
 # ------------------------------------------------------------------------------------------- resume
@@ -268,7 +272,7 @@ def test_the_report_has_a_column_at_twice_the_window(ckpt, tmp_path):
     c = tiny_run(ckpt, tmp_path / "run", eval_tokens=1024)
     model = load_checkpoint(train(c))
     (long,) = c.long_data
-    corpus = data.tokenize([long], data.load_tokenizer(c.ckpt), c.cache_dir, "long")
+    corpus = tokenize([long], load_tokenizer(c.ckpt), c.cache_dir, "long")
     ids = data.held_out(corpus, 2, 512)
     logits = model.logits(model(ids[:, :-1])[0]).double()
     want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()

@@ -1,15 +1,32 @@
 """machine/samples.py: short text of the checkpoint's own, made once before a run."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
 
-from longred import main, train
+import data
+from longred import main
 from machine import samples
+from machine.corpus import tokenize
+from machine.formats import load_checkpoint, load_config
+from machine.run import train
+from machine.settings import MachineConfig as Config
 from machine.settings import resolve
-from model import load_checkpoint, load_config
-from tests.conftest import read_log, tiny_run, with_eos
+from machine.tokenizer import load_tokenizer
+from tests.conftest import (
+    byte_tokenizer,
+    killed_after_two,
+    read_log,
+    same_run,
+    tiktoken_file,
+    tiny_config,
+    tiny_run,
+    with_eos,
+)
 
 
 def own_run(ckpt, out, spec="self:40", **changes):
@@ -37,8 +54,9 @@ def test_a_run_on_its_own_samples_says_what_they_cost(ckpt, tmp_path, capsys, sm
     assert "tok/s  ETA" in printed[plan : printed.index("step 1/2")]
     record = json.loads((tmp_path / "run" / "longred.json").read_text())
     cost = record["own_samples"]["self:40"]
-    lines = open(cost["file"]).read().splitlines()
-    assert len(lines) == cost["texts"] == 40 and any(json.loads(x)["text"] for x in lines)
+    header, *lines = open(cost["file"]).read().splitlines()
+    assert len(lines) == cost["texts"] == 40 and header.startswith("token ids")
+    assert sum(len(json.loads(x)) for x in lines) == cost["tokens"] > 40
     assert record["config"]["short_data"] == ["self:40"]
     report = (tmp_path / "run" / "report.md").read_text()
     assert f"self:40: 40 of the checkpoint's own texts, {cost['tokens']:,} tokens" in report
@@ -55,11 +73,11 @@ def test_texts_are_those_that_generate_draws_and_a_stopped_run_goes_on(
         made.append(args)
         return whole(*args, **more)
 
-    whole = samples.sample_texts
-    monkeypatch.setattr(samples, "sample_texts", stopped)
+    whole = samples.sample_ids
+    monkeypatch.setattr(samples, "sample_ids", stopped)
     with pytest.raises(KeyboardInterrupt):
         train(own_run(ckpt, tmp_path / "stopped"))
-    monkeypatch.setattr(samples, "sample_texts", whole)
+    monkeypatch.setattr(samples, "sample_ids", whole)
     capsys.readouterr()
     train(own_run(ckpt, tmp_path / "again"))
     assert "1 of 3 parts to make" in capsys.readouterr().out
@@ -77,8 +95,9 @@ def test_texts_are_those_that_generate_draws_and_a_stopped_run_goes_on(
         torch.full((16, 1), first), length - 1, 1.0, generator=generator
     )[:, 1:]
     want = [row.tolist() for row in ids]
-    want = [row[: row.index(first)] if first in row else row for row in want]
-    assert texts == [tokenizer.decode(row) for row in want] and len(model.layers) == 3
+    assert tokenizer.eos_id == first  # it is kept
+    want = [row[: row.index(first) + 1] if first in row else row for row in want]
+    assert texts == want and len(model.layers) == 3
 
 
 def test_other_seeds_make_other_texts_and_more_texts_keep_those_there_are(
@@ -91,10 +110,138 @@ def test_other_seeds_make_other_texts_and_more_texts_keep_those_there_are(
     assert "3 of 3 parts to make" in capsys.readouterr().out
 
 
-def test_a_run_on_own_samples_resumes(ckpt, tmp_path, small_parts):
-    train(own_run(ckpt, tmp_path / "run", steps=4, save_every=2))
-    main(["--resume", str(tmp_path / "run")])
-    assert len(read_log(tmp_path / "run")) == 4
+def test_a_run_on_own_samples_resumes_where_its_cache_is_gone(ckpt, tmp_path, small_parts):
+    """They are sampled anew, in other seconds and into another folder, and are the same ids."""
+    train(own_run(ckpt, tmp_path / "whole", steps=4, save_every=2))
+    out = killed_after_two(tmp_path / "whole", tmp_path / "run")
+    record = json.loads((out / "longred.json").read_text())
+    record["own_samples"]["self:40"]["seconds"] = 2.9
+    (out / "longred.json").write_text(json.dumps(record))
+    shutil.rmtree(tmp_path / "tokens")
+    main(["--resume", str(out), "--cache_dir", str(tmp_path / "elsewhere")])
+    after = json.loads((out / "longred.json").read_text())["own_samples"]["self:40"]
+    assert after["seconds"] != 2.9 and "elsewhere" in after["file"]
+    assert same_run(tmp_path / "whole", out)
+
+
+DAMAGES = {
+    "null": lambda raw: "null",
+    "nothing in it": lambda raw: "{}",
+    "half of its bytes": lambda raw: raw[: len(raw) // 2],
+    "half of its texts": lambda raw: json.dumps(
+        (part := json.loads(raw)) | {"texts": part["texts"][:8]}
+    ),
+    "one id changed": lambda raw: raw.replace("[\n      ", "[\n      1", 1),
+    "a list": lambda raw: "[]",
+    "no text": lambda raw: "",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_samples_are_made_anew_and_not_believed(
+    ckpt, tmp_path, capsys, small_parts, damage
+):
+    train(own_run(ckpt, tmp_path / "sound", eval_tokens=0))
+    (part,) = tmp_path.glob("tokens/samples-*/part-00001.json")
+    (whole,) = tmp_path.glob("tokens/samples-*/40.ids")
+    sound = part.read_text(), whole.read_bytes()
+    part.write_text(DAMAGES[damage](sound[0]))
+    whole.write_bytes(sound[1][: len(sound[1]) // 2])  # of which half would be trained on
+    capsys.readouterr()
+    train(own_run(ckpt, tmp_path / "again", eval_tokens=0))
+    assert "1 of 3 parts to make" in capsys.readouterr().out
+    assert json.loads(part.read_text())["texts"] == json.loads(sound[0])["texts"]
+    assert whole.read_bytes() == sound[1]
+    assert same_run(tmp_path / "sound", tmp_path / "again")
+
+
+class SaysAnything:
+    """A model that draws any id, also of padding of its embedding, and EOS more often."""
+
+    def __init__(self, vocab: int, eos: int):
+        self.vocab, self.eos = vocab, eos
+        self.said, self.embed_tokens = [], torch.nn.Embedding(1, 1)
+
+    def generate(self, batch, n, temperature, generator):
+        new = torch.randint(self.vocab, (len(batch), n), generator=generator)
+        new[torch.rand(new.shape, generator=generator) < 0.05] = self.eos
+        self.said += new.tolist()
+        return torch.cat([batch, new], 1)
+
+
+def chat_tokenizer(folder):
+    """Bytes and a chat model's special tokens; its vocabulary is padded from 262 to 300."""
+    byte_tokenizer(folder)
+    tk = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tk.add_special_tokens("<|begin|> <|end_of_text|> <|start_header_id|> <|eot_id|>".split())
+    tk.add_tokens(["<think>"])  # a token that a text can become
+    tk.save(str(folder / "tokenizer.json"))
+    named = {"bos_token": "<|begin|>", "eos_token": "<|end_of_text|>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    return 300, {256, 257, 259, 260}, 258
+
+
+def ranks_tokenizer(folder):
+    """Llama 3's kind of file, 266 ranks and 256 special tokens, under an embedding of 640 rows."""
+    folder.mkdir()
+    tiktoken_file(folder / "tokenizer.model", "the window of the text", merges=10)
+    return 640, {*range(266, 522)} - {267}, 267
+
+
+def prefix_tokenizer(folder):
+    """Sentencepiece's kind: a blank is put in front of every text, and taken off when decoded."""
+    folder.mkdir()
+    vocab = "<unk> <s> </s> \u2581 a b \u2581a ab".split(" ")
+    tk = Tokenizer(models.BPE({t: i for i, t in enumerate(vocab)}, [("\u2581", "a"), ("a", "b")]))
+    tk.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tk.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Strip(" ", 1, 0)])
+    tk.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tk.save(str(folder / "tokenizer.json"))
+    named = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    return 8, {0, 1}, 2
+
+
+@pytest.mark.parametrize("make", [chat_tokenizer, ranks_tokenizer, prefix_tokenizer])
+def test_what_was_sampled_and_nothing_else_is_read(tmp_path, make):
+    vocab, special, eos = make(tmp_path / "tk")
+    tokenizer, model = load_tokenizer(tmp_path / "tk"), SaysAnything(vocab, eos)
+    assert tokenizer.eos_id == eos and tokenizer.add_bos
+    config = tiny_config(vocab_size=vocab)
+    c = Config(original_len=64, seed=3, cache_dir=str(tmp_path / "cache"), device="cpu")
+    path, cost = samples.own_samples(c, 128, tmp_path / "tk", config, lambda: model, tokenizer, 1)
+    documents, n = [], 0
+    for row in model.said:
+        # The end of text is the last token; nothing that a text cannot become is in it.
+        bad = next((i for i, t in enumerate(row) if t in special or t >= tokenizer.vocab_size), 63)
+        row = row[:bad]
+        row = row[: row.index(eos) + 1] if eos in row else row
+        n += len(row)
+        documents += [[tokenizer.bos_id, *row]] if row not in ([], [eos]) else []
+    assert len(model.said) == cost["texts"] == 128 and n == cost["tokens"]
+    assert len({ids[-1] == eos for ids in documents}) == 2  # ended and cut ones
+    corpus = tokenize([path], tokenizer, tmp_path / "cache")
+    assert [x.tolist() for x in np.split(corpus.tokens, corpus.doc_starts[1:-1])] == documents
+    stream = data.Stream(corpus, "short", 0, 1, 16)
+    trained = [ids[:length] for ids, length in zip(documents, corpus.segments()[1], strict=True)]
+    packed = sum(trained, [])
+    read = sorted(stream.batch(i)[0].tolist() for i in range(stream.n_sequences))
+    assert read == sorted(packed[16 * i : 16 * i + 17] for i in range(stream.n_sequences))
+    assert stream.n_sequences > 5
+
+
+def test_ids_of_another_tokenizer_are_refused(tmp_path, tk):
+    path = tmp_path / "own.ids"
+    for text, said in (
+        (samples.ids_header("another") + "[1, 2]\n", "own.ids holds another tokenizer's ids"),
+        (samples.ids_header(tk.fingerprint) + "[1]\n[257]\n", "own.ids:3 is no list of this tok"),
+        (samples.ids_header(tk.fingerprint) + "[1]\n{}\n", "own.ids:3 is no list of this tok"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            tokenize([path], tk, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("spec", ["self:", "self:0", "self:many", "self:-3"])

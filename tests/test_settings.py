@@ -13,10 +13,14 @@ import sys
 import pytest
 import torch
 
-from longred import Config, main, plan_streams, train
-from machine import command_line, log, plan
+import longred
+from longred import main, plan_streams
+from machine import log, plan
+from machine.formats import load_checkpoint, load_config
+from machine.run import train
+from machine.settings import MachineConfig as Config
 from machine.settings import resolve
-from model import ModelConfig, load_checkpoint, load_config
+from model import ModelConfig
 from tests.conftest import HERE, tiny_run
 
 
@@ -134,12 +138,12 @@ def test_missing_weights_end_with_the_ways_to_provide_them(tmp_path):
 
 def test_numbers_may_be_written_in_k():
     kinds = {"4K": 4096, "128k": 131072, "1M": 2**20, "-3": -3, "512": 512, "1_000": 1000}
-    assert {text: command_line.integer(text) for text in kinds} == kinds
+    assert {text: longred.whole_number(text) for text in kinds} == kinds
     for text in ("4Q", "K", "4.5K", "", "1e3"):
         with pytest.raises(argparse.ArgumentTypeError, match="whole number such as 4096 or 4K"):
-            command_line.integer(text)
+            longred.whole_number(text)
     flags = ["--ckpt", "x", "--target_len", "32K", "--distill_layers", "1", "2"]
-    c = command_line.parse_args(Config, flags, "LongReD")
+    c = longred.parse_args(flags, Config)
     assert c.target_len == 32768 and c.distill_layers == [1, 2]
 
 
@@ -151,7 +155,7 @@ def test_help_names_the_two_needed_flags_first_and_every_default(capsys):
     assert len(re.findall("python longred.py", usage)) == 2 and "eq." not in text
     assert re.findall(r"^  --(\w+)", needed, re.M)[:2] == ["ckpt", "target_len"]
     names = {f.name for f in dataclasses.fields(Config)}
-    assert command_line.GROUPS.keys() <= names
+    assert longred.GROUPS.keys() <= names
     for f in dataclasses.fields(Config):
         said = re.search(rf"^  --{f.name}[ ,](.*?)(?=^  --|^\S|\Z)", text, re.M | re.S)[1]
         plain = f.name in ("ckpt", "target_len", "resume")

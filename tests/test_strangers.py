@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from longred import main, train
-from measure import bench, demo, evaluate, leaderboard, multiple_choice
+from longred import main
+from machine.formats import save_checkpoint
+from machine.run import train
+from measure import bench, demo, evaluate, frontier, tasks
 from measure import text as text_command
-from model import save_checkpoint
 from tests.conftest import WORDS, killed_after_two, tiny_llama, tiny_run, with_eos
 
 # Names like those that a run, an evaluation, a demo, a benchmark and a cache of text give.
@@ -80,10 +81,32 @@ def written(ckpt, folder, texts):
     base = folder.parent / "base"
     if not base.exists():
         with_eos(ckpt[0], base)  # which a text may start from
-    samples = ["--base", base, "--n_samples", 2, "--length", 20, "--device", "cpu"]
-    evaluate.main([str(x) for x in (*samples, "--write_samples", folder / "own.jsonl")])
-    corpus = ["--base", ckpt[0], "--ckpt", ckpt[0], "--data", texts[0], "--eval_tokens", 256]
-    corpus += ["--cache_dir", folder, "--select_corpus", folder / "best.jsonl", "--device", "cpu"]
+    samples = [
+        "samples",
+        folder / "own.jsonl",
+        "--base",
+        base,
+        "--n_samples",
+        2,
+        "--length",
+        20,
+        "--device",
+        "cpu",
+    ]
+    evaluate.main([str(x) for x in samples])
+    corpus = [
+        "corpus",
+        folder / "best.jsonl",
+        "--base",
+        ckpt[0],
+        "--ckpt",
+        ckpt[0],
+        "--data",
+        texts[0],
+        "--eval_tokens",
+        256,
+    ]
+    corpus += ["--cache_dir", folder, "--device", "cpu"]
     evaluate.main([str(x) for x in corpus])
 
 
@@ -93,26 +116,16 @@ def benched(ckpt, folder, texts):
 
 
 def ranked(ckpt, folder, texts):
-    argv = ["--base", ckpt[0], "--long", *texts, "--own", texts[0], "--foreign", texts[0]]
-    short = folder.parent / "short.txt"
-    short.write_text(texts[1].read_text()[:3000])
-    argv += [
-        "--test",
-        short,
-        "--no-train",
-        "--out_dir",
-        folder,
-        "--cache_dir",
-        folder,
-    ]
-    leaderboard.main([str(x) for x in argv])
+    base = folder.parent / "base"
+    if not base.exists():
+        with_eos(ckpt[0], base)  # which a text may start from
+    argv = ["--base", base, "--long", texts[0], "--books", texts[1], "--no-train"]
+    frontier.main([str(x) for x in (*argv, "--out_dir", folder, "--cache_dir", folder)])
 
 
-def chosen(ckpt, folder, texts):
-    examples = [{"input": f"{i} +", "target_scores": {"a": 1, "b": 0}} for i in range(4)]
-    (folder.parent / "sums.json").write_text(json.dumps({"examples": examples}))
-    argv = ["--base", ckpt[0], "--tasks", folder.parent, "--names", "sums", "--out_dir", folder]
-    multiple_choice.main([str(x) for x in (*argv, "--device", "cpu")])
+def scored(ckpt, folder, texts):
+    argv = ["--base", ckpt[0], "--tasks", "piqa", "--out_dir", folder, "--device", "cpu"]
+    tasks.main([str(x) for x in argv])
 
 
 def looked_at(ckpt, folder, texts):
@@ -127,8 +140,8 @@ COMMANDS = {
     compared: "report.md results.json overview.png drift.png training.png repeat.png lock cache",
     written: "own.jsonl best.jsonl seen_files.json",
     benched: "rope-cpu-smoke.json prove-cpu-smoke.json rope.json",
-    ranked: "leaderboard.md leaderboard.json leaderboard.png",
-    chosen: "cache",
+    ranked: "frontier.md frontier.json.gz frontier.png prose.jsonl original.json.gz",
+    scored: "tasks.md tasks.json.gz cache",
     looked_at: "seen_files.json",
 }
 
@@ -137,7 +150,11 @@ COMMANDS = {
 def folder(whole, tmp_path, request, monkeypatch):
     """The folder that a command works in; of a resumed run it is a run's."""
     monkeypatch.setattr(evaluate, "draw", lambda results, out_dir, *more: [])  # takes seconds
-    monkeypatch.setattr(leaderboard, "draw", lambda *args: None)
+    requests = [("the cat", " runs"), ("the cat", " reads")]
+    monkeypatch.setattr(tasks, "read_items", lambda task, most: [tasks.Item(requests, 0)] * 4)
+    monkeypatch.setattr(frontier, "STORIES", 4)
+    monkeypatch.setattr(frontier, "STORY_LEN", 64)
+    monkeypatch.setattr(frontier, "BOOK_SEQUENCES", 2)
     monkeypatch.setattr(demo, "train_demo_model", make_demo_model)
     monkeypatch.setattr(demo, "write_demo_text", short_demo_text)
     small = dict(steps=1, eval_tokens=256, distill_layers=[3], long_micro=1, long_batch=1)

@@ -1,7 +1,6 @@
 """machine/tokenizer.py: what a tokenizer says, in which pieces, and how it is exported."""
 
 import functools
-import io
 import json
 import random
 from pathlib import Path
@@ -12,10 +11,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
 import machine.corpus
-from machine.tokenizer import carry_tokenizer, check_export, llama3_special_tokens
-from model import load_checkpoint, save_checkpoint
+from machine.formats import load_checkpoint, save_checkpoint
+from machine.tokenizer import carry_tokenizer, check_export, llama3_special_tokens, load_tokenizer
 from tests.conftest import (
     HERE,
     STORIES,
@@ -32,7 +30,7 @@ from tests.conftest import (
 
 @needs_stories
 def test_real_tokenizer_is_read_with_its_habits():
-    tk = data.load_tokenizer(STORIES)
+    tk = load_tokenizer(STORIES)
     assert (tk.vocab_size, tk.bos_id, tk.eos_id, tk.add_bos) == (512, 1, 2, True)
     assert tk.encode_batch(["Once upon a time"]) == [[403, 407, 261, 378]]
     assert tk.decode(np.array([403, 407, 261, 378])) == "Once upon a time"
@@ -48,11 +46,11 @@ def test_add_bos_token_of_the_config_overrules_the_post_processor(tmp_path):
     for adds in (True, False):
         path = tmp_path / "tokenizer_config.json"
         path.write_text(json.dumps({**config, "add_bos_token": adds}))
-        assert data.load_tokenizer(tmp_path).add_bos is adds
+        assert load_tokenizer(tmp_path).add_bos is adds
     path.unlink()
-    assert data.load_tokenizer(tmp_path).eos_id is None
+    assert load_tokenizer(tmp_path).eos_id is None
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [256, 7]}')
-    assert data.load_tokenizer(tmp_path).eos_id == 256
+    assert load_tokenizer(tmp_path).eos_id == 256
 
 
 def test_meta_tokenizer_gives_the_ids_of_the_same_bpe(tmp_path):
@@ -69,16 +67,16 @@ def test_meta_tokenizer_gives_the_ids_of_the_same_bpe(tmp_path):
 
 def test_a_missing_or_broken_tokenizer_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer in .*tokenizer\.json and tokenizer\.model"):
-        data.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": 1}')
     with pytest.raises(ValueError, match="cannot use .*tokenizer.json"):
-        data.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-@pytest.mark.parametrize("which", ["llama3", "gpt2", "tiktoken", "sentencepiece"])
+@pytest.mark.parametrize("which", ["llama3", "gpt2", "tiktoken", "stories260K"])
 @given(st.lists(st.sampled_from([" ", "\n", "a", "Be", "\r\n", "'s", "1", ",", "\t", "e\u0301"])))
 @settings(max_examples=60, deadline=None)
 def test_a_document_in_pieces_has_the_tokens_of_the_whole(which, parts):
@@ -97,46 +95,32 @@ def test_a_document_in_pieces_has_the_tokens_of_the_whole(which, parts):
 def cutters(which):
     import tempfile
 
-    if which == "sentencepiece":
+    if which == "stories260K":
         if not STORIES.is_dir():
             pytest.skip(f"real weights: no {STORIES}")
-        return data.load_tokenizer(STORIES)
+        return load_tokenizer(STORIES)
     with tempfile.TemporaryDirectory() as folder:
         if which == "tiktoken":
             return tiktoken_folder(Path(folder), bpe())
         bpe(GPT2 if which == "gpt2" else None).save(f"{folder}/tokenizer.json")
-        return data.load_tokenizer(folder)
+        return load_tokenizer(folder)
 
 
 # ------------------------------------------------------------------------------------------- export
-
-
-def sentencepiece_file(path, text):
-    """As in Llama 2: BPE with byte fallback, spaces written as U+2581, one put in front."""
-    sentencepiece = pytest.importorskip("sentencepiece")
-    written = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text.splitlines()), model_writer=written, model_type="bpe",
-        vocab_size=500, byte_fallback=True, normalization_rule_name="identity", split_digits=True,
-        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2,
-    )  # fmt: skip
-    path.write_bytes(written.getvalue())
 
 
 MIXED = "I'll re-read 12,345.67 caf\u00e9s\n\n\tdef f(x):  return x['a']  # \u4e16\u754c "
 MIXED += "\U0001f600 WE'RE "
 
 
-@pytest.mark.parametrize("kind", ["tiktoken", "sentencepiece"])
-def test_metas_tokenizer_is_exported_as_one_that_encodes_alike(tmp_path, kind):
+def test_metas_tokenizer_is_exported_as_one_that_encodes_alike(tmp_path):
     prose = (HERE / "longred.py").read_text()[:20000] + MIXED * 5
     model = tiny_llama(vocab_size=812, n_layers=1)
     folder = meta_folder(tmp_path / "meta", model, 1)
-    write = tiktoken_file if kind == "tiktoken" else sentencepiece_file
-    write(folder / "tokenizer.model", prose)
+    tiktoken_file(folder / "tokenizer.model", prose)
     out = save_checkpoint(load_checkpoint(folder), tmp_path / "hf", tokenizer_from=folder)
     theirs = transformers.AutoTokenizer.from_pretrained(out)
-    meta, rng = data.load_tokenizer(folder), random.Random(0)
+    meta, rng = load_tokenizer(folder), random.Random(0)
     texts = [prose, MIXED] + ["".join(rng.choices(prose + MIXED * 9, k=60)) for _ in range(200)]
     for text, ids in zip(texts, meta.encode_batch(texts), strict=True):
         assert theirs(text).input_ids == [meta.bos_id, *ids], text
@@ -145,7 +129,7 @@ def test_metas_tokenizer_is_exported_as_one_that_encodes_alike(tmp_path, kind):
     assert (theirs.bos_token_id, theirs.eos_token_id) == (meta.bos_id, meta.eos_id)
     config = json.loads((out / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (meta.bos_id, meta.eos_id)
-    assert (out / "tokenizer.model").exists() == (kind == "sentencepiece")
+    assert not (out / "tokenizer.model").exists()  # it would be taken for a sentencepiece model
 
 
 # ---------------------------------------------------------------- special tokens, and forged files
@@ -188,20 +172,20 @@ def named(folder, *special, config=None, beside=None, settings=None):
     ],
 )
 def test_documents_end_with_an_end_of_text_or_nothing(tmp_path, special, files, end):
-    tk = data.load_tokenizer(named(tmp_path / "tk", *special, **files))
+    tk = load_tokenizer(named(tmp_path / "tk", *special, **files))
     assert (tk.eos_id if tk.add_eos else None) == end
     assert tk.eos_id is None or tk.eos_id < tk.vocab_size
 
 
 def test_an_end_that_is_asked_for_is_there_or_refused(tmp_path):
     with pytest.raises(ValueError, match="--add_eos: .* name no end of text"):
-        data.load_tokenizer(named(tmp_path / "a"), add_eos=True)
+        load_tokenizer(named(tmp_path / "a"), add_eos=True)
     asked = named(tmp_path / "b", "<|im_end|>", settings={"eos_token": "<|im_end|>"})
-    assert data.load_tokenizer(asked, add_eos=True).eos_id == 256
+    assert load_tokenizer(asked, add_eos=True).eos_id == 256
 
 
 def test_a_special_token_beyond_the_embedding_is_no_fault_unless_documents_hold_it(tmp_path):
-    tk = data.load_tokenizer(named(tmp_path, "</s>", "<pad>", settings={"eos_token": "</s>"}))
+    tk = load_tokenizer(named(tmp_path, "</s>", "<pad>", settings={"eos_token": "</s>"}))
     tk.check_fits(257)
     with pytest.raises(ValueError, match="ids go up to 256, the model has 256"):
         tk.check_fits(256)
@@ -215,7 +199,7 @@ def test_the_damaged_file_is_the_one_that_is_named(tmp_path, name, content):
     if "eos_token" in content and name != "tokenizer_config":
         return
     with pytest.raises(ValueError, match=f"{name}.json") as e:
-        data.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     assert "\n" not in str(e.value)
 
 
@@ -240,44 +224,33 @@ def test_a_forged_tokenizer_ends_in_one_line(tmp_path, kind, capfd):
     forge(tk, kind)
     (tmp_path / "tokenizer.json").write_text(json.dumps(tk))
     with pytest.raises(ValueError, match="cannot use .*tokenizer.json") as e:
-        data.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     assert "\n" not in str(e.value) and "panicked" not in capfd.readouterr().err
 
 
-SENTENCEPIECE = {
-    "plain": {},
-    "no dummy prefix": dict(add_dummy_prefix=False),
-    "no bos": dict(bos_id=-1),
-    "nfkc": dict(normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True),
-    "unigram": dict(model_type="unigram"),
-    "user defined": dict(user_defined_symbols=["<|im_start|>"]),
-}
+SENTENCEPIECE = b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02"  # as each of its models begins
 
 
-@pytest.mark.parametrize("kind", SENTENCEPIECE)
-def test_a_sentencepiece_model_is_exported_alike_or_refused_before_training(tmp_path, kind):
-    spm = pytest.importorskip("sentencepiece")
-    text, written = (HERE / "longred.py").read_text(), io.BytesIO()
-    options = dict(vocab_size=400, model_type="bpe", byte_fallback=True, minloglevel=2)
-    options |= dict(normalization_rule_name="identity", remove_extra_whitespaces=False)
-    lines = iter(text.splitlines())
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=lines, model_writer=written, **options | SENTENCEPIECE[kind]
+@pytest.mark.parametrize("content, kind", [(SENTENCEPIECE, "a sentencepiece model"), (b"?", "dam")])
+def test_a_tokenizer_model_of_another_kind_is_refused_naming_what_to_take(tmp_path, content, kind):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    said = (
+        f"tokenizer.model is {kind}.*hf download OWNER/NAME tokenizer.json --local-dir {tmp_path}"
     )
-    (tmp_path / "tokenizer.model").write_bytes(written.getvalue())
-    tk, out = data.load_tokenizer(tmp_path), tmp_path / "out"
-    assert tk.add_bos == (kind != "no bos")
+    with pytest.raises(ValueError, match=said) as e:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_a_sentencepiece_model_beside_a_tokenizer_json_goes_along(tmp_path):
+    """llama.cpp's converter reads it."""
+    tk, out = byte_tokenizer(tmp_path / "tk"), tmp_path / "out"
+    (tmp_path / "tk" / "tokenizer.model").write_bytes(SENTENCEPIECE)
+    assert load_tokenizer(tmp_path / "tk").fingerprint == tk.fingerprint
     out.mkdir()
-    try:
-        check_export(tmp_path, tk)
-        carry_tokenizer(tmp_path, out, None)
-    except ValueError as e:
-        assert "tokenizer.json" in str(e) and kind not in ("plain", "no bos", "no dummy prefix")
-        return
-    theirs = transformers.AutoTokenizer.from_pretrained(out)
-    for line in text.splitlines():
-        got = theirs(line, add_special_tokens=False).input_ids
-        assert got == tk.encode_batch([line])[0], line
+    carry_tokenizer(tmp_path / "tk", out, None)
+    assert (out / "tokenizer.model").read_bytes() == SENTENCEPIECE
+    assert (out / "tokenizer.json").is_file()
 
 
 def test_an_export_that_reads_the_runs_text_otherwise_is_refused(tmp_path):

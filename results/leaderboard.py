@@ -1,4 +1,10 @@
-"""The comparison that results/PLAN.md declares: train what is missing, score it, print who leads.
+"""FROZEN: the driver of the first part of results/PLAN.md, which made leaderboard.json and .png.
+
+It is kept to show how those figures were made and is not maintained. It runs at commit 447d774
+(`git checkout 447d774`, then the command below); its four runs with two rotaries need that commit.
+measure/frontier.py drives the second part.
+
+The comparison that results/PLAN.md declares: train what is missing, score it, print who leads.
 
     python -m measure.leaderboard --base stories260K --long texts/*.txt --own own.jsonl \\
         --foreign texts/war_and_peace.txt --test test.jsonl --out_dir out/leaderboard
@@ -23,11 +29,13 @@ import numpy as np
 import torch
 
 import data
-from longred import Config, plan_streams
+from longred import plan_streams
 from machine import plan
+from machine.corpus import tokenize
 from machine.formats import load_checkpoint
-from machine.memory import pad_heads
+from machine.settings import MachineConfig as Config
 from machine.states import refuse_foreign, whole_file
+from machine.tokenizer import load_tokenizer
 from measure.evaluate import remember, short_text_drift
 from measure.far_context import (
     brings,
@@ -59,7 +67,7 @@ for weight in ("0.5", "2", "4"):
     METHODS[f"soft_replay_{weight}"] = title, f"--method soft_replay --alpha_kl {weight}"
 for weight in ("2", "15"):
     METHODS[f"longred_{weight}"] = f"LongReD-C, alpha_short {weight}", f"--alpha_short {weight}"
-SCHEMES = {"pose": "PoSE", "longrecipe": "LongRecipe", "endprompt": "EndPrompt"}
+SCHEMES = {"pose": "PoSE", "longrecipe": "LongRecipe"}
 for scheme, title in SCHEMES.items():
     flags = f"--method soft_replay --long_position_scheme {scheme}"
     METHODS[f"soft_replay_{scheme}"] = f"soft replay on {title}'s long text", flags
@@ -116,9 +124,9 @@ def train(a, text: str, method: str, seed: int) -> None:
 
 def open_texts(a) -> dict[str, torch.Tensor]:
     """The scored text: stories in sequences of the old window, books at target and twice that."""
-    tokenizer = data.load_tokenizer(a.base, add_eos=False)
-    stories = data.tokenize([a.test], tokenizer, a.cache_dir, "test")
-    books = data.tokenize(a.long, tokenizer, a.cache_dir, "long")
+    tokenizer = load_tokenizer(a.base, add_eos=False)
+    stories = tokenize([a.test], tokenizer, a.cache_dir, "test")
+    books = tokenize(a.long, tokenizer, a.cache_dir, "long")
     n = (len(stories.tokens) - 1) // 512
     rows = [stories.tokens[i * 512 : i * 512 + 513].astype(np.int64) for i in range(n)]
     texts = {"stories": torch.from_numpy(np.stack(rows))}
@@ -141,8 +149,8 @@ def sequences(tokens: np.ndarray, length: int, most: int) -> torch.Tensor:
 
 def with_book(a, texts: dict, book: str) -> dict:
     """The scored text with one whole book in place of the books' held-out ends."""
-    tokenizer = data.load_tokenizer(a.base, add_eos=False)
-    tokens = data.tokenize([book], tokenizer, a.cache_dir, "book").tokens
+    tokenizer = load_tokenizer(a.base, add_eos=False)
+    tokens = tokenize([book], tokenizer, a.cache_dir, "book").tokens
     n = {name: len(texts[name]) for name in ("books", "twice")}
     lengths = {"books": 2048, "twice": 4096}
     return texts | {name: sequences(tokens, lengths[name], n[name]) for name in n}
@@ -378,7 +386,7 @@ def read_earlier(path: str | None, original: dict) -> dict[str, dict]:
 def score_all(a) -> None:
     """Train what is missing where a.train says so, score what there is, print who leads."""
     seeds, texts, runs = [int(s) for s in a.seeds.split(",")], open_texts(a), {}
-    base = pad_heads(load_checkpoint(a.base))
+    base = load_checkpoint(a.base)
     digest = {name: len(ids) for name, ids in texts.items()}
     print("sequences:", digest)
 
@@ -396,7 +404,7 @@ def score_all(a) -> None:
         if a.train and not (out / "hf" / "config.json").exists():
             train(a, text, method, seed)
         if (out / "hf" / "config.json").exists():
-            model = pad_heads(load_checkpoint(out))
+            model = load_checkpoint(out)
             read = with_book(a, texts, book) if (book := unread(a, method)) else texts
             found = once(out.name, lambda m=model, read=read: score(base, m, read))
             runs[text, method, seed] = found | cost(out, base)

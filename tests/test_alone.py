@@ -1,0 +1,190 @@
+"""The six files run alone, and they are the oracle of machine/: both export the same bytes."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import data
+import longred
+from machine.corpus import tokenize
+from machine.run import train
+from machine.settings import MachineConfig
+from machine.tokenizer import load_tokenizer
+from tests.conftest import HERE, STORIES, TEXTS, bpe, needs_stories, tiny_run
+
+SIX = "longred.py model.py rope_kernels.py data.py test_longred.py requirements.txt".split()
+CASES = {
+    "longred": {},
+    "own weights": dict(alpha_short=3.0, alpha_s2l=7.0, alpha_kl=2.0, position_scheme="uniform"),
+    "small passes": dict(unit_tokens=100, distill_layers=[1, 3]),
+    "mix_cpt": dict(method="mix_cpt", rope_type="linear", rope_theta=None, alpha_short=2.0),
+    "soft_replay": dict(method="soft_replay", document_mask=True),
+    "long_cpt": dict(method="long_cpt", rope_type="yarn", long_position_scheme="pose"),
+    "longrecipe": dict(method="longrecipe", replay_steps=2, replay_batch=2, merge=0.5),
+    "ntk": dict(rope_type="ntk", short_micro=0),
+}
+
+
+def exported(folder):
+    return {path.name: path.read_bytes() for path in (folder / "hf").iterdir()}
+
+
+def both_ways(c: MachineConfig, tmp_path):
+    """What a run exports by machine/ and by longred.py alone: {name: bytes} twice."""
+    c.out_dir = str(tmp_path / "robust")
+    train(c)
+    plain = {name: getattr(c, name) for name in longred.Config.__dataclass_fields__}
+    longred.train(longred.Config(**plain | {"out_dir": str(tmp_path / "plain")}))
+    return exported(tmp_path / "robust"), exported(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_plain_way_trains_and_exports_the_same_bytes(ckpt, tmp_path, case):
+    c = tiny_run(ckpt, tmp_path / "run", eval_tokens=0, keep=0, **CASES[case])
+    c.replay_data = c.short_data if c.replay_steps else None
+    robust, plain = both_ways(c, tmp_path)
+    assert robust == plain and "model.safetensors" in plain
+    logs = ([json.loads(x) for x in open(tmp_path / d / "log.jsonl")] for d in ("robust", "plain"))
+    for one, two in zip(*logs, strict=True):
+        assert {key: one[key] for key in two} == two
+
+
+@needs_stories
+def test_real_weights_and_books_train_the_same_bytes_both_ways(tmp_path):
+    book = (TEXTS / "moby_dick.txt").read_text("utf-8")
+    for name, size in (("long", 20_000), ("short", 700)):  # machine/ cuts the long ones in pieces
+        documents = [book[i : i + size] for i in range(0, len(book) // 2, size)]
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    texts = tmp_path / "long.jsonl", tmp_path / "short.jsonl"
+    c = tiny_run((STORIES, *texts), tmp_path / "run", eval_tokens=0, keep=0, steps=2)
+    c.target_len, c.short_len, c.rope_theta = 1024, 128, None
+    robust, plain = both_ways(c, tmp_path)
+    assert robust == plain
+
+
+def chat_folder(folder):
+    """A tokenizer like a chat model's: BOS from its template, EOS the end of a turn."""
+    from tokenizers import AddedToken
+    from tokenizers.processors import TemplateProcessing
+
+    tk = bpe()
+    marks = "<|begin_of_text|> <|end_of_text|> <|eot_id|>".split()
+    tk.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
+    begin = ("<|begin_of_text|>", tk.token_to_id("<|begin_of_text|>"))
+    tk.post_processor = TemplateProcessing("<|begin_of_text|> $A", special_tokens=[begin])
+    folder.mkdir()
+    tk.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": {"content": "<|begin_of_text|>"}, "eos_token": "<|eot_id|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def named_elsewhere(folder, file, content):
+    """A tokenizer whose BOS and EOS only special_tokens_map.json or config.json names."""
+    tk = bpe()
+    tk.add_special_tokens(["<begin>", "<end>"])
+    folder.mkdir()
+    tk.save(str(folder / "tokenizer.json"))
+    ids = {"bos_token_id": tk.token_to_id("<begin>"), "eos_token_id": [tk.token_to_id("<end>")]}
+    (folder / file).write_text(json.dumps(content or ids))
+    return folder
+
+
+TOKENIZERS = {
+    "bytes": lambda folder, ckpt: ckpt[0],
+    "chat": lambda folder, ckpt: chat_folder(folder),
+    "named by the map": lambda folder, ckpt: named_elsewhere(
+        folder, "special_tokens_map.json", {"bos_token": "<begin>", "eos_token": "<end>"}
+    ),
+    "named by config.json": lambda folder, ckpt: named_elsewhere(folder, "config.json", None),
+    "sentencepiece-like": lambda folder, ckpt: STORIES,
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_both_ways_make_the_same_documents_of_a_text(ckpt, tmp_path, kind):
+    folder = TOKENIZERS[kind](tmp_path / "tokenizer", ckpt)
+    if not folder.is_dir():
+        pytest.skip(f"real weights: no {folder}")
+    words = "One sentence.  Two   blanks, a\ttab\nand <|eot_id|> <s> caf\u00e9 \u4e16\u754c. "
+    texts = ["a", " lead", words, words * 300, words * 1200, "word" * 5000, ""]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "many.jsonl").write_text(lines)
+    (tmp_path / "one.txt").write_text(words * 50)
+    paths = [str(tmp_path / "many.jsonl"), str(tmp_path / "one.txt")]
+    plain = data.tokenize(paths, data.Tokenizer(folder))
+    robust = tokenize(paths, load_tokenizer(folder), tmp_path / "cache")
+    for name in ("doc_checksums", "doc_sources", "doc_starts", "tokens"):
+        assert np.array_equal(getattr(plain, name), getattr(robust, name)), name
+    assert robust.segments()[1].tolist() == plain.segments()[1].tolist()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """An empty folder with the six files in it."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name in SIX:
+        shutil.copy(HERE / name, folder)
+    return folder
+
+
+def command_line(paths, out_dir, **changes):
+    folder, long, short = paths
+    flags = {"--ckpt": folder, "--target_len": 256, "--long_data": long, "--short_data": short}
+    flags |= {"--steps": 1, "--long_micro": 1, "--long_batch": 1, "--short_micro": 1}
+    flags |= {"--short_batch": 1, "--s2l_micro": 1, "--s2l_batch": 1, "--device": "cpu"}
+    flags |= {"--out_dir": out_dir} | {f"--{name}": value for name, value in changes.items()}
+    return [str(x) for flag, value in flags.items() if value is not None for x in (flag, value)]
+
+
+def test_the_six_files_run_in_an_empty_folder(alone, ckpt, tmp_path):
+    command = [sys.executable, "longred.py", *command_line(ckpt, tmp_path / "out")]
+    done = subprocess.run(command, cwd=alone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"extended checkpoint: {tmp_path}/out/hf" in done.stdout
+    names = {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {path.name for path in (tmp_path / "out" / "hf").iterdir()} == names
+
+
+REFUSED = {
+    "the demo": (dict(ckpt=None), "--ckpt None: need a Hugging Face folder"),
+    "a name of the hub": (dict(ckpt="llama3-8b"), "names of the hub need the folder machine/"),
+    "resuming": (dict(resume="out"), "--resume out.*need the folder machine/"),
+    "no number": (dict(steps="many"), "'many': need a whole number such as 4096 or 4K"),
+    "no such method": (dict(method="longer"), "--method longer: need one of longred, soft_"),
+    "a flag of other methods": (dict(method="mix_cpt", alpha_kl=1), "which does not read it"),
+    "no such layer": (dict(distill_layers=99), "hidden states 1 to 3"),
+    "no long text": (dict(long_data=None), "--long_data is missing"),
+    "a folder": (dict(long_data="."), "cannot read . .*need a file of plain UTF-8 text"),
+    "not above": (dict(target_len=64), "not above the original window of 64"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_alone_what_cannot_work_ends_in_one_line(alone, ckpt, tmp_path, case, monkeypatch):
+    monkeypatch.setattr(longred, "__file__", str(alone / "longred.py"))  # no machine/ next to it
+    change, said = REFUSED[case]
+    with pytest.raises(SystemExit) as end:
+        longred.main(command_line(ckpt, tmp_path / "out", **change))
+    message = str(end.value.code)
+    assert message.startswith("longred: ") and "\n" not in message
+    assert re.search(said, message), message
+    assert not (tmp_path / "out").exists()
+
+
+def test_alone_a_run_is_not_overwritten_and_torchrun_is_refused(ckpt, tmp_path, monkeypatch):
+    (tmp_path / "log.jsonl").touch()
+    names = longred.Config.__dataclass_fields__
+    c = tiny_run(ckpt, tmp_path)
+    c = longred.Config(**{name: getattr(c, name) for name in names})
+    with pytest.raises(ValueError, match="already holds a run; pass another --out_dir"):
+        longred.train(c)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="need the folder machine/"):
+        longred.train(c)
