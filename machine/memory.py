@@ -262,7 +262,7 @@ class AdamW:
         size = max(len(s) for s in self.state)
         buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(3)]
         filled, emptied = {}, {}  # events, by piece
-        fill.wait_stream(compute)  # whoever had the buffers' memory before may still be running
+        fill.wait_stream(compute)  # what had the buffers' memory before may still be running
 
         def start_filling(i: int) -> None:
             with api.stream(fill):
@@ -429,7 +429,8 @@ class HostGradients:
             hook.remove()
         self.api.synchronize()  # nothing is on its way
         self.leaving.clear()
-        self.flat, self.sums, self.buffers = None, [], []
+        self.flat, self.buffers = None, []
+        self.sums.clear()  # in place: the caller that clipped them may still hold this list
 
 
 # ------------------------------------------------------------------------------------- activations

@@ -75,14 +75,15 @@ PEAKS = {
 }
 PCIE = 50e9  # bytes/s
 ELEMENTWISE = 152  # bytes per token, block and d_model: norms, rotary, SwiGLU, residuals, if fused
-# Kept free: CUDA's context lies outside the allocator, fragments inside it. Unmeasured.
+# Kept free: CUDA's context is outside the allocator, fragments are inside it. Unmeasured.
 GPU_SPARE, GPU_SPARE_FRACTION, HOST_SPARE = 1.0 * GIB, 0.03, 6 * GIB
 NCCL = 1.0 * GIB  # its buffers, where several GPUs work together. Unmeasured
 # Reserved beyond what is allocated: 20 MiB pages that are not full where segments of the allocator
 # expand, else what lives on in the midst of freed memory. Both were found by replaying planned runs
 # through a model of the allocator (README.md, "One GPU's memory"; measure/replay.py of c5ec068).
 PAGES, STRANDED_FRACTION = 0.5 * GIB, 0.13
-# Gradients bound for host memory that may still be on the GPU; three buffers of 2^24 fp32 beside.
+# Gradients on their way to host memory that may still be on the GPU, and three buffers of 2^24
+# fp32 numbers.
 IN_FLIGHT, GRADIENT_BUFFERS = 2**29, 3 * 2**26
 
 
@@ -263,7 +264,7 @@ def activation_memory(config: ModelConfig, unit: Unit, policy: Policy) -> dict[s
     x = 2 * m * d  # one hidden state
     lse = 4 * m * config.n_heads
     recomputed = config.n_layers - policy.unchecked
-    block = 2 * m * (3 * d + 2 * q + 2 * kv) + lse + 8 * m  # what autograd keeps beside x and MLP
+    block = 2 * m * (3 * d + 2 * q + 2 * kv) + lse + 8 * m  # what autograd keeps but for x and MLP
     block += 2 * m * (q + kv) if config.qk_norm else 0  # q and k before their norms
     # A block's backward is widest in the MLP, or in attention with its fp32 gradient of q. The
     # first block it meets has its activations counted below if unchecked, else makes them now.
@@ -277,7 +278,7 @@ def activation_memory(config: ModelConfig, unit: Unit, policy: Policy) -> dict[s
     compared = (2 if policy.offload else 1) * unit.hidden_states * x
     chunk = 40 * min(DISTANCE_ROWS, m) * d if unit.hidden_states else 0  # ten fp32 copies
     if unit.heads:  # fp32 and bf16 logits (KL: three fp32 ones), then bf16 d(logits) and an fp32
-        # product, beside the fp32 sum; of KL alone the teacher's last hidden state
+        # product, next to the fp32 sum; of KL alone the teacher's last hidden state
         rows, v = min(policy.loss_rows // unit.heads, m), config.vocab_size
         logits = max(6 * unit.heads * rows * v, 2 * rows * v + 4 * v * d)
         chunk = max(chunk, 4 * v * d + logits)
@@ -421,7 +422,7 @@ def passes(config: ModelConfig, unit: Unit):
 def best_pass(q: Question, choices: list, room: float, offload: bool, each_pass: float):
     """The fastest of `choices` that fits in `room` bytes: (seconds a step, unit, policy), or None.
 
-    offload: whether inputs may wait in host memory. each_pass: seconds beside a pass's work.
+    offload: whether inputs may wait in host memory. each_pass: seconds that a pass takes besides.
     """
     best, n_layers = None, q.config.n_layers
     for part, policy, terms in choices:
@@ -741,7 +742,7 @@ def why(error: Exception) -> str:
         "Failed to find C compiler": "Triton needs a C compiler; install gcc or set CC",
         "Python.h": "Triton needs Python's headers; install python3-dev for this Python",
         # The compiler's own words go to the terminal, only its command line comes back.
-        "CalledProcessError": "Triton's C compiler failed, most often for want of Python's "
+        "CalledProcessError": "Triton's C compiler failed, most often because it lacks Python's "
         "headers; install python3-dev for this Python",
         "driver on your system is too old": "the NVIDIA driver is too old for this torch; update "
         f"it, or install a torch built for an older CUDA than {torch.version.cuda}",

@@ -35,13 +35,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
-from longred import StepStream, fill_defaults, plan_streams, whole_number
+from longred import Config, StepStream, fill_defaults, plan_streams, whole_number
 from machine import memory
 from machine import plan as planner
-from machine.formats import config_to_hf
-from machine.settings import MachineConfig as Config
 from machine.states import refuse_foreign, whole_file
-from model import LOSS_ROWS, Llama, ModelConfig, next_token_kl, next_token_loss
+from model import LOSS_ROWS, Llama, ModelConfig, config_to_hf, next_token_kl, next_token_loss
 from rope_kernels import apply_rope, rope_backend, rope_frequencies
 
 # ------------------------------------------------ Timing and bookkeeping, shared by the subcommands
@@ -241,7 +239,7 @@ def rope_peers(n_tokens, device):
     angle = (ids[..., None].float() * inv_freq.float()).repeat(1, 1, 2)  # (B, T, H), as peers do
     cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
 
-    def heads_first(function):  # peers want (B, heads, T, H); both transposes are views
+    def heads_first(function):  # peers take (B, heads, T, H); both transposes are views
         def rotate(q, k):
             q, k = function(q.transpose(1, 2), k.transpose(1, 2))
             return q.transpose(1, 2), k.transpose(1, 2)
@@ -467,14 +465,18 @@ def rooms(args, device):
     return gpu or planner.gpu_room(), host or planner.available_memory()
 
 
-def planned(step: Step, device, **settings) -> planner.Plan:
-    """The plan of a step on this device, printed. settings: make_plan's."""
+def planned(step: Step, device, host_given: bool = False, **settings) -> planner.Plan:
+    """The plan of a step on this device, printed. settings: make_plan's.
+
+    host_given: by --host_gib, so that more host memory than what is free is tried.
+    """
     gpu = device.type == "cuda"
     settings |= dict(card=torch.cuda.get_device_name(device)) if gpu else {}
     expandable = not gpu or planner.segments_expand()
     plan = planner.make_plan(step.config, step.units, expandable=expandable, **settings)
     if step.config is TINY and settings["host_bytes"]:
         use_everything(plan)
+    plan.host_given = host_given
     print(plan.table(), flush=True)
     return plan
 
@@ -531,6 +533,7 @@ def bench_step(args):
     print(f"{result['device']}, {result['date']}, {result['versions']}")
     gpu, host = rooms(args, device)
     settings = dict(gpu_bytes=gpu, host_bytes=host, compile=args.compile)
+    settings |= dict(host_given=bool(args.host_gib))
     plan = planned(step, device, moments=MOMENTS[args.moments], **settings)
     name = result_name(args)
     save = functools.partial(write_result, result, args.out_dir, name, quiet=True)
@@ -676,6 +679,7 @@ def bench_memory(args):
         result["pcie"] = pcie_rates(device)
     for length in args.lengths:
         step, settings = Step.paper(LLAMA3_8B, length), dict(moments=MOMENTS[args.moments])
+        settings |= dict(host_given=bool(args.host_gib))
         try:
             plan = planned(step, device, gpu_bytes=gpu, host_bytes=host, **settings)
         except ValueError as e:

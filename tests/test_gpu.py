@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import model
 from longred import main
 from machine import memory, plan
+from machine.formats import load_checkpoint
 from machine.plan import Policy
 from machine.run import train
 from measure import bench, evaluate
@@ -354,7 +355,7 @@ def test_a_run_trains_stops_resumes_reports_and_is_evaluated_on_the_gpu(
     assert ON_GPU or same_run(tmp_path / "whole", tmp_path / "parts")  # on a CPU to the bit
     assert "beyond the window" in (tmp_path / "parts/report.md").read_text()
 
-    extended = model.load_checkpoint(tmp_path / "parts", device="cuda", dtype=torch.bfloat16)
+    extended = load_checkpoint(tmp_path / "parts", device="cuda", dtype=torch.bfloat16)
     ids = torch.arange(100, device="cuda")[None]
     out = extended.generate(ids, 3, chunk_len=64)
     assert out.shape == (1, 103) and torch.equal(out[:, :100], ids)

@@ -368,11 +368,11 @@ def test_a_visiting_teacher_lives_in_one_host_buffer(monkeypatch):
     home = {name: p.data_ptr() for name, p in params.items()}
     stops = [home[name] + p.nbytes for name, p in params.items()]
     assert all(0 <= b - a < 64 for a, b in zip(stops, [*home.values()][1:], strict=False))
-    monkeypatch.setattr(torch.Tensor, "to", lambda t, *_, **__: t.clone())  # stands for a GPU
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *_, **__: t.clone())  # in place of a GPU
     visitor.come()
     assert [n for n, p in params.items() if p.data_ptr() == home[n]] == ["lm_head.weight"]
     here = params["norm.weight"].data_ptr()
-    visitor.come(lm_head=True)  # brings what is missing, and only that
+    visitor.come(lm_head=True)  # adds what is missing, and only that
     assert not {p.data_ptr() for p in params.values()} & set(home.values())
     assert params["norm.weight"].data_ptr() == here
     assert all(map(torch.equal, params.values(), before))
@@ -575,6 +575,27 @@ def test_a_plan_leaves_room_for_the_gaps_of_the_allocator(name):
             assert found.reserved(unit) < gib * GIB
         assert found.host_gradients == host_gradients or not expandable
         assert ("fixed segments" in found.table()) != expandable
+
+
+CHOICES = {  # length, GiB of GPU and of host, moments -> seconds of a step; of each unit the
+    # sequences in a pass, blocks unchecked, attention outputs kept, whether inputs are offloaded
+    (32768, 79.1, 120, torch.float32): (232.7, (1, 3, 29, 0), (4, 32, 0, 0), (1, 15, 17, 0)),
+    (32768, 139.0, 0, torch.bfloat16): (225.5, (1, 2, 30, 0), (8, 32, 0, 0), (1, 32, 0, 0)),
+    (131072, 79.1, 128, torch.float32): (431.2, (1, 0, 19, 1), (4, 32, 0, 0), (1, 15, 17, 0)),
+    (262144, 139.0, 120, torch.float32): (713.5, (1, 0, 10, 0), (32, 28, 4, 0), (4, 29, 1, 0)),
+}
+
+
+@pytest.mark.parametrize("asked", CHOICES, ids=str)
+def test_the_planner_chooses_for_8b_what_its_table_of_seconds_says(asked):
+    """A change of the planner that changes these has to say why."""
+    (length, gpu, host, moments), (seconds, *choices) = asked, CHOICES[asked]
+    room = int(gpu * GIB), host * GIB
+    found = make_plan(bench.LLAMA3_8B, units(length), *room, moments=moments)
+    assert found.seconds == pytest.approx(seconds, rel=1e-3)
+    for name, choice in zip(("long", "short", "s2l"), choices, strict=True):
+        p = found.policies[name]
+        assert (found.units[name].batch, p.unchecked, p.attention, p.offload) == choice, name
 
 
 LLAMA_70B = replace(bench.LLAMA3_8B, d_model=8192, n_layers=80, n_heads=64, d_ff=28672)

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -164,7 +165,7 @@ def profiler_raises(monkeypatch, _):
     monkeypatch.setattr(bench, "kernel_shares", mock.Mock(side_effect=RuntimeError("a bug")))
 
 
-def whole(stages):
+def all_measured(stages):
     assert stages["8B"]["step"]["whole"] and list(stages["8B"]["units"]) == PASSES
     rows = [row["T"] for row in stages["rotary"]["rows"] if "us" in row]
     assert len(rows) == 14  # of copy, ours, eager and torch.compile at two lengths
@@ -173,7 +174,7 @@ def whole(stages):
 
 
 def lock_was_refused(stages):
-    whole(stages)
+    all_measured(stages)
     first, second = stages["8B"]["tries"]
     assert "refuses to lock" in first["refused"] and second["host_gib"] == 0
     assert "refuses to lock" in stages["machine"]["host"]["refused"]
@@ -181,7 +182,7 @@ def lock_was_refused(stages):
 
 
 def memory_ran_out(stages):
-    whole(stages)
+    all_measured(stages)
     first, second = stages["8B"]["tries"]
     assert first["out of memory"] and second["gpu_gib"] == pytest.approx(0.92 * 8)
 
@@ -209,12 +210,12 @@ def peers_raised(stages):
 
 
 def profiler_raised(stages):
-    whole(stages)
+    all_measured(stages)
     assert "a bug" in stages["8B"]["units"]["long"]["gpu_time_percent"]["error"]
 
 
 FAULTS = {  # what goes wrong, and what the result says then
-    "nothing": (lambda *_: None, whole),
+    "nothing": (lambda *_: None, all_measured),
     "the lock is refused": (refuse_lock, lock_was_refused),
     "no memory in the second pass": (out_of_memory_in_the_second_pass, memory_ran_out),
     "a pass raises": (a_pass_raises, a_pass_raised),
@@ -284,7 +285,12 @@ def test_tests_that_do_not_end_leave_what_they_printed(tmp_path, monkeypatch):
     assert stage.rows["passed"] is True and "1 passed" in stage.rows["output"]
 
 
-def test_a_run_is_proved_where_transformers_is_missing(ckpt, tmp_path, few_sources, monkeypatch):
+def test_a_run_is_proved_where_transformers_is_missing(ckpt, whole, tmp_path, monkeypatch):
+    def stopped_and_resumed(command, out, stage):
+        shutil.copytree(whole, out)
+        return {"passed": True}
+
+    monkeypatch.setattr(prove, "stopped_and_resumed", stopped_and_resumed)
     monkeypatch.setitem(sys.modules, "transformers", None)
     run = proved(tmp_path, "then", ["run"], device=CPU, ckpt=ckpt[0])["stages"]["run"]
     assert run["passed"] and "transformers" in run["reopened_parameters"]["error"]

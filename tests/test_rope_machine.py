@@ -48,7 +48,7 @@ def compiled_launch(monkeypatch, capability, shape, dtype):
 
 def machine_code(kernel, folder):
     """Registers of a thread, bytes of its stack (spills) and the names of the instructions: what
-    Triton's ptxas wrote into the cubin, read by the cuobjdump beside it."""
+    Triton's ptxas wrote into the cubin, read by the cuobjdump next to it."""
     tool = Path(rope_kernels.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     cubin = folder / "rope.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
@@ -85,7 +85,7 @@ def test_machine_code_has_all_its_loads_under_way_first_and_makes_each_angle_onc
     ptx, n_warps = kernel.asm["ptx"], kernel.metadata.num_warps
     stores = re.findall(r"st\.global\S*", ptx)
     assert stores and all(store.endswith(".v4.b32") for store in stores)
-    assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) == len(stores)  # q and k; ids are apart
+    assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) == len(stores)  # q, k, not ids
     assert ".local" not in ptx and "fma.rn.f32" not in ptx and not kernel.metadata.enable_fp_fusion
     assert "0d3FC45F306DC9C883" in ptx  # 1 / 2 pi to all the bits of float64
 
@@ -100,7 +100,7 @@ def test_machine_code_has_all_its_loads_under_way_first_and_makes_each_angle_onc
     planes = rope_kernels.triton.next_power_of_2(head_dim // 2)
     tokens = max(1, 1024 // planes // rope_kernels.triton.next_power_of_2(n_heads))
     assert names.count("DMUL") == 2 * tokens * planes // (32 * n_warps)
-    # 4.8 TB/s at a latency of 1 us want 36 KB on their way to each of an H200's 132 processors.
+    # 4.8 TB/s at a latency of 1 us need 36 KB on their way to each of an H200's 132 processors.
     programs = min(32, 2**16 // (-(-registers // 8) * 8 * 32 * n_warps))
     read = tokens * (n_heads + n_kv_heads) * head_dim * dtype.itemsize
     assert programs * read >= 48_000
