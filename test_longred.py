@@ -1155,7 +1155,7 @@ def test_the_teacher_is_frozen_and_kept_out_of_everything(ckpt, tmp_path, monkey
         run, "load_checkpoint", lambda *a: loaded.append(load_checkpoint(*a)) or loaded[-1]
     )
     monkeypatch.setattr(
-        torch.optim, "AdamW", lambda p, *a: optimized.extend(p := list(p)) or adamw(p, *a)
+        torch.optim, "AdamW", lambda p, **k: optimized.extend(p := list(p)) or adamw(p, **k)
     )
     train(tiny_run(ckpt, tmp_path / "run", steps=3, save_every=1))
     teacher, student = loaded[-2:]  # before them one to choose the layers by

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import data
 import longred
@@ -34,12 +35,17 @@ def exported(folder):
     return {path.name: path.read_bytes() for path in (folder / "hf").iterdir()}
 
 
+def plain(c: MachineConfig) -> longred.Config:
+    names = longred.Config.__dataclass_fields__
+    return longred.Config(**{name: getattr(c, name) for name in names})
+
+
 def both_ways(c: MachineConfig, tmp_path):
     """What a run exports by machine/ and by longred.py alone: {name: bytes} twice."""
     c.out_dir = str(tmp_path / "robust")
     train(c)
-    plain = {name: getattr(c, name) for name in longred.Config.__dataclass_fields__}
-    longred.train(longred.Config(**plain | {"out_dir": str(tmp_path / "plain")}))
+    c.out_dir = str(tmp_path / "plain")
+    longred.train(plain(c))
     return exported(tmp_path / "robust"), exported(tmp_path / "plain")
 
 
@@ -66,6 +72,26 @@ def test_real_weights_and_books_train_the_same_bytes_both_ways(tmp_path):
     c.target_len, c.short_len, c.rope_theta = 1024, 128, None
     robust, plain = both_ways(c, tmp_path)
     assert robust == plain
+
+
+def test_in_bf16_by_autocast_the_six_files_train_as_in_fp32(ckpt, tmp_path, monkeypatch):
+    """What a GPU does, on a CPU."""
+    real, ends = torch.autocast, []
+
+    def on_cpu(kind, dtype=None, enabled=True, **more):
+        return real("cpu", torch.bfloat16, enabled=dtype is not None, **more)
+
+    for name in ("fp32", "bf16"):
+        c = tiny_run(ckpt, tmp_path / name, steps=12, distill_layers=[3], lr=3e-3)
+        c = longred.Config(
+            **{name: getattr(c, name) for name in longred.Config.__dataclass_fields__}
+        )
+        if name == "bf16":
+            monkeypatch.setattr(torch, "autocast", on_cpu)
+        longred.train(c)
+        lines = [json.loads(line) for line in open(tmp_path / name / "log.jsonl")]
+        ends.append([lines[i]["loss_long"] for i in (0, -1)])
+    assert ends[1] == pytest.approx(ends[0], rel=0.02) and ends[1][1] < 0.8 * ends[1][0]
 
 
 def chat_folder(folder):
@@ -163,6 +189,9 @@ REFUSED = {
     "no long text": (dict(long_data=None), "--long_data is missing"),
     "a folder": (dict(long_data="."), "cannot read . .*need a file of plain UTF-8 text"),
     "not above": (dict(target_len=64), "not above the original window of 64"),
+    "no scaling to remove": (dict(rope_type="default"), "and it has none"),
+    "above the window": (dict(short_len=65), "--short_len 65 is above the original window of 64"),
+    "a beta of 1": (dict(beta2=1), "--beta2 1.0: need at least 0, at most 0.999999"),
 }
 
 
@@ -178,11 +207,27 @@ def test_alone_what_cannot_work_ends_in_one_line(alone, ckpt, tmp_path, case, mo
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "line", ['{"text": 5}', '{"text": "\\ud800"}', '["text"]', '{"body": "x"}']
+)
+def test_alone_a_record_without_text_is_named(ckpt, tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "good"}}\n{line}\n')
+    with pytest.raises(
+        ValueError, match="long: cannot read .*a.jsonl .*need a file of plain UTF-8"
+    ):
+        data.tokenize([str(tmp_path / "a.jsonl")], data.Tokenizer(ckpt[0]), "long")
+
+
+def test_alone_numbers_that_are_not_finite_end_the_run(ckpt, tmp_path):
+    c = tiny_run(ckpt, tmp_path / "run", lr=1e30, distill_layers=[3])
+    with pytest.raises(ValueError, match="try a smaller --lr"):
+        longred.train(plain(c))
+    assert not (tmp_path / "run" / "hf").exists()
+
+
 def test_alone_a_run_is_not_overwritten_and_torchrun_is_refused(ckpt, tmp_path, monkeypatch):
     (tmp_path / "log.jsonl").touch()
-    names = longred.Config.__dataclass_fields__
-    c = tiny_run(ckpt, tmp_path)
-    c = longred.Config(**{name: getattr(c, name) for name in names})
+    c = plain(tiny_run(ckpt, tmp_path))
     with pytest.raises(ValueError, match="already holds a run; pass another --out_dir"):
         longred.train(c)
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -99,7 +99,8 @@ def test_weights_are_never_twice_in_memory(tmp_path, kind):
     else:
         meta_folder(tmp_path / "it", model, 2)
     code = """
-import resource, sys, model
+import resource, sys
+from machine import formats as model
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 m = model.load_checkpoint(sys.argv[1])
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
@@ -534,7 +535,8 @@ def test_the_hub_is_asked_for_what_is_needed_and_refusals_are_explained(tmp_path
         "no/body": "no such repository",
     }
     code = """
-import json, sys, model
+import json, sys
+from machine import formats as model
 for name in sys.argv[1:]:
     try: print(model.load_checkpoint(name).config.n_layers and "loaded")
     except ValueError as e: print(e)
@@ -675,7 +677,8 @@ def hostile(root):
 def test_hostile_checkpoints_end_in_one_line_and_take_no_memory(tmp_path):
     cases = hostile(tmp_path)
     code = """
-import json, resource, sys, model
+import json, resource, sys
+from machine import formats as model
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 model.load_checkpoint(sys.argv[1]); before = peak()
 for folder in sys.argv[2:]:

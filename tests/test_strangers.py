@@ -157,7 +157,7 @@ def folder(whole, tmp_path, request, monkeypatch):
     monkeypatch.setattr(frontier, "BOOK_SEQUENCES", 2)
     monkeypatch.setattr(demo, "train_demo_model", make_demo_model)
     monkeypatch.setattr(demo, "write_demo_text", short_demo_text)
-    small = dict(steps=1, eval_tokens=256, distill_layers=[3], long_micro=1, long_batch=1)
+    small = dict(steps=1, eval_tokens=256, long_micro=1, long_batch=1)
     small |= dict(short_micro=1, short_batch=1, s2l_micro=1, s2l_batch=1)
     monkeypatch.setattr(demo, "train", lambda c: train(replace(c, **small)))
     folder = tmp_path / "folder"
