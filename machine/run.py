@@ -108,7 +108,8 @@ class Run:
         if self.resumed:
             self.keeper.claim(Path(config.resume), resumed=True)
         self.source = resolve_checkpoint(config.ckpt)
-        find_tokenizer(self.source)  # where there is none, that comes before every question
+        if (self.source / "tokenizer.model").is_file():  # of a kind that is not read, perhaps
+            find_tokenizer(self.source)
         self.original = load_config(self.source)
         self.c = c = resolve(config, self.original, self.source)
         self.out_dir = Path(c.out_dir)

@@ -225,6 +225,7 @@ def hf_folder(folder, **changes):
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
+PARTIAL = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
 ROTARIES = {
     "scaling beside parameters": dict(
         rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
@@ -234,7 +235,7 @@ ROTARIES = {
         rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         rope_scaling=LINEAR,
     ),
-    "original at the top": dict(rope_scaling=YARN, original_max_position_embeddings=32),
+    "original at the top": dict(rope_scaling=YARN, original_max_position_embeddings=64),
     "original at the top alone": dict(
         rope_scaling={"type": "yarn", "factor": 4.0}, original_max_position_embeddings=32
     ),
@@ -242,7 +243,7 @@ ROTARIES = {
     "no original, llama3": dict(
         rope_scaling={k: v for k, v in LLAMA3.items() if "original" not in k}
     ),
-    "two thetas": dict(rope_theta=700.0, rope_parameters={"rope_theta": 9e3}, rope_scaling=None),
+    "theta twice": dict(rope_theta=9e3, rope_parameters={"rope_theta": 9e3}, rope_scaling=None),
 }  # fmt: skip
 
 
@@ -261,11 +262,30 @@ def test_rotary_is_read_as_transformers_reads_it(tmp_path, name):
         (dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}), "rotary for some layers"),
         (dict(tie_word_embeddings="false"), "tie_word_embeddings is 'false'"),
         (dict(rope_interleaved=True), "rope_interleaved is True"),
+        (dict(rope_theta=700.0, rope_parameters={"rope_theta": 9e3}, rope_scaling=None), "700.0"),
+        (dict(rope_theta=700.0, rope_scaling=LINEAR | {"rope_theta": 9e3}), "700.0.*9000.0"),
+        (dict(rope_scaling=YARN, original_max_position_embeddings=32), "is 32, inside the yarn"),
+        (dict(rope_scaling=LINEAR | {"type": "yarn"}), "rope_type is 'linear', type 'yarn'"),
+        (dict(rope_scaling=None, rope_parameters=PARTIAL), "partial_rotary_factor is 0.5, inside"),
+        (dict(rope_scaling=LINEAR | {"partial_rotary_factor": 0.25}), "factor is 0.25, inside"),
+        (dict(rope_scaling=LINEAR, rope_parameters=PARTIAL), "partial_rotary_factor is 0.5"),
+        (dict(architectures=["Qwen2ForCausalLM"]), "llama, architectures Qwen2ForCausalLM"),
     ],
 )
 def test_a_config_that_contradicts_itself_is_refused(tmp_path, changes, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=said) as refused:
         load_config(hf_folder(tmp_path / "hf", **changes))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("kind", [{"rope_type": "longrope"}, {"type": "longrope"}, {"type": "su"}])
+def test_two_rotaries_in_one_model_are_refused_with_the_reason(tmp_path, key, kind):
+    two = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 4.0, "rope_theta": 500.0}
+    changes = {"rope_scaling": None} | {key: two | kind}
+    with pytest.raises(ValueError, match="which of the two a longer window would rescale") as said:
+        load_config(hf_folder(tmp_path / "hf", **changes))
+    assert "two rotaries in one model" in str(said.value) and "try 'default'" not in str(said.value)
 
 
 def test_a_head_of_its_own_under_tied_embeddings_is_refused(tmp_path):
@@ -309,8 +329,8 @@ def test_large_finite_weights_are_no_fault():
         (dict(rope_scaling=LINEAR, original_max_position_embeddings=64), 256),
         (dict(rope_scaling=LINEAR, original_max_position_embeddings=16), 64),
         (dict(rope_scaling=LINEAR), "--original_len 64 or --original_len 256"),
-        (dict(model_type="qwen2", max_position_embeddings=None), 32768),
-        (dict(model_type="mistral", max_position_embeddings=None, sliding_window=None), 131072),
+        (dict(model_type="qwen2", max_position_embeddings=None, architectures=None), 32768),
+        (dict(model_type="mistral", max_position_embeddings=None, architectures=None), 131072),
         (dict(max_position_embeddings=None), 2048),
     ],
 )
@@ -348,6 +368,26 @@ def test_what_is_not_read_is_named(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "logit_scale, qk_norm is not read" in said and "modeling_own.Own" in said
     load_config(hf_folder(tmp_path / "plain"))
+    assert "WARNING" not in capsys.readouterr().out
+
+
+# What the published config.json files of models in HUB_NAMES hold beside the usual entries.
+PUBLISHED = {
+    "smollm2": dict(is_llama_config=True, rope_interleaved=False, pretraining_tp=1, use_cache=True),
+    "smollm2's": {"transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}},
+    "llama": dict(attention_bias=False, mlp_bias=False, initializer_range=0.02, eos_token_id=[1]),
+    "qwen2": dict(model_type="qwen2", use_sliding_window=False, sliding_window=131072),
+    "qwen3": dict(model_type="qwen3", max_window_layers=28, attention_dropout=0.0, head_dim=16),
+    "mistral": dict(model_type="mistral", sliding_window=None, head_dim=16),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_known_models_are_read_without_a_warning(capsys, name):
+    hf_config.say_once.cache_clear()
+    hf = config_to_hf(tiny_config()) | PUBLISHED[name]
+    hf |= {"architectures": [hf_config.FAMILIES[hf["model_type"]]]}
+    assert config_from_hf(hf).n_layers == 3
     assert "WARNING" not in capsys.readouterr().out
 
 
