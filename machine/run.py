@@ -415,7 +415,11 @@ class Run:
         c, exported = self.c, self.out_dir / "hf"
         if self.processes.rank:
             return exported
-        student.to(stored_dtype(self.original) or self.stored)
+        dtype = stored_dtype(self.original) or self.stored
+        if dtype == torch.float16 and any(p.abs().max() > 65504 for p in student.parameters()):
+            print("weights beyond 65,504 are inf in float16: the export is in bfloat16")
+            dtype = torch.bfloat16
+        student.to(dtype)
         with states.writing(exported):
             save_checkpoint(student, exported, tokenizer_from=self.source)
         print(f"extended checkpoint: {exported}")

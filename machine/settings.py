@@ -249,7 +249,7 @@ def resolve(config: MachineConfig, model: ModelConfig, ckpt: Path) -> MachineCon
             "--rope_type default, which removes the scaling, with a --rope_theta to your liking"
         )
     check_device(c, plan.parameter_count(model))
-    fill_defaults(c, Path(config.ckpt).name, model.rope_theta)
+    fill_defaults(c, Path(os.path.abspath(config.ckpt)).name, model.rope_theta)
     if c.train_len > c.target_len:
         raise ValueError(
             f"--train_len {c.train_len} is above --target_len {c.target_len}; try a third of it"

@@ -43,6 +43,7 @@ class Tokenizer:
     fingerprint: str  # of the tokenizer's file
     ordinary: frozenset[int]  # ids that a text can become: no special token, no hole, no padding
     spelled: re.Pattern  # a special token written out in a text, which is ordinary text there
+    template: tuple[list[int], list[int]]  # ids that it puts around a text by itself
     cut: re.Pattern | None = None  # where a text may be cut without changing its tokens
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -51,7 +52,8 @@ class Tokenizer:
 
     def check_fits(self, vocab_size: int) -> None:
         """ValueError if a document can hold ids that a model's vocabulary does not."""
-        final = self.bos_id if self.add_bos else 0, self.eos_id if self.add_eos else 0
+        final = [self.bos_id if self.add_bos else 0, self.eos_id if self.add_eos else 0]
+        final += [i for part in self.template for i in part]
         if (largest := max(max(self.ordinary, default=0), *final)) >= vocab_size:
             raise ValueError(
                 f"tokenizer does not fit the model: its ids go up to {largest}, the "
@@ -251,6 +253,14 @@ def _load_json(path: Path, config: dict) -> Tokenizer:
     added = {"bos": full[:first], "eos": full[first + len(bare) :]}
     made = {t: i for i, t in tk.get_added_tokens_decoder().items() if t.special}
     specials = {i: t.content for t, i in made.items()}
+    # transformers adds what tokenizer_config.json alone names; no text becomes one of these.
+    named_alone = config.get("added_tokens_decoder") or {}
+    for i, entry in named_alone.items() if isinstance(named_alone, dict) else ():
+        token = entry.get("content") if isinstance(entry, dict) and entry.get("special") else None
+        new = isinstance(token, str) and i.isdecimal() and int(i) < 2**32
+        if new and tk.id_to_token(int(i)) is None:
+            specials.setdefault(int(i), token)
+    of_token = {token: i for i, token in specials.items()}
     for token in (config["bos_token"], config["eos_token"]):
         # Named, in the vocabulary, and no text's token: special, though not marked as such.
         i = tk.token_to_id(token) if token else None
@@ -260,7 +270,7 @@ def _load_json(path: Path, config: dict) -> Tokenizer:
     def special(kind: str) -> tuple[int | None, list[int]]:
         """(the one named, those of config.json): special tokens only."""
         token = config[f"{kind}_token"]
-        named = tk.token_to_id(token) if token else None
+        named = of_token.get(token, tk.token_to_id(token)) if token else None
         if token and named not in specials:
             what = "not in its vocabulary" if named is None else "an ordinary token"
             say_once(f"{path}: {kind}_token {token!r:.40} is {what}: not taken for {kind.upper()}")
@@ -295,10 +305,11 @@ def _load_json(path: Path, config: dict) -> Tokenizer:
     return Tokenizer(
         encode,
         lambda ids: tk.decode([int(i) for i in ids], skip_special_tokens=False),
-        max(vocab) + 1,
+        max(*vocab, *specials, 0) + 1,
         *(bos_id, eos_id, bool(add_bos), final, _sha256(path.read_bytes())),
         frozenset(i for i in vocab if i not in specials),
         _any_of(specials.values()),
+        (added["bos"], added["eos"]),
     )
 
 
@@ -349,6 +360,7 @@ def _load_ranks(path: Path, config: dict) -> Tokenizer:
         fingerprint=_sha256(path.read_bytes()),
         ordinary=frozenset(ranks.values()),
         spelled=_any_of(special),
+        template=([special["<|begin_of_text|>"]], []),
     )
 
 
@@ -407,6 +419,11 @@ def carry_tokenizer(source: Path, out_dir: Path, window: int | None) -> dict:
     if path.is_file():
         gone = "max_length stride truncation_strategy padding pad_to_multiple_of auto_map".split()
         settings = {k: v for k, v in read_json(path).items() if k not in gone}
+        if str(settings.get("tokenizer_class")).endswith("Backend"):  # transformers 4 has no such
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+            settings.pop("backend", None)
+        if isinstance(settings.get("extra_special_tokens"), list):  # 5's name for 4's
+            settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
         write_json(path, settings | ({"model_max_length": window} if window else {}))
     return special
 
@@ -414,36 +431,52 @@ def carry_tokenizer(source: Path, out_dir: Path, window: int | None) -> dict:
 def check_export(source: Path, tokenizer: Tokenizer, texts: list[str] | None = None) -> int:
     """Compare what training reads with what the export's tokenizer.json makes of the same texts.
 
-    texts: the run's own; None: a few lines that try everything, before any text is read.
-    Returns the number of tokens compared. Raises ValueError where one differs.
+    texts: the run's own; None: a few lines that try everything, before any text is read. What the
+    tokenizer puts around a text is compared too: in front training's BOS or nothing, behind it
+    nothing or training's EOS. Returns the number of tokens compared. Raises ValueError where one
+    differs.
     """
     exported = _export_encoder(source)
     texts = [PROBE, " a", "", "a  b ", *PROBE.split()] if texts is None else texts
+    first = [tokenizer.bos_id] if tokenizer.add_bos else []
+    ends = [], [tokenizer.eos_id]
     n = 0
-    for text, want in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        got = exported(text)
-        n += len(want)
-        if got != want:
-            i = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), 0)
-            raise ValueError(
-                f"the tokenizer of {source} cannot be exported: {tokenizer.decode(want[:i][-9:])!r}"
-                f" goes on as {tokenizer.decode(want[i : i + 4])!r} in training, as "
-                f"{tokenizer.decode(got[i : i + 4])!r} by the export's tokenizer.json; put the "
-                "tokenizer.json that belongs to it into the folder"
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        want, got = [*first, *ids], exported(text)
+        n += len(ids)
+        if any(got == [*want, *end] for end in ends):
+            continue
+        i = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), len(want))
+        remedy = "put the tokenizer.json that belongs to it into the folder"
+        if any(got[k : k + len(ids)] == ids for k in range(len(got) - len(ids) + 1)):
+            remedy = (
+                "remove add_bos_token and add_eos_token from its tokenizer_config.json, so that "
+                "tokenizer.json alone decides what is put around a text"
             )
+        raise ValueError(
+            f"the tokenizer of {source} cannot be exported: "
+            f"{tokenizer.decode(want[max(0, i - 9) : i])!r} goes on as "
+            f"{_shown(tokenizer, want[i : i + 4])} in training, as "
+            f"{_shown(tokenizer, got[i : i + 4])} by the export's tokenizer.json; {remedy}"
+        )
     return n
+
+
+def _shown(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """Tokens as text and as ids: two texts may look alike."""
+    return f"{tokenizer.decode(ids)!r} {ids}" if ids else "nothing"
 
 
 @functools.lru_cache(4)
 def _export_encoder(source: Path) -> Callable[[str], list[int]]:
-    """text -> ids, by the tokenizer.json that an export of this checkpoint has."""
+    """text -> ids, by the tokenizer.json that an export of this folder has, with its template."""
     from tokenizers import Tokenizer as Fast
 
     with tempfile.TemporaryDirectory() as folder:
         carry_tokenizer(source, Path(folder), None)
         exported = Fast.from_file(f"{folder}/tokenizer.json")
     exported.encode_special_tokens = True  # markup in a text is text, in training and here
-    return lambda text: exported.encode(text, add_special_tokens=False).ids
+    return lambda text: exported.encode(text).ids
 
 
 def _convert(source: Path, out_dir: Path) -> dict:

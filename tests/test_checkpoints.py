@@ -19,6 +19,7 @@ import torch._dynamo.testing
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from longred import train
 from machine import checkpoints, hf_config
@@ -31,12 +32,14 @@ from machine.formats import (
     save_checkpoint,
     stored_dtype,
 )
+from machine.settings import resolve
 from measure import evaluate
 from measure.demo import write_byte_tokenizer
 from tests.conftest import (
     HERE,
     LLAMA3,
     PROPERTY,
+    byte_tokenizer,
     edit_weights,
     hf_model,
     meta_folder,
@@ -391,6 +394,107 @@ def test_known_models_are_read_without_a_warning(capsys, name):
     assert "WARNING" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_an_export_that_is_not_finite_is_refused_before_anything_is_written(tmp_path, dtype):
+    model = tiny_llama().to(dtype)
+    save_checkpoint(model, tmp_path / "hf")
+    before = (tmp_path / "hf" / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        model.norm.weight[0] = 65504.0  # the largest of float16
+    save_checkpoint(model, tmp_path / "large")
+    with torch.no_grad():
+        model.norm.weight[0] = float("inf")
+    with pytest.raises(ValueError, match="norm.weight has 1 numbers that are inf or nan.*bfloat16"):
+        save_checkpoint(model, tmp_path / "hf")
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == before
+
+
+def test_weights_beyond_float16_are_exported_in_bfloat16(ckpt, tmp_path, capsys):
+    folder = shutil.copytree(ckpt[0], tmp_path / "hf")
+    edit_weights(folder, lambda t: t["model.norm.weight"].fill_(70_000.0))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    c = tiny_run(ckpt, tmp_path / "run", steps=1, eval_tokens=0, method="long_cpt")
+    out = train(dataclasses.replace(c, ckpt=str(folder)))
+    assert "the export is in bfloat16" in capsys.readouterr().out
+    assert stored_dtype(load_config(out)) == torch.bfloat16
+    assert load_checkpoint(out).norm.weight.min() > 65504
+
+
+def test_licences_and_chat_templates_go_along_and_what_does_not_is_named(tmp_path, capsys):
+    source = save_checkpoint(tiny_llama(vocab_size=257), tmp_path / "source")
+    byte_tokenizer(source)
+    along = "LICENSE NOTICE.txt USE_POLICY.md chat_template.json additional_chat_templates/a.jinja"
+    for name in (*along.split(), "tekken.json", "README.md", "chat_template.jinja"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("{}")
+    for _ in range(2):  # written over, and none twice
+        out = save_checkpoint(load_checkpoint(source), tmp_path / "out", tokenizer_from=source)
+        said = capsys.readouterr().out
+        assert (
+            f"left out of the export, beside the weights in {source}: README.md, tekken.json\n"
+            in said
+        )
+    found = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    weights = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert found == {*along.split(), "chat_template.jinja", *weights}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("case", ["tied not said", "base model", "module.", "_orig_mod."])
+def test_names_of_tensors_that_others_write_get_the_remedy(tmp_path, case, tied):
+    folder = save_checkpoint(tiny_llama(tie_embeddings=tied), tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    if case == "tied not said":
+        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+        edit_weights(folder, lambda t: t.pop("lm_head.weight", None))
+        with pytest.raises(ValueError, match="set it to true"):
+            load_checkpoint(folder)
+        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+        assert load_checkpoint(folder).config.tie_embeddings
+        return
+    tensors = load_file(folder / "model.safetensors")
+    if case == "base model":
+        tensors.pop("lm_head.weight", None)
+        tensors = {name.removeprefix("model."): t for name, t in tensors.items()}
+        said = "from transformers import" if tied else "without its lm_head; take the whole"
+    else:
+        tensors, said = {case + name: t for name, t in tensors.items()}, f"have the prefix '{case}'"
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=said) as refused:
+        load_checkpoint(folder)
+    assert "\n" not in str(refused.value)
+    if case == "base model" and tied:
+        command = str(refused.value).partition("save it anew: ")[2]
+        command = command.replace("python -c", f"{sys.executable} -c")
+        subprocess.run(["bash", "-c", command], check=True, capture_output=True)
+        assert load_checkpoint(f"{folder}-whole").config.n_layers == 3
+
+
+def test_a_tensor_in_two_shards_is_refused_naming_both(tmp_path):
+    folder = save_checkpoint(tiny_llama(), tmp_path / "hf")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, index = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], {}
+    for name, part in zip(names, (tensors, {EMBEDDING: tensors[EMBEDDING]}), strict=True):
+        save_file(part, folder / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(part, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(ValueError, match=f"{EMBEDDING} is in both .*{names[0]} and .*fetch both"):
+        load_checkpoint(folder)
+
+
+EMBEDDING = checkpoints.EMBEDDING
+
+
+@pytest.mark.parametrize("given", [".", "../hf", "./"])
+def test_the_default_out_dir_has_the_checkpoints_name(ckpt, tmp_path, monkeypatch, given):
+    folder = shutil.copytree(ckpt[0], tmp_path / "hf")
+    monkeypatch.chdir(folder)
+    c = dataclasses.replace(tiny_run(ckpt, tmp_path / "x"), ckpt=given, out_dir=None)
+    assert resolve(c, load_config(folder), folder).out_dir.endswith("out/hf-256")
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_an_adapter_that_is_not_merged_is_refused(tmp_path, name):
     folder = hf_folder(tmp_path / "hf")
@@ -538,6 +642,11 @@ class Hub(BaseHTTPRequestHandler):
             "some/model": (200, ""),
         }.get(repo, (404, "RepoNotFound"))
         sha, body = "a" * 40, b""
+        at = {"revision", "resolve"} & {*parts}
+        asked = parts[parts.index(at.pop()) + 1] if at else sha
+        if status == 200 and asked not in ("main", sha, "v1.0", "b" * 40):
+            status, error = 404, "RevisionNotFound"
+        sha = "b" * 40 if asked in ("v1.0", "b" * 40) else sha
         names = sorted(p.relative_to(self.files) for p in self.files.rglob("*"))
         if status == 200 and "tree" in parts:
             body = [dict(type="file", path=str(n), oid="b" * 40, size=1) for n in names]
@@ -569,6 +678,8 @@ def test_the_hub_is_asked_for_what_is_needed_and_refusals_are_explained(tmp_path
     Hub.files, Hub.asked = folder, []
     said = {
         "some/model": "loaded",
+        "some/model@v1.0": "loaded",
+        "some/model@v9": "it has no revision 'v9'.*hf download some/model --revision v9",
         "llama3-8b": "licence must be accepted at .*Meta-Llama-3-8B, and you are not logged in",
         "some/broken": "out of reach .*500.* you are not logged in",
         "no/body": "no such repository",

@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,12 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import data
 import machine.corpus
+import machine.tokenizer
 from machine.tokenizer import carry_tokenizer, check_export, llama3_special_tokens
 from model import load_checkpoint, save_checkpoint
 from tests.conftest import (
@@ -138,7 +142,7 @@ def test_metas_tokenizer_is_exported_as_one_that_encodes_alike(tmp_path):
 
 def named(folder, *special, config=None, beside=None, settings=None):
     """byte_tokenizer's folder with other special tokens, from 256 on, and files beside it."""
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import AddedToken
 
     byte_tokenizer(folder)
     tk = json.loads((folder / "tokenizer.json").read_text())
@@ -262,9 +266,93 @@ def test_an_export_that_reads_the_runs_text_otherwise_is_refused(tmp_path):
         check_export(tmp_path, tk, ["some text"])
 
 
-def test_truncation_and_padding_stay_behind(tmp_path):
-    from tokenizers import Tokenizer
+def with_template(folder, single, **settings):
+    """byte_tokenizer's folder with <s> and </s>, 256 and 257, which put these around a text."""
+    named(folder, "<s>", "</s>", settings={"bos_token": "<s>", "eos_token": "</s>"} | settings)
+    tk = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    around = [("<s>", 256), ("</s>", 257)]
+    tk.post_processor = TemplateProcessing(single=single, special_tokens=around)
+    tk.save(str(folder / "tokenizer.json"))
+    return folder
 
+
+@pytest.mark.parametrize(
+    "single, settings, alike",
+    [
+        ("$A", {}, True),
+        ("<s> $A", {}, True),
+        ("<s> $A </s>", {}, True),  # documents end with EOS, too
+        ("<s> $A", {"add_bos_token": True}, True),
+        ("<s> $A", {"add_bos_token": False}, False),
+        ("$A", {"add_bos_token": True}, False),
+        ("</s> $A", {"add_bos_token": False}, False),
+        ("$A <s>", {}, False),
+    ],
+)
+def test_what_an_export_puts_around_a_text_is_what_training_read(tmp_path, single, settings, alike):
+    folder = with_template(tmp_path / "tk", single, **settings)
+    tk = data.load_tokenizer(folder)
+    if alike:
+        assert check_export(folder, tk, ["some text"]) == 9
+        return
+    with pytest.raises(ValueError, match="remove add_bos_token.*tokenizer_config.json") as said:
+        check_export(folder, tk, ["some text"])
+    assert re.search(r"\[25[67], |\[25[67]\]", str(said.value)) and "\n" not in str(said.value)
+    if settings:  # the remedy works
+        names = {"bos_token": "<s>", "eos_token": "</s>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(names))
+        machine.tokenizer._export_encoder.cache_clear()
+        if single != "</s> $A":
+            assert check_export(folder, data.load_tokenizer(folder), ["some text"]) == 9
+
+
+def test_ids_that_the_template_gives_are_held_against_the_embedding(tmp_path):
+    tk = data.load_tokenizer(with_template(tmp_path / "tk", "$A </s>"), add_eos=False)
+    tk.check_fits(258)
+    with pytest.raises(ValueError, match="ids go up to 257, the model has 257 embeddings"):
+        tk.check_fits(257)
+
+
+def test_a_mismatch_of_texts_that_look_alike_shows_the_tokens(tmp_path):
+    tk = byte_tokenizer(tmp_path)
+    tk.encode, whole = lambda texts: [[120, *ids[1:]] for ids in whole(texts)], tk.encode
+    tk.decode = lambda ids: "x" * len(ids)  # as two spellings of one character
+    with pytest.raises(ValueError, match=r"'xxxx' \[120, .*'xxxx' \[82, "):
+        check_export(tmp_path, tk, ["some text"])
+
+
+def test_an_end_of_text_that_tokenizer_config_alone_names_is_taken(tmp_path):
+    entry = {"content": "</s>", "special": True}
+    settings = {"eos_token": "</s>", "added_tokens_decoder": {"257": entry}}
+    tk = data.load_tokenizer(named(tmp_path / "a", "<s>", settings=settings))
+    assert (tk.eos_id, tk.add_eos, tk.vocab_size) == (257, True, 258)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "a")
+    assert theirs.eos_token_id == 257
+    with pytest.raises(ValueError, match="ids go up to 257"):
+        tk.check_fits(257)
+    for wrong in ({"x": entry}, {"257": {}}, {"257": entry | {"special": False}}, [], {"257": "a"}):
+        settings["added_tokens_decoder"] = wrong
+        assert data.load_tokenizer(named(tmp_path / "b", "<s>", settings=settings)).eos_id is None
+
+
+@pytest.mark.parametrize("name", ["TokenizersBackend", "SentencePieceBackend"])
+def test_the_class_of_an_export_is_one_that_transformers_4_and_5_know(tmp_path, name):
+    settings = {"tokenizer_class": name, "backend": "tokenizers", "extra_special_tokens": ["<x>"]}
+    carry_tokenizer(named(tmp_path / "a", "<x>", settings=settings), mkdir(tmp_path / "b"), None)
+    written = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
+    assert written == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": ["<x>"],
+    }
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "b").tokenize("a") == ["a"]
+
+
+def mkdir(folder):
+    folder.mkdir()
+    return folder
+
+
+def test_truncation_and_padding_stay_behind(tmp_path):
     byte_tokenizer(tmp_path / "a")
     tk = Tokenizer.from_file(str(tmp_path / "a" / "tokenizer.json"))
     tk.enable_truncation(4)
