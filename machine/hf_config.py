@@ -185,13 +185,7 @@ def _name_the_unknown(hf: dict, family: str) -> None:
             f"never run; the model is computed as transformers' own {family}"
         )
     named = hf.get("architectures") or [FAMILIES[family]]
-    named = named if isinstance(named, list) else [named]
-    if FAMILIES[family] not in named:
-        if others := [name for name in named if name in FAMILIES.values()]:
-            raise ValueError(
-                f"model_type is {family}, architectures {others[0]}: transformers goes by the "
-                "first, vLLM by the second; set both to the one that the weights are of"
-            )
+    if FAMILIES[family] not in (named if isinstance(named, list) else [named]):
         say_once(
             f"WARNING: config.json's architectures is {str(named)[:120]}, its model_type {family}: "
             f"computed as {FAMILIES[family]}"

@@ -272,7 +272,6 @@ def test_rotary_is_read_as_transformers_reads_it(tmp_path, name):
         (dict(rope_scaling=None, rope_parameters=PARTIAL), "partial_rotary_factor is 0.5, inside"),
         (dict(rope_scaling=LINEAR | {"partial_rotary_factor": 0.25}), "factor is 0.25, inside"),
         (dict(rope_scaling=LINEAR, rope_parameters=PARTIAL), "partial_rotary_factor is 0.5"),
-        (dict(architectures=["Qwen2ForCausalLM"]), "llama, architectures Qwen2ForCausalLM"),
     ],
 )
 def test_a_config_that_contradicts_itself_is_refused(tmp_path, changes, said):
@@ -332,8 +331,8 @@ def test_large_finite_weights_are_no_fault():
         (dict(rope_scaling=LINEAR, original_max_position_embeddings=64), 256),
         (dict(rope_scaling=LINEAR, original_max_position_embeddings=16), 64),
         (dict(rope_scaling=LINEAR), "--original_len 64 or --original_len 256"),
-        (dict(model_type="qwen2", max_position_embeddings=None, architectures=None), 32768),
-        (dict(model_type="mistral", max_position_embeddings=None, architectures=None), 131072),
+        (dict(model_type="qwen2", max_position_embeddings=None), 32768),
+        (dict(model_type="mistral", max_position_embeddings=None, sliding_window=None), 131072),
         (dict(max_position_embeddings=None), 2048),
     ],
 )
