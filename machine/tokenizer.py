@@ -8,6 +8,7 @@ import base64
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import re
@@ -45,6 +46,21 @@ class Tokenizer:
     spelled: re.Pattern  # a special token written out in a text, which is ordinary text there
     template: tuple[list[int], list[int]]  # ids that it puts around a text by itself
     cut: re.Pattern | None = None  # where a text may be cut without changing its tokens
+    pairs: frozenset[str] = frozenset()  # characters side by side in a token, where that is known
+
+    def joint(self, text: str, first: int, last: int) -> int | None:
+        """The last place, from first on, that no token spans, whatever is around it; None: unknown.
+
+        Neighbours that no token holds side by side are in two tokens (BPE merges, and unigrams
+        cover, neighbours alone). What else a tokenizer does is tried on what is around the place.
+        """
+        places = (i for i in range(last, first, -1) if text[i - 1 : i + 1] not in self.pairs)
+        for i in itertools.islice(places if self.pairs else (), 99):
+            left, right, before = text[max(0, i - 40) : i], text[i : i + 40], text[i - 1]
+            tried = self.encode_batch([left + right, left, before + right, before])
+            if tried[0] == tried[1] + tried[2][len(tried[3]) :]:
+                return i
+        return None
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, without special tokens; markup such as <s> is plain text."""
@@ -102,6 +118,8 @@ def load_tokenizer(folder: str | Path, add_eos: bool | None = None) -> Tokenizer
             raise
         raise ValueError(f"cannot use {path}: {error}; fetch it again") from error
     tokenizer.cut = _find_cut(tokenizer)
+    if tokenizer.cut is None or tokenizer.cut.pattern != DROP:
+        tokenizer.pairs = frozenset()  # of a byte-level vocabulary, cut into words beforehand
     if add_eos and tokenizer.eos_id is None:
         raise ValueError(
             f"--add_eos: {path} and what stands beside it name no end of text among its "
@@ -310,6 +328,12 @@ def _load_json(path: Path, config: dict) -> Tokenizer:
         frozenset(i for i in vocab if i not in specials),
         _any_of(specials.values()),
         (added["bos"], added["eos"]),
+        pairs=frozenset(
+            token[i : i + 2].replace(BLANK, " ")
+            for token in tk.get_vocab()
+            if not BYTE.fullmatch(token)
+            for i in range(len(token) - 1)
+        ),
     )
 
 
@@ -373,19 +397,24 @@ def optional(package: str, what: object):
         raise ValueError(f"reading {what} takes one more package: pip install {package}") from error
 
 
+BLANK = "\u2581"  # sentencepiece's space
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # its name of a byte, no text of five characters
+DROP = r"(?<=[^\W\d_]) (?=[^\W\d_])"
+
+
 def _find_cut(tokenizer: Tokenizer) -> re.Pattern | None:
     """Where a long text may be cut so that its pieces' tokens are the tokens of the whole.
 
     Byte-level tokenizers cut at word borders first: after a lone newline, or before a lone space,
     is safe. Sentencepiece's put a space in front of every text: cut at a space and drop it. Which
-    holds is tried on this tokenizer. Neither: pieces of LONGEST_PIECE, a token off at each cut.
+    holds is tried on this tokenizer. Neither: `joint`, else pieces of LONGEST_PIECE, some tokens
+    off at each cut.
     """
     a, b = "He said: it's 12 o'clock,\n\nbut 'No one", "knew' the 7th\r\nthing of 1999. Yes"
     keep = r"(?<=\S\n)(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])"
-    drop = r"(?<=[^\W\d_]) (?=[^\W\d_])"
     for pattern, *groups in (
         (keep, [a + "\n" + b, a + "\n", b], [a + " " + b, a, " " + b]),
-        (drop, [a + " " + b, a, b]),
+        (DROP, [a + " " + b, a, b]),
     ):
         ids = [tokenizer.encode_batch(group) for group in groups]
         if all(whole == first + second for whole, first, second in ids):

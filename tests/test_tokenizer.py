@@ -11,7 +11,7 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, normalizers
 from tokenizers.processors import TemplateProcessing
 
 import data
@@ -24,6 +24,7 @@ from tests.conftest import (
     STORIES,
     bpe,
     byte_tokenizer,
+    documents,
     meta_folder,
     needs_stories,
     prose,
@@ -90,10 +91,58 @@ def test_a_document_in_pieces_has_the_tokens_of_the_whole(which, parts):
     size, machine.corpus.PIECE = machine.corpus.PIECE, 2
     try:
         assert tk.cut is not None
-        pieces = [piece for piece, _ in machine.corpus._split([text], tk.cut)]
+        assert in_pieces(tk, text) == tk.encode_batch([text])[0]
     finally:
         machine.corpus.PIECE = size
-    assert [i for ids in tk.encode_batch(pieces) for i in ids] == tk.encode_batch([text])[0]
+
+
+def in_pieces(tk, text):
+    """The tokens of a text, cut as a document is."""
+    pieces = list(machine.corpus._split([text], tk))
+    encoded = tk.encode_batch([piece for piece, _, _ in pieces])
+    skipped = (tk.encode_batch([piece[:skip]])[0] if skip else [] for piece, _, skip in pieces)
+    return [i for ids, skip in zip(encoded, skipped, strict=True) for i in ids[len(skip) :]]
+
+
+AWKWARD = {  # no blank between letters to cut at, in 150,000 characters
+    "blanks": "a" + " " * 150_000 + "b",
+    "digits": "0123456789" * 15_000,
+    "one letter": "a" * 150_000,
+    "newlines": "\n" * 150_000,
+    "dashes": "-" * 150_000,
+    "cjk": "\u4e16\u754c\u4f60\u597d" * 37_500,
+    "code": "".join(f"\n    x_{i}={i};" for i in range(10_000)),
+    "punctuation": ".,;:!? ,." * 16_000,
+    "letters": "".join(random.Random(0).choices("abcdefgh", k=150_000)),
+    "tables": "12 | 7,5 | -3\n" * 11_000,
+}
+
+
+def test_no_joint_is_seen_between_letters_that_a_token_holds_side_by_side(tmp_path):
+    """A run of ab may be cut after an even number alone, which no look at what is around tells."""
+    vocab = {t: i for i, t in enumerate(["<unk>", "\u2581", "a", "b", "c", "ab", "abab"])}
+    exact = Tokenizer(models.BPE(vocab, [("a", "b"), ("ab", "ab")], unk_token="<unk>"))
+    steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    exact.normalizer = normalizers.Sequence(steps)
+    exact.save(str(tmp_path / "tokenizer.json"))
+    tk = data.load_tokenizer(tmp_path)
+    assert tk.joint("ab" * 101, 1, 198) is None
+    assert tk.joint("ab" * 50 + "c" + "ab" * 51, 1, 198) == 101
+
+
+@needs_stories
+@pytest.mark.parametrize("name", AWKWARD)
+def test_a_document_without_a_place_to_cut_has_the_tokens_of_the_whole(tmp_path, name):
+    tk, text = data.load_tokenizer(STORIES), AWKWARD[name]
+    pieces = list(machine.corpus._split([text], tk))
+    assert len(pieces) > 2 and max(len(piece) for piece, _, _ in pieces) <= (1 << 16) + 1
+    assert in_pieces(tk, text) == tk.encode_batch([text])[0]
+    (tmp_path / "a.txt").write_text(text, newline="")
+    (ids,) = documents(data.tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache"))
+    assert ids == [tk.bos_id, *tk.encode_batch([text])[0], tk.eos_id]
+    for size in (1000, 70_000):  # however it is read
+        blocks = [text[i : i + size] for i in range(0, len(text), size)]
+        assert list(machine.corpus._split(blocks, tk)) == pieces
 
 
 @functools.cache
@@ -180,6 +229,29 @@ def test_documents_end_with_an_end_of_text_or_nothing(tmp_path, special, files, 
     tk = data.load_tokenizer(named(tmp_path / "tk", *special, **files))
     assert (tk.eos_id if tk.add_eos else None) == end
     assert tk.eos_id is None or tk.eos_id < tk.vocab_size
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        dict(beside={"bos_token": "<s>", "eos_token": "</s>"}),
+        dict(beside={"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>"}}),
+        dict(config={"bos_token_id": 256, "eos_token_id": 257}),
+        dict(config={"bos_token_id": 256, "eos_token_id": [257, 258]}),
+        dict(beside={"bos_token": "<s>"}, config={"eos_token_id": 257}),
+    ],
+)
+def test_both_ends_may_be_named_beside_tokenizer_config(tmp_path, files):
+    """By special_tokens_map.json or config.json alone; BOS is in front where a template has it."""
+    folder = named(tmp_path / "tk", "<s>", "</s>", "<e>", **files)
+    tk = data.load_tokenizer(folder)
+    assert (tk.bos_id, tk.eos_id, tk.add_bos, tk.add_eos) == (256, 257, False, True)
+    exact = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    exact.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    exact.save(str(folder / "tokenizer.json"))
+    tk = data.load_tokenizer(folder)
+    assert (tk.bos_id, tk.eos_id, tk.add_bos, tk.add_eos) == (256, 257, True, True)
+    assert check_export(folder, tk, ["some text"]) == 9
 
 
 def test_an_end_that_is_asked_for_is_there_or_refused(tmp_path):
