@@ -121,10 +121,10 @@ def _download(name: str, repo: str, revision: str | None) -> Path:
     except Exception as e:  # a dozen network errors from three libraries
         said = " ".join(str(e.__cause__ or e).split())
         reason = f"nothing is cached, the hub refused or is out of reach ({said:.100}), and {login}"
-    at = f"{repo} --revision {revision}" if revision else repo
+    wanted = f"{repo} --revision {revision}" if revision else repo
     raise ValueError(
         f"cannot get {name!r} from the hub as {repo}: {reason}. Either run `hf auth login` and `hf "
-        f"download {at} --exclude 'original/*'` where there is a network, or pass the folder: "
+        f"download {wanted} --exclude 'original/*'` where there is a network, or pass the folder: "
         "--ckpt /path/to/folder (with config.json, *.safetensors and tokenizer.json)"
     ) from None
 

@@ -361,8 +361,8 @@ def _refuse_other(path: str, head: bytes, unpacked: bool) -> None:
         raise ValueError(f"{path} {TAR}")
     for magic, (kind, suffix) in PACKED.items():
         if head.startswith(magic) and (unpacked or not path.lower().endswith(suffix)):
-            again = " twice" if unpacked and path.lower().endswith(suffix) else ""
-            raise ValueError(f"{path} is {kind}{again}; let its name end in {suffix}, or unpack it")
+            twice = " twice" if unpacked and path.lower().endswith(suffix) else ""
+            raise ValueError(f"{path} is {kind}{twice}; let its name end in {suffix}, or unpack it")
     head = head[:64]
     if head[1::2].count(0) > len(head) // 4 or head[0::2].count(0) > len(head) // 4:
         order = "le" if head[1::2].count(0) > head[0::2].count(0) else "be"

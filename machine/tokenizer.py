@@ -256,6 +256,17 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
+def _named_alone(tk, config: dict) -> dict[int, str]:
+    """Special tokens that only tokenizer_config.json names: transformers adds them, and no text
+    becomes one."""
+    found, entries = {}, config.get("added_tokens_decoder") or {}
+    for i, entry in entries.items() if isinstance(entries, dict) else ():
+        token = entry.get("content") if isinstance(entry, dict) and entry.get("special") else None
+        if isinstance(token, str) and i.isdecimal() and int(i) < 2**32:
+            found |= {int(i): token} if tk.id_to_token(int(i)) is None else {}
+    return found
+
+
 def _load_json(path: Path, config: dict) -> Tokenizer:
     """Hugging Face's tokenizer.json."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns after a fork
@@ -271,13 +282,7 @@ def _load_json(path: Path, config: dict) -> Tokenizer:
     added = {"bos": full[:first], "eos": full[first + len(bare) :]}
     made = {t: i for i, t in tk.get_added_tokens_decoder().items() if t.special}
     specials = {i: t.content for t, i in made.items()}
-    # transformers adds what tokenizer_config.json alone names; no text becomes one of these.
-    named_alone = config.get("added_tokens_decoder") or {}
-    for i, entry in named_alone.items() if isinstance(named_alone, dict) else ():
-        token = entry.get("content") if isinstance(entry, dict) and entry.get("special") else None
-        new = isinstance(token, str) and i.isdecimal() and int(i) < 2**32
-        if new and tk.id_to_token(int(i)) is None:
-            specials.setdefault(int(i), token)
+    specials |= _named_alone(tk, config)
     of_token = {token: i for i, token in specials.items()}
     for token in (config["bos_token"], config["eos_token"]):
         # Named, in the vocabulary, and no text's token: special, though not marked as such.
@@ -328,12 +333,7 @@ def _load_json(path: Path, config: dict) -> Tokenizer:
         frozenset(i for i in vocab if i not in specials),
         _any_of(specials.values()),
         (added["bos"], added["eos"]),
-        pairs=frozenset(
-            token[i : i + 2].replace(BLANK, " ")
-            for token in tk.get_vocab()
-            if not BYTE.fullmatch(token)
-            for i in range(len(token) - 1)
-        ),
+        pairs=_pairs(tk.get_vocab()),
     )
 
 
@@ -402,6 +402,12 @@ BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # its name of a byte, no text of five cha
 DROP = r"(?<=[^\W\d_]) (?=[^\W\d_])"
 
 
+def _pairs(vocab: Iterable[str]) -> frozenset[str]:
+    """The neighbouring characters of all tokens, two and two."""
+    tokens = [token.replace(BLANK, " ") for token in vocab if not BYTE.fullmatch(token)]
+    return frozenset(token[i : i + 2] for token in tokens for i in range(len(token) - 1))
+
+
 def _find_cut(tokenizer: Tokenizer) -> re.Pattern | None:
     """Where a long text may be cut so that its pieces' tokens are the tokens of the whole.
 
@@ -468,12 +474,12 @@ def check_export(source: Path, tokenizer: Tokenizer, texts: list[str] | None = N
     exported = _export_encoder(source)
     texts = [PROBE, " a", "", "a  b ", *PROBE.split()] if texts is None else texts
     first = [tokenizer.bos_id] if tokenizer.add_bos else []
-    ends = [], [tokenizer.eos_id]
+    closings = [], [tokenizer.eos_id]
     n = 0
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         want, got = [*first, *ids], exported(text)
         n += len(ids)
-        if any(got == [*want, *end] for end in ends):
+        if any(got == [*want, *closing] for closing in closings):
             continue
         i = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), len(want))
         remedy = "put the tokenizer.json that belongs to it into the folder"

@@ -641,8 +641,8 @@ class Hub(BaseHTTPRequestHandler):
             "some/model": (200, ""),
         }.get(repo, (404, "RepoNotFound"))
         sha, body = "a" * 40, b""
-        at = {"revision", "resolve"} & {*parts}
-        asked = parts[parts.index(at.pop()) + 1] if at else sha
+        before = {"revision", "resolve"} & {*parts}
+        asked = parts[parts.index(before.pop()) + 1] if before else sha
         if status == 200 and asked not in ("main", sha, "v1.0", "b" * 40):
             status, error = 404, "RevisionNotFound"
         sha = "b" * 40 if asked in ("v1.0", "b" * 40) else sha
