@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from urllib.parse import unquote
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -52,7 +53,8 @@ HUB_NAMES = {
 def resolve_checkpoint(path_or_name: str | os.PathLike) -> Path:
     """Find the folder of a checkpoint: a folder, an OUT_DIR holding hf/, a known name, a hub id.
 
-    Local folders win. Raises ValueError saying which names exist or how to provide the weights.
+    A known name or hub id may end in @revision. Local folders win. Raises ValueError saying which
+    names exist or how to provide the weights.
     """
     text = str(path_or_name)
     folder = Path(os.path.expanduser(text))  # Path's own raises RuntimeError for ~nobody
@@ -67,13 +69,14 @@ def resolve_checkpoint(path_or_name: str | os.PathLike) -> Path:
             "with config.json, model.safetensors and tokenizer.json, or Meta's with params.json, "
             "consolidated.00.pth and tokenizer.model"
         )
-    repo = HUB_NAMES.get(text.lower(), text)
+    name, _, revision = text.partition("@")
+    repo = HUB_NAMES.get(name.lower(), name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.startswith((".", "/")):
         raise ValueError(
-            f"no checkpoint {text!r}: not a folder here, not a hub id owner/name, and not one of "
-            f"{', '.join(HUB_NAMES)}"
+            f"no checkpoint {text!r}: not a folder here, not a hub id owner/name[@revision], and "
+            f"not one of {', '.join(HUB_NAMES)}"
         )
-    return _download(text, repo)
+    return _download(text, repo, unquote(revision) or None)
 
 
 def _refuse_adapter(folder: Path) -> None:
@@ -87,9 +90,14 @@ def _refuse_adapter(folder: Path) -> None:
             )
 
 
-def _download(name: str, repo: str) -> Path:
+def _download(name: str, repo: str, revision: str | None) -> Path:
+    """A repository's snapshot, at a commit, tag or branch; None: as its main branch is now."""
     from huggingface_hub import get_token, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     from machine.tokenizer import TOKENIZER_FILES
 
@@ -99,7 +107,8 @@ def _download(name: str, repo: str) -> Path:
     try:
         found = snapshot_download(
             repo,
-            allow_patterns=[*wanted, *TOKENIZER_FILES],
+            revision=revision,
+            allow_patterns=[*wanted, *TOKENIZER_FILES, *CARRIED],
             ignore_patterns=["original/*", "consolidated*"],  # Meta's copy doubles the download
         )
         return resolve_checkpoint(found)
@@ -107,14 +116,17 @@ def _download(name: str, repo: str) -> Path:
         raise
     except GatedRepoError:
         reason = f"its licence must be accepted at https://huggingface.co/{repo}, and {login}"
+    except RevisionNotFoundError:
+        reason = f"it has no revision {revision!r}, which is a commit, tag or branch after @"
     except RepositoryNotFoundError:
         reason = f"the hub has no such repository, or it is private and {login}"
     except Exception as e:  # a dozen network errors from three libraries
         said = " ".join(str(e.__cause__ or e).split())
         reason = f"nothing is cached, the hub refused or is out of reach ({said:.100}), and {login}"
+    wanted = f"{repo} --revision {revision}" if revision else repo
     raise ValueError(
         f"cannot get {name!r} from the hub as {repo}: {reason}. Either run `hf auth login` and `hf "
-        f"download {repo} --exclude 'original/*'` where there is a network, or pass the folder: "
+        f"download {wanted} --exclude 'original/*'` where there is a network, or pass the folder: "
         "--ckpt /path/to/folder (with config.json, *.safetensors and tokenizer.json)"
     ) from None
 
@@ -292,7 +304,10 @@ def _weight_files(folder: Path) -> dict[str, tuple[Path, dict]]:
                 f"{path} is missing, truncated or damaged ({str(e)[:300]}); fetch it again"
             ) from None
         if twice := files.keys() & header.keys():
-            raise ValueError(f"{min(twice)} stands in both {files[min(twice)][0]} and {path}")
+            raise ValueError(
+                f"{min(twice)} is in both {files[min(twice)][0]} and {path}, and readers differ "
+                "over which counts; fetch both again, they are shards of two downloads or saves"
+            )
         files |= {name: (path, entry) for name, entry in header.items()}
     return files
 
@@ -321,12 +336,43 @@ def _safetensors_header(path: Path) -> dict[str, dict]:
 
 def _check_names(place: Path, expected: Set[str], found: Set[str]) -> None:
     """Tensor names, after those that may be ignored were taken out of `found`."""
-    for problem, names in (("lacks", expected - found), ("has the unknown", found - expected)):
+    missing, unknown = expected - found, found - expected
+    if missing == {"lm_head.weight"} and not unknown:
+        raise ValueError(
+            f"{place} lacks lm_head.weight, while config.json says tie_word_embeddings: false; set "
+            "it to true where the embedding is the head too (Unsloth and mergekit write such "
+            "folders), else fetch the weights again"
+        )
+    _refuse_prefix(place, expected, found)
+    for problem, names in (("lacks", missing), ("has the unknown", unknown)):
         if names:
             some = sorted(map(str, names))[:3]
             raise ValueError(
                 f"{place} {problem} {len(names)} tensor(s), {some!r:.200}; its config and its "
-                "weights do not belong together"
+                "weights do not belong together: fetch both from one place"
+            )
+
+
+def _refuse_prefix(place: Path, expected: Set[str], found: Set[str]) -> None:
+    """ValueError where the names are the expected ones behind, or without, a prefix."""
+    if found and {f"model.{name}" for name in found} <= expected:
+        whole = expected - {f"model.{name}" for name in found}
+        raise ValueError(
+            f"{place}: its names lack the prefix 'model.', it was saved from transformers' base "
+            f"model{' without its lm_head' if whole else ''}; "
+            + (
+                "take the whole model's checkpoint"
+                if whole
+                else "save it anew: python -c 'from transformers import AutoModelForCausalLM as M; "
+                f'M.from_pretrained("{place}").save_pretrained("{place}-whole")\''
+            )
+        )
+    names = [n for n in found if isinstance(n, str) and n.endswith(EMBEDDING)]
+    for prefix in {name.removesuffix(EMBEDDING) for name in names} - {""}:
+        if expected <= {name.removeprefix(prefix) for name in found}:
+            raise ValueError(
+                f"{place}: its names have the prefix {prefix!r}, of a model that was saved wrapped "
+                "(DDP, torch.compile, PEFT, a vision model); save what is inside it, or rename them"
             )
 
 
@@ -505,6 +551,17 @@ def _split_dim(folder: Path, name: str, whole: tuple, parts: list[tuple]) -> int
 
 # ---------------------------------------------------------------------------------------------- out
 
+# Beside weights and tokenizer: licences and chat templates, which go along, as they are.
+CARRIED = (
+    "LICENSE* LICENCE* COPYING* NOTICE* USE_POLICY* chat_template.json additional_chat_templates/*"
+).split()
+TEMPLATES = "additional_chat_templates"
+# What is beside weights and is no loss: other formats of them, folders' own, what is written anew.
+NO_LOSS = re.compile(
+    r"(model|pytorch_model|consolidated|flax_model|tf_model|rust_model).*|params\.json|\..*|"
+    r"config\.json|generation_config\.json|checklist\.chk|longred\.json|log\.jsonl"
+)
+
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """The files in a folder that `new_folder` may have brought there; nobody else's."""
@@ -513,8 +570,16 @@ def checkpoint_files(folder: Path) -> list[Path]:
     names = {"config.json", "generation_config.json", "model.safetensors.index.json"}
     weights = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
     names |= set(TOKENIZER_FILES)
-    found = folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ()
-    return [p for p in found if p.is_file() and (p.name in names or weights.fullmatch(p.name))]
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    ours = [p for p in folder.iterdir() if p.name in names or weights.fullmatch(p.name)]
+    return [p for p in (*ours, *carried_files(folder)) if p.is_file()]
+
+
+def carried_files(folder: Path) -> list[Path]:
+    """The licences and chat templates in a checkpoint's folder."""
+    found = (path for pattern in CARRIED for path in sorted(folder.glob(pattern)))
+    return [path for path in found if path.is_file()]
 
 
 def drop_checkpoint(folder: Path, but: Iterable[str] = ()) -> None:
@@ -522,8 +587,9 @@ def drop_checkpoint(folder: Path, but: Iterable[str] = ()) -> None:
     for path in checkpoint_files(folder):
         if path.name not in but:
             path.unlink()
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    for place in (folder / TEMPLATES, folder):
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
 
 
 def free_name(path: Path) -> Path:
@@ -562,7 +628,7 @@ def new_folder(out_dir: Path) -> Iterator[Path]:
     partial.rename(out_dir)
     new = {path.name for path in out_dir.iterdir()}
     weights = {p.name for p in checkpoint_files(previous) if p.name.startswith("model")}
-    others = {p.name for p in checkpoint_files(previous)} - weights - new
+    others = {p.name for p in checkpoint_files(previous) if p.parent == previous} - weights - new
     drop_checkpoint(previous, but=others)  # a tokenizer.model, say, that its user put there
     for left in unfinished(out_dir):
         for path in left.iterdir():  # somebody's files
@@ -585,6 +651,14 @@ def carry_over(source: Path, out_dir: Path, hf: dict) -> dict:
         settings = read_json(source / "generation_config.json")
         settings.pop("max_length", None)  # it would stop generation inside the new window
         write_json(out_dir / "generation_config.json", settings)
+    for path in carried_files(source):
+        there = out_dir / path.relative_to(source)
+        there.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, there)
+    known = {*TOKENIZER_FILES, *(p.name for p in carried_files(source))}
+    names = {p.name for p in source.iterdir() if p.is_file()} - known
+    if left := sorted(name for name in names if not NO_LOSS.fullmatch(name)):
+        print(f"left out of the export, beside the weights in {source}: {', '.join(left)[:300]}")
     return special | hf
 
 

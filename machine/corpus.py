@@ -48,9 +48,9 @@ import data
 from machine.checkpoints import LFS, LFS_REMEDY, free_name
 from machine.tokenizer import Tokenizer, optional
 
-FORMAT = 5  # part of the cache key: raise it when the files' layout or the cutting rule changes
+FORMAT = 6  # part of the cache key: raise it when the files' layout or the cutting rule changes
 PIECE = 1 << 14  # characters: longer documents go to the tokenizer in pieces, for speed and memory
-LONGEST_PIECE = 1 << 16  # without a safe cut an unsafe one is made: a million blanks kill tiktoken
+LONGEST_PIECE = 1 << 16  # more is not encoded at once: a million blanks kill tiktoken
 BATCH = 1 << 20  # characters handed to the tokenizer at once; it has two batches in hand
 SHARD = 32  # batches between two notes of how far a build has come: what a kill costs
 # Of a cache folder, beside meta.json. The second holds three int64 for each document: its end as an
@@ -104,6 +104,7 @@ class Piece:
     source: int
     position: int  # bytes of all files read before its end, for the progress bar
     ids: list[int] | None = None  # of a file of ids, whose documents are one piece each
+    skip: int = 0  # of its tokens: they are of the piece before
 
 
 # A file of token ids begins with this line; then a document a line, as a JSON list.
@@ -368,8 +369,8 @@ def _refuse_other(path: str, head: bytes, unpacked: bool) -> None:
         raise ValueError(f"{path} {TAR}")
     for magic, (kind, suffix) in PACKED.items():
         if head.startswith(magic) and (unpacked or not path.lower().endswith(suffix)):
-            again = " twice" if unpacked and path.lower().endswith(suffix) else ""
-            raise ValueError(f"{path} is {kind}{again}; let its name end in {suffix}, or unpack it")
+            twice = " twice" if unpacked and path.lower().endswith(suffix) else ""
+            raise ValueError(f"{path} is {kind}{twice}; let its name end in {suffix}, or unpack it")
     head = head[:64]
     if head[1::2].count(0) > len(head) // 4 or head[0::2].count(0) > len(head) // 4:
         order = "le" if head[1::2].count(0) > head[0::2].count(0) else "be"
@@ -470,9 +471,16 @@ def _reading(path: str):
         raise ValueError(f"cannot read {path}: {error}; fetch or leave it out") from error
 
 
-def _split(blocks: Iterable[str], cut: re.Pattern | None) -> Iterator[tuple[str, bool]]:
-    """One document -> (piece, is it the last), cut where the tokens do not notice."""
-    rest = ""
+def _split(blocks: Iterable[str], tokenizer: Tokenizer | None) -> Iterator[tuple[str, bool, int]]:
+    """One document -> (piece, is it the last, how many characters of the piece before it it begins
+    with), cut where the tokens do not notice.
+
+    Where no safe cut is in LONGEST_PIECE, it is at a joint that no token spans: the next piece
+    begins with the character before, so that nothing is put in front of it as of a text, and the
+    tokens of that character are left out. An unsafe cut is made where there is none either: within
+    a run of one letter or of blanks, say, whose tokens depend on where the run began.
+    """
+    rest, overlap, cut = "", 0, tokenizer and tokenizer.cut
     for block in itertools.chain(blocks, [None]):
         rest, start = rest + (block or ""), 0
         # All of `rest` is cut at the end of the text; before it, only what has room for a cut.
@@ -481,14 +489,16 @@ def _split(blocks: Iterable[str], cut: re.Pattern | None) -> Iterator[tuple[str,
             found = cut.search(rest, start + PIECE, end + 1) if cut else None
             if found is None and len(rest) <= end:
                 break
-            yield rest[start : found.start() if found else end], False
-            start = found.end() if found else end
+            joint = tokenizer.joint(rest, start + PIECE, end) if tokenizer and not found else None
+            yield rest[start : found.start() if found else joint or end], False, overlap
+            overlap = 1 if joint else 0
+            start = found.end() if found else (joint or end) - overlap
         rest = rest[start:]
     if rest:
-        yield rest, True
+        yield rest, True, overlap
 
 
-def _split_and_sum(blocks: Iterable[str], cut) -> Iterator[tuple[str, bool, int]]:
+def _split_and_sum(blocks: Iterable[str], tokenizer: Tokenizer | None):
     """_split's pieces, and the crc32 of what was read: at the last piece that of the whole text.
 
     Not of the pieces, which lack what cuts drop: copies of a document would differ by tokenizer.
@@ -501,8 +511,9 @@ def _split_and_sum(blocks: Iterable[str], cut) -> Iterator[tuple[str, bool, int]
             checksum = zlib.crc32(block.encode(), checksum)
             yield block
 
-    for text, last in _split(read(), cut):
-        yield text, last, checksum
+    for text, last, overlap in _split(read(), tokenizer):
+        skip = len(tokenizer.encode_batch([text[:overlap]])[0]) if overlap else 0
+        yield text, last, skip, checksum
 
 
 class Zstd(io.RawIOBase):
@@ -642,7 +653,7 @@ def _pieces(files: list[File], tokenizer: Tokenizer | None, skip_bad: bool, coun
 
     tokenizer: by which texts are cut and ids checked; None: no cuts, and files of ids left out.
     """
-    before, cut = 0, tokenizer and tokenizer.cut  # bytes in files read
+    before = 0  # bytes in files read
     for file in files:
         with _reading(file.path):
             kind = _kind(file)
@@ -655,13 +666,14 @@ def _pieces(files: list[File], tokenizer: Tokenizer | None, skip_bad: bool, coun
                         count["bad"] += 1
                         continue
                     first, returns = True, False
-                    for text, last, checksum in _split_and_sum(document, cut):
+                    for text, last, skip, checksum in _split_and_sum(document, tokenizer):
                         for token in tokenizer.spelled.findall(text) if tokenizer else ():
                             count["spelled"][token] = count["spelled"].get(token, 0) + 1
                         returns |= "\r" in text
                         position = before + (raw.tell() if raw else 0)
-                        yield Piece(text, first, last, checksum, file.source, position)
-                        first = False
+                        piece = Piece(text, first, last, checksum, file.source, position)
+                        piece.skip, first = skip, False
+                        yield piece
                     count["cr"] += returns
         before += file.stat[0]
 
@@ -1027,6 +1039,7 @@ def _append(batch, ids, tokenizer, state, tokens, records) -> None:
         last = [tokenizer.eos_id] if tokenizer.add_eos and piece.last else []
         if piece.ids is not None:
             piece_ids, last = piece.ids, []
+        piece_ids = piece_ids[piece.skip :]
         parts += [first, piece_ids, last]
         n_tokens += len(first) + len(piece_ids) + len(last)
         if piece.last:

@@ -57,7 +57,8 @@ HARMLESS = set(
     "task_specific_params problem_type id2label label2id tokenizer_class is_decoder "
     "is_encoder_decoder torchscript unsloth_version unsloth_fixed attn_implementation "
     "_attn_implementation name finetuning_task hidden_dropout hidden_dropout_prob resid_pdrop "
-    "embd_pdrop attn_dropout rope_interleaved use_return_dict transformers.js_config".split()
+    "embd_pdrop attn_dropout rope_interleaved use_return_dict transformers.js_config "
+    "is_llama_config mask_token_id cls_token_id decoder_start_token_id".split()
 ) | {*CONFIG_NAMES.values(), *WINDOW_NAMES}
 
 
@@ -192,10 +193,13 @@ def _rope_from_hf(hf: dict, window: int) -> tuple[float, dict | None]:
     theta = (scaling or parameters).get("rope_theta", hf.get("rope_theta"))
     lost, outer = parameters.get("rope_theta"), hf.get("rope_theta")
     if theta is not None and outer is not None and outer != theta:
-        say_once(
-            f"WARNING: rope_theta is {outer!r:.30}, inside the rotary's own entry {theta!r:.30}; "
-            "the latter is taken, as by transformers 5, while transformers 4 takes the former"
+        raise ValueError(
+            f"rope_theta is {outer!r:.30}, inside the rotary's own entry {theta!r:.30}: "
+            "transformers 4 takes the former, 5 the latter; remove the one that the weights were "
+            "not trained with"
         )
+    for place in (parameters, scaling):
+        _refuse_rotary(place)
     if scaling and lost is not None and lost != (10_000.0 if theta is None else theta):
         raise ValueError(
             f"rope_parameters has rope_theta {lost!r:.30}, but rope_scaling stands beside it, which"
@@ -210,12 +214,41 @@ def _rope_from_hf(hf: dict, window: int) -> tuple[float, dict | None]:
     outer = hf.get("original_max_position_embeddings")
     kind = scaling.get("rope_type") or scaling.get("type")
     if outer is not None and kind in ("llama3", "yarn"):
+        inner = scaling.get("original_max_position_embeddings")
+        if inner not in (None, outer):
+            raise ValueError(
+                f"original_max_position_embeddings is {outer!r:.30}, inside the {kind} scaling "
+                f"{inner!r:.30}, and readers differ over which counts; remove the wrong one"
+            )
         scaling["original_max_position_embeddings"] = outer
     if kind in (None, "default") and scaling.get("factor") not in (None, 1, 1.0):
         raise ValueError(
             f"rope_scaling is {str(scaling)[:80]}, a factor without a kind; add its rope_type"
         )
     return theta, _full_scaling(scaling, window)
+
+
+def _refuse_rotary(entry: dict) -> None:
+    """ValueError for a rotary that is not computed here, or that is of two kinds."""
+    kinds = {str(entry[key]) for key in ("rope_type", "type") if entry.get(key) is not None}
+    if kinds & {"longrope", "su"}:
+        raise ValueError(
+            f"the rotary is {min(kinds & {'longrope', 'su'})}: one table of frequencies up to the "
+            "original window and another beyond it, two rotaries in one model; which of the two a "
+            "longer window would rescale is not defined, so it is not extended: take a checkpoint "
+            "with one rotary (default, linear, yarn or llama3)"
+        )
+    if len(kinds) > 1:
+        raise ValueError(
+            f"rope_type is {entry['rope_type']!r:.30}, type {entry['type']!r:.30} in one rotary; "
+            "remove the wrong one"
+        )
+    if entry.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise ValueError(
+            f"partial_rotary_factor is {entry['partial_rotary_factor']!r:.60}, inside the rotary's "
+            "own entry, where some readers take it and others do not; this model rotates whole "
+            "heads: remove it if the weights were trained with whole heads, else take another model"
+        )
 
 
 def _mapping(hf: dict, key: str) -> dict:

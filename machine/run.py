@@ -47,7 +47,7 @@ from machine.settings import (
     source_shares,
 )
 from machine.tokenizer import check_export, find_tokenizer, load_tokenizer
-from model import Llama, hf_name, merge_weights, stored_dtype
+from model import Llama, export_dtype, hf_name, merge_weights
 
 
 def last_words(error: Exception) -> str | int:
@@ -109,7 +109,8 @@ class Run(longred.Run):
         if self.resumed:
             self.keeper.claim(Path(config.resume), resumed=True)
         self.source = resolve_checkpoint(config.ckpt)
-        find_tokenizer(self.source)  # where there is none, that comes before every question
+        if (self.source / "tokenizer.model").is_file():  # of a kind that is not read, perhaps
+            find_tokenizer(self.source)
         self.original = load_config(self.source)
         self.c = c = resolve(config, self.original, self.source)
         self.out_dir = Path(c.out_dir)
@@ -480,7 +481,7 @@ class Run(longred.Run):
             return exported
         if c.merge:
             merge_weights(student, teacher, c.merge)
-        student.to(stored_dtype(self.original) or self.stored)
+        student.to(export_dtype(student, self.original))
         with states.writing(exported):
             save_checkpoint(student, exported, tokenizer_from=self.source)
         print(f"extended checkpoint: {exported}")

@@ -143,7 +143,7 @@ def resolve(config: MachineConfig, model: ModelConfig, ckpt: Path) -> MachineCon
     # Short-to-long needs text like the short stream's; a user's own long text is available, too.
     fill(c, context=1, s2l_data=c.long_data or c.short_data or corpus.DEFAULT_SHORT)
     fill(c, long_data=corpus.DEFAULT_LONG, short_data=corpus.DEFAULT_SHORT)
-    c = longred.resolve(c, model, Path(config.ckpt).name or Path(config.ckpt).resolve().name)
+    c = longred.resolve(c, model, Path(os.path.abspath(config.ckpt)).name)
     check_lengths(c, model)
     check_sources(c)
     return c

@@ -8,6 +8,7 @@ import base64
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import re
@@ -39,7 +40,23 @@ class Tokenizer:
     fingerprint: str  # of the tokenizer's file
     ordinary: frozenset[int]  # ids that a text can become: no special token, no hole, no padding
     spelled: re.Pattern  # a special token written out in a text, which is ordinary text there
+    template: tuple[list[int], list[int]]  # ids that it puts around a text by itself
     cut: re.Pattern | None = None  # where a text may be cut without changing its tokens
+    pairs: frozenset[str] = frozenset()  # characters side by side in a token, where that is known
+
+    def joint(self, text: str, first: int, last: int) -> int | None:
+        """The last place, from first on, that no token spans, whatever is around it; None: unknown.
+
+        Neighbours that no token holds side by side are in two tokens (BPE merges, and unigrams
+        cover, neighbours alone). What else a tokenizer does is tried on what is around the place.
+        """
+        places = (i for i in range(last, first, -1) if text[i - 1 : i + 1] not in self.pairs)
+        for i in itertools.islice(places if self.pairs else (), 99):
+            left, right, before = text[max(0, i - 40) : i], text[i : i + 40], text[i - 1]
+            tried = self.encode_batch([left + right, left, before + right, before])
+            if tried[0] == tried[1] + tried[2][len(tried[3]) :]:
+                return i
+        return None
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, without special tokens; markup such as <s> is plain text."""
@@ -47,7 +64,8 @@ class Tokenizer:
 
     def check_fits(self, vocab_size: int) -> None:
         """ValueError if a document can hold ids that a model's vocabulary does not."""
-        final = self.bos_id if self.add_bos else 0, self.eos_id if self.add_eos else 0
+        final = [self.bos_id if self.add_bos else 0, self.eos_id if self.add_eos else 0]
+        final += [i for part in self.template for i in part]
         if (largest := max(max(self.ordinary, default=0), *final)) >= vocab_size:
             raise ValueError(
                 f"tokenizer does not fit the model: its ids go up to {largest}, the "
@@ -96,6 +114,8 @@ def load_tokenizer(folder: str | Path, add_eos: bool | None = None) -> Tokenizer
             raise
         raise ValueError(f"cannot use {path}: {error}; fetch it again") from error
     tokenizer.cut = _find_cut(tokenizer)
+    if tokenizer.cut is None or tokenizer.cut.pattern != DROP:
+        tokenizer.pairs = frozenset()  # of a byte-level vocabulary, cut into words beforehand
     if add_eos and tokenizer.eos_id is None:
         raise ValueError(
             f"--add_eos: {path} and what stands beside it name no end of text among its "
@@ -226,6 +246,17 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
+def _named_alone(tk, config: dict) -> dict[int, str]:
+    """Special tokens that only tokenizer_config.json names: transformers adds them, and no text
+    becomes one."""
+    found, entries = {}, config.get("added_tokens_decoder") or {}
+    for i, entry in entries.items() if isinstance(entries, dict) else ():
+        token = entry.get("content") if isinstance(entry, dict) and entry.get("special") else None
+        if isinstance(token, str) and i.isdecimal() and int(i) < 2**32:
+            found |= {int(i): token} if tk.id_to_token(int(i)) is None else {}
+    return found
+
+
 def _load_json(path: Path, config: dict) -> Tokenizer:
     """Hugging Face's tokenizer.json."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns after a fork
@@ -241,6 +272,8 @@ def _load_json(path: Path, config: dict) -> Tokenizer:
     added = {"bos": full[:first], "eos": full[first + len(bare) :]}
     made = {t: i for i, t in tk.get_added_tokens_decoder().items() if t.special}
     specials = {i: t.content for t, i in made.items()}
+    specials |= _named_alone(tk, config)
+    of_token = {token: i for i, token in specials.items()}
     for token in (config["bos_token"], config["eos_token"]):
         # Named, in the vocabulary, and no text's token: special, though not marked as such.
         i = tk.token_to_id(token) if token else None
@@ -250,7 +283,7 @@ def _load_json(path: Path, config: dict) -> Tokenizer:
     def special(kind: str) -> tuple[int | None, list[int]]:
         """(the one named, those of config.json): special tokens only."""
         token = config[f"{kind}_token"]
-        named = tk.token_to_id(token) if token else None
+        named = of_token.get(token, tk.token_to_id(token)) if token else None
         if token and named not in specials:
             what = "not in its vocabulary" if named is None else "an ordinary token"
             say_once(f"{path}: {kind}_token {token!r:.40} is {what}: not taken for {kind.upper()}")
@@ -285,10 +318,12 @@ def _load_json(path: Path, config: dict) -> Tokenizer:
     return Tokenizer(
         encode,
         lambda ids: tk.decode([int(i) for i in ids], skip_special_tokens=False),
-        max(vocab) + 1,
+        max(*vocab, *specials, 0) + 1,
         *(bos_id, eos_id, bool(add_bos), final, _sha256(path.read_bytes())),
         frozenset(i for i in vocab if i not in specials),
         _any_of(specials.values()),
+        (added["bos"], added["eos"]),
+        pairs=_pairs(tk.get_vocab()),
     )
 
 
@@ -339,6 +374,7 @@ def _load_ranks(path: Path, config: dict) -> Tokenizer:
         fingerprint=_sha256(path.read_bytes()),
         ordinary=frozenset(ranks.values()),
         spelled=_any_of(special),
+        template=([special["<|begin_of_text|>"]], []),
     )
 
 
@@ -351,19 +387,30 @@ def optional(package: str, what: object):
         raise ValueError(f"reading {what} takes one more package: pip install {package}") from error
 
 
+BLANK = "\u2581"  # sentencepiece's space
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # its name of a byte, no text of five characters
+DROP = r"(?<=[^\W\d_]) (?=[^\W\d_])"
+
+
+def _pairs(vocab: Iterable[str]) -> frozenset[str]:
+    """The neighbouring characters of all tokens, two and two."""
+    tokens = [token.replace(BLANK, " ") for token in vocab if not BYTE.fullmatch(token)]
+    return frozenset(token[i : i + 2] for token in tokens for i in range(len(token) - 1))
+
+
 def _find_cut(tokenizer: Tokenizer) -> re.Pattern | None:
     """Where a long text may be cut so that its pieces' tokens are the tokens of the whole.
 
     Byte-level tokenizers cut at word borders first: after a lone newline, or before a lone space,
     is safe. Sentencepiece's put a space in front of every text: cut at a space and drop it. Which
-    holds is tried on this tokenizer. Neither: pieces of LONGEST_PIECE, a token off at each cut.
+    holds is tried on this tokenizer. Neither: `joint`, else pieces of LONGEST_PIECE, some tokens
+    off at each cut.
     """
     a, b = "He said: it's 12 o'clock,\n\nbut 'No one", "knew' the 7th\r\nthing of 1999. Yes"
     keep = r"(?<=\S\n)(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])"
-    drop = r"(?<=[^\W\d_]) (?=[^\W\d_])"
     for pattern, *groups in (
         (keep, [a + "\n" + b, a + "\n", b], [a + " " + b, a, " " + b]),
-        (drop, [a + " " + b, a, b]),
+        (DROP, [a + " " + b, a, b]),
     ):
         ids = [tokenizer.encode_batch(group) for group in groups]
         if all(whole == first + second for whole, first, second in ids):
@@ -397,6 +444,11 @@ def carry_tokenizer(source: Path, out_dir: Path, window: int | None) -> dict:
     if path.is_file():
         gone = "max_length stride truncation_strategy padding pad_to_multiple_of auto_map".split()
         settings = {k: v for k, v in read_json(path).items() if k not in gone}
+        if str(settings.get("tokenizer_class")).endswith("Backend"):  # transformers 4 has no such
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+            settings.pop("backend", None)
+        if isinstance(settings.get("extra_special_tokens"), list):  # 5's name for 4's
+            settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
         write_json(path, settings | ({"model_max_length": window} if window else {}))
     return special
 
@@ -404,36 +456,52 @@ def carry_tokenizer(source: Path, out_dir: Path, window: int | None) -> dict:
 def check_export(source: Path, tokenizer: Tokenizer, texts: list[str] | None = None) -> int:
     """Compare what training reads with what the export's tokenizer.json makes of the same texts.
 
-    texts: the run's own; None: a few lines that try everything, before any text is read.
-    Returns the number of tokens compared. Raises ValueError where one differs.
+    texts: the run's own; None: a few lines that try everything, before any text is read. What the
+    tokenizer puts around a text is compared too: in front training's BOS or nothing, behind it
+    nothing or training's EOS. Returns the number of tokens compared. Raises ValueError where one
+    differs.
     """
     exported = _export_encoder(source)
     texts = [PROBE, " a", "", "a  b ", *PROBE.split()] if texts is None else texts
+    first = [tokenizer.bos_id] if tokenizer.add_bos else []
+    closings = [], [tokenizer.eos_id]
     n = 0
-    for text, want in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        got = exported(text)
-        n += len(want)
-        if got != want:
-            i = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), 0)
-            raise ValueError(
-                f"the tokenizer of {source} cannot be exported: {tokenizer.decode(want[:i][-9:])!r}"
-                f" goes on as {tokenizer.decode(want[i : i + 4])!r} in training, as "
-                f"{tokenizer.decode(got[i : i + 4])!r} by the export's tokenizer.json; put the "
-                "tokenizer.json that belongs to it into the folder"
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        want, got = [*first, *ids], exported(text)
+        n += len(ids)
+        if any(got == [*want, *closing] for closing in closings):
+            continue
+        i = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), len(want))
+        remedy = "put the tokenizer.json that belongs to it into the folder"
+        if any(got[k : k + len(ids)] == ids for k in range(len(got) - len(ids) + 1)):
+            remedy = (
+                "remove add_bos_token and add_eos_token from its tokenizer_config.json, so that "
+                "tokenizer.json alone decides what is put around a text"
             )
+        raise ValueError(
+            f"the tokenizer of {source} cannot be exported: "
+            f"{tokenizer.decode(want[max(0, i - 9) : i])!r} goes on as "
+            f"{_shown(tokenizer, want[i : i + 4])} in training, as "
+            f"{_shown(tokenizer, got[i : i + 4])} by the export's tokenizer.json; {remedy}"
+        )
     return n
+
+
+def _shown(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """Tokens as text and as ids: two texts may look alike."""
+    return f"{tokenizer.decode(ids)!r} {ids}" if ids else "nothing"
 
 
 @functools.lru_cache(4)
 def _export_encoder(source: Path) -> Callable[[str], list[int]]:
-    """text -> ids, by the tokenizer.json that an export of this checkpoint has."""
+    """text -> ids, by the tokenizer.json that an export of this folder has, with its template."""
     from tokenizers import Tokenizer as Fast
 
     with tempfile.TemporaryDirectory() as folder:
         carry_tokenizer(source, Path(folder), None)
         exported = Fast.from_file(f"{folder}/tokenizer.json")
     exported.encode_special_tokens = True  # markup in a text is text, in training and here
-    return lambda text: exported.encode(text, add_special_tokens=False).ids
+    return lambda text: exported.encode(text).ids
 
 
 def _convert(source: Path, out_dir: Path) -> dict:

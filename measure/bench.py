@@ -35,9 +35,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
-from longred import Config, StepStream, fill_defaults, plan_streams, whole_number
+from longred import StepStream, fill_defaults, plan_streams, whole_number
 from machine import memory
 from machine import plan as planner
+from machine.settings import MachineConfig as Config
 from machine.states import refuse_foreign, whole_file
 from model import LOSS_ROWS, Llama, ModelConfig, config_to_hf, next_token_kl, next_token_loss
 from rope_kernels import apply_rope, rope_backend, rope_frequencies

@@ -19,6 +19,7 @@ import torch._dynamo.testing
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from machine import checkpoints, hf_config
 from machine.checkpoints import resolve_checkpoint
@@ -31,12 +32,14 @@ from machine.formats import (
     stored_dtype,
 )
 from machine.run import train
+from machine.settings import resolve
 from measure import evaluate
 from measure.demo import write_byte_tokenizer
 from tests.conftest import (
     HERE,
     LLAMA3,
     PROPERTY,
+    byte_tokenizer,
     edit_weights,
     hf_model,
     meta_folder,
@@ -226,6 +229,7 @@ def hf_folder(folder, **changes):
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
+PARTIAL = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
 ROTARIES = {
     "scaling beside parameters": dict(
         rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
@@ -235,7 +239,7 @@ ROTARIES = {
         rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         rope_scaling=LINEAR,
     ),
-    "original at the top": dict(rope_scaling=YARN, original_max_position_embeddings=32),
+    "original at the top": dict(rope_scaling=YARN, original_max_position_embeddings=64),
     "original at the top alone": dict(
         rope_scaling={"type": "yarn", "factor": 4.0}, original_max_position_embeddings=32
     ),
@@ -243,7 +247,7 @@ ROTARIES = {
     "no original, llama3": dict(
         rope_scaling={k: v for k, v in LLAMA3.items() if "original" not in k}
     ),
-    "two thetas": dict(rope_theta=700.0, rope_parameters={"rope_theta": 9e3}, rope_scaling=None),
+    "theta twice": dict(rope_theta=9e3, rope_parameters={"rope_theta": 9e3}, rope_scaling=None),
 }  # fmt: skip
 
 
@@ -262,11 +266,29 @@ def test_rotary_is_read_as_transformers_reads_it(tmp_path, name):
         (dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}), "rotary for some layers"),
         (dict(tie_word_embeddings="false"), "tie_word_embeddings is 'false'"),
         (dict(rope_interleaved=True), "rope_interleaved is True"),
+        (dict(rope_theta=700.0, rope_parameters={"rope_theta": 9e3}, rope_scaling=None), "700.0"),
+        (dict(rope_theta=700.0, rope_scaling=LINEAR | {"rope_theta": 9e3}), "700.0.*9000.0"),
+        (dict(rope_scaling=YARN, original_max_position_embeddings=32), "is 32, inside the yarn"),
+        (dict(rope_scaling=LINEAR | {"type": "yarn"}), "rope_type is 'linear', type 'yarn'"),
+        (dict(rope_scaling=None, rope_parameters=PARTIAL), "partial_rotary_factor is 0.5, inside"),
+        (dict(rope_scaling=LINEAR | {"partial_rotary_factor": 0.25}), "factor is 0.25, inside"),
+        (dict(rope_scaling=LINEAR, rope_parameters=PARTIAL), "partial_rotary_factor is 0.5"),
     ],
 )
 def test_a_config_that_contradicts_itself_is_refused(tmp_path, changes, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=said) as refused:
         load_config(hf_folder(tmp_path / "hf", **changes))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("kind", [{"rope_type": "longrope"}, {"type": "longrope"}, {"type": "su"}])
+def test_two_rotaries_in_one_model_are_refused_with_the_reason(tmp_path, key, kind):
+    two = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 4.0, "rope_theta": 500.0}
+    changes = {"rope_scaling": None} | {key: two | kind}
+    with pytest.raises(ValueError, match="which of the two a longer window would rescale") as said:
+        load_config(hf_folder(tmp_path / "hf", **changes))
+    assert "two rotaries in one model" in str(said.value) and "try 'default'" not in str(said.value)
 
 
 def test_a_head_of_its_own_under_tied_embeddings_is_refused(tmp_path):
@@ -350,6 +372,127 @@ def test_what_is_not_read_is_named(tmp_path, capsys):
     assert "logit_scale, qk_norm is not read" in said and "modeling_own.Own" in said
     load_config(hf_folder(tmp_path / "plain"))
     assert "WARNING" not in capsys.readouterr().out
+
+
+# What the published config.json files of models in HUB_NAMES hold beside the usual entries.
+PUBLISHED = {
+    "smollm2": dict(is_llama_config=True, rope_interleaved=False, pretraining_tp=1, use_cache=True),
+    "smollm2's": {"transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}},
+    "llama": dict(attention_bias=False, mlp_bias=False, initializer_range=0.02, eos_token_id=[1]),
+    "qwen2": dict(model_type="qwen2", use_sliding_window=False, sliding_window=131072),
+    "qwen3": dict(model_type="qwen3", max_window_layers=28, attention_dropout=0.0, head_dim=16),
+    "mistral": dict(model_type="mistral", sliding_window=None, head_dim=16),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_known_models_are_read_without_a_warning(capsys, name):
+    hf_config.say_once.cache_clear()
+    hf = config_to_hf(tiny_config()) | PUBLISHED[name]
+    hf |= {"architectures": [hf_config.FAMILIES[hf["model_type"]]]}
+    assert config_from_hf(hf).n_layers == 3
+    assert "WARNING" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_an_export_that_is_not_finite_is_refused_before_anything_is_written(tmp_path, dtype):
+    model = tiny_llama().to(dtype)
+    save_checkpoint(model, tmp_path / "hf")
+    before = (tmp_path / "hf" / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        model.norm.weight[0] = 65504.0  # the largest of float16
+    save_checkpoint(model, tmp_path / "large")
+    with torch.no_grad():
+        model.norm.weight[0] = float("inf")
+    with pytest.raises(ValueError, match="norm.weight has 1 numbers that are inf or nan.*bfloat16"):
+        save_checkpoint(model, tmp_path / "hf")
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == before
+
+
+def test_weights_beyond_float16_are_exported_in_bfloat16(ckpt, tmp_path, capsys):
+    folder = shutil.copytree(ckpt[0], tmp_path / "hf")
+    edit_weights(folder, lambda t: t["model.norm.weight"].fill_(70_000.0))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    c = tiny_run(ckpt, tmp_path / "run", steps=1, eval_tokens=0, method="long_cpt")
+    out = train(dataclasses.replace(c, ckpt=str(folder)))
+    assert "the export is in bfloat16" in capsys.readouterr().out
+    assert stored_dtype(load_config(out)) == torch.bfloat16
+    assert load_checkpoint(out).norm.weight.min() > 65504
+
+
+def test_licences_and_chat_templates_go_along_and_what_does_not_is_named(tmp_path, capsys):
+    source = save_checkpoint(tiny_llama(vocab_size=257), tmp_path / "source")
+    byte_tokenizer(source)
+    along = "LICENSE NOTICE.txt USE_POLICY.md chat_template.json additional_chat_templates/a.jinja"
+    for name in (*along.split(), "tekken.json", "README.md", "chat_template.jinja"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("{}")
+    for _ in range(2):  # written over, and none twice
+        out = save_checkpoint(load_checkpoint(source), tmp_path / "out", tokenizer_from=source)
+        said = capsys.readouterr().out
+        assert (
+            f"left out of the export, beside the weights in {source}: README.md, tekken.json\n"
+            in said
+        )
+    found = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    weights = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert found == {*along.split(), "chat_template.jinja", *weights}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("case", ["tied not said", "base model", "module.", "_orig_mod."])
+def test_names_of_tensors_that_others_write_get_the_remedy(tmp_path, case, tied):
+    folder = save_checkpoint(tiny_llama(tie_embeddings=tied), tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    if case == "tied not said":
+        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+        edit_weights(folder, lambda t: t.pop("lm_head.weight", None))
+        with pytest.raises(ValueError, match="set it to true"):
+            load_checkpoint(folder)
+        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+        assert load_checkpoint(folder).config.tie_embeddings
+        return
+    tensors = load_file(folder / "model.safetensors")
+    if case == "base model":
+        tensors.pop("lm_head.weight", None)
+        tensors = {name.removeprefix("model."): t for name, t in tensors.items()}
+        said = "from transformers import" if tied else "without its lm_head; take the whole"
+    else:
+        tensors, said = {case + name: t for name, t in tensors.items()}, f"have the prefix '{case}'"
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=said) as refused:
+        load_checkpoint(folder)
+    assert "\n" not in str(refused.value)
+    if case == "base model" and tied:
+        command = str(refused.value).partition("save it anew: ")[2]
+        command = command.replace("python -c", f"{sys.executable} -c")
+        subprocess.run(["bash", "-c", command], check=True, capture_output=True)
+        assert load_checkpoint(f"{folder}-whole").config.n_layers == 3
+
+
+def test_a_tensor_in_two_shards_is_refused_naming_both(tmp_path):
+    folder = save_checkpoint(tiny_llama(), tmp_path / "hf")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, index = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], {}
+    for name, part in zip(names, (tensors, {EMBEDDING: tensors[EMBEDDING]}), strict=True):
+        save_file(part, folder / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(part, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(ValueError, match=f"{EMBEDDING} is in both .*{names[0]} and .*fetch both"):
+        load_checkpoint(folder)
+
+
+EMBEDDING = checkpoints.EMBEDDING
+
+
+@pytest.mark.parametrize("given", [".", "../hf", "./"])
+def test_the_default_out_dir_has_the_checkpoints_name(ckpt, tmp_path, monkeypatch, given):
+    folder = shutil.copytree(ckpt[0], tmp_path / "hf")
+    monkeypatch.chdir(folder)
+    c = dataclasses.replace(tiny_run(ckpt, tmp_path / "x"), ckpt=given, out_dir=None)
+    assert resolve(c, load_config(folder), folder).out_dir.endswith("out/hf-256")
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
@@ -499,6 +642,11 @@ class Hub(BaseHTTPRequestHandler):
             "some/model": (200, ""),
         }.get(repo, (404, "RepoNotFound"))
         sha, body = "a" * 40, b""
+        before = {"revision", "resolve"} & {*parts}
+        asked = parts[parts.index(before.pop()) + 1] if before else sha
+        if status == 200 and asked not in ("main", sha, "v1.0", "b" * 40):
+            status, error = 404, "RevisionNotFound"
+        sha = "b" * 40 if asked in ("v1.0", "b" * 40) else sha
         names = sorted(p.relative_to(self.files) for p in self.files.rglob("*"))
         if status == 200 and "tree" in parts:
             body = [dict(type="file", path=str(n), oid="b" * 40, size=1) for n in names]
@@ -530,6 +678,8 @@ def test_the_hub_is_asked_for_what_is_needed_and_refusals_are_explained(tmp_path
     Hub.files, Hub.asked = folder, []
     said = {
         "some/model": "loaded",
+        "some/model@v1.0": "loaded",
+        "some/model@v9": "it has no revision 'v9'.*hf download some/model --revision v9",
         "llama3-8b": "licence must be accepted at .*Meta-Llama-3-8B, and you are not logged in",
         "some/broken": "out of reach .*500.* you are not logged in",
         "no/body": "no such repository",

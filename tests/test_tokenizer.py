@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,12 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers
+from tokenizers.processors import TemplateProcessing
 
 import machine.corpus
+import machine.tokenizer
+from machine.corpus import tokenize
 from machine.formats import load_checkpoint, save_checkpoint
 from machine.tokenizer import carry_tokenizer, check_export, llama3_special_tokens, load_tokenizer
 from tests.conftest import (
@@ -19,6 +24,7 @@ from tests.conftest import (
     STORIES,
     bpe,
     byte_tokenizer,
+    documents,
     meta_folder,
     needs_stories,
     prose,
@@ -85,10 +91,58 @@ def test_a_document_in_pieces_has_the_tokens_of_the_whole(which, parts):
     size, machine.corpus.PIECE = machine.corpus.PIECE, 2
     try:
         assert tk.cut is not None
-        pieces = [piece for piece, _ in machine.corpus._split([text], tk.cut)]
+        assert in_pieces(tk, text) == tk.encode_batch([text])[0]
     finally:
         machine.corpus.PIECE = size
-    assert [i for ids in tk.encode_batch(pieces) for i in ids] == tk.encode_batch([text])[0]
+
+
+def in_pieces(tk, text):
+    """The tokens of a text, cut as a document is."""
+    pieces = list(machine.corpus._split([text], tk))
+    encoded = tk.encode_batch([piece for piece, _, _ in pieces])
+    skipped = (tk.encode_batch([piece[:skip]])[0] if skip else [] for piece, _, skip in pieces)
+    return [i for ids, skip in zip(encoded, skipped, strict=True) for i in ids[len(skip) :]]
+
+
+AWKWARD = {  # no blank between letters to cut at, in 150,000 characters
+    "blanks": "a" + " " * 150_000 + "b",
+    "digits": "0123456789" * 15_000,
+    "one letter": "a" * 150_000,
+    "newlines": "\n" * 150_000,
+    "dashes": "-" * 150_000,
+    "cjk": "\u4e16\u754c\u4f60\u597d" * 37_500,
+    "code": "".join(f"\n    x_{i}={i};" for i in range(10_000)),
+    "punctuation": ".,;:!? ,." * 16_000,
+    "letters": "".join(random.Random(0).choices("abcdefgh", k=150_000)),
+    "tables": "12 | 7,5 | -3\n" * 11_000,
+}
+
+
+def test_no_joint_is_seen_between_letters_that_a_token_holds_side_by_side(tmp_path):
+    """A run of ab may be cut after an even number alone, which no look at what is around tells."""
+    vocab = {t: i for i, t in enumerate(["<unk>", "\u2581", "a", "b", "c", "ab", "abab"])}
+    exact = Tokenizer(models.BPE(vocab, [("a", "b"), ("ab", "ab")], unk_token="<unk>"))
+    steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    exact.normalizer = normalizers.Sequence(steps)
+    exact.save(str(tmp_path / "tokenizer.json"))
+    tk = load_tokenizer(tmp_path)
+    assert tk.joint("ab" * 101, 1, 198) is None
+    assert tk.joint("ab" * 50 + "c" + "ab" * 51, 1, 198) == 101
+
+
+@needs_stories
+@pytest.mark.parametrize("name", AWKWARD)
+def test_a_document_without_a_place_to_cut_has_the_tokens_of_the_whole(tmp_path, name):
+    tk, text = load_tokenizer(STORIES), AWKWARD[name]
+    pieces = list(machine.corpus._split([text], tk))
+    assert len(pieces) > 2 and max(len(piece) for piece, _, _ in pieces) <= (1 << 16) + 1
+    assert in_pieces(tk, text) == tk.encode_batch([text])[0]
+    (tmp_path / "a.txt").write_text(text, newline="")
+    (ids,) = documents(tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache"))
+    assert ids == [tk.bos_id, *tk.encode_batch([text])[0], tk.eos_id]
+    for size in (1000, 70_000):  # however it is read
+        blocks = [text[i : i + size] for i in range(0, len(text), size)]
+        assert list(machine.corpus._split(blocks, tk)) == pieces
 
 
 @functools.cache
@@ -137,7 +191,7 @@ def test_metas_tokenizer_is_exported_as_one_that_encodes_alike(tmp_path):
 
 def named(folder, *special, config=None, beside=None, settings=None):
     """byte_tokenizer's folder with other special tokens, from 256 on, and files beside it."""
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import AddedToken
 
     byte_tokenizer(folder)
     tk = json.loads((folder / "tokenizer.json").read_text())
@@ -175,6 +229,29 @@ def test_documents_end_with_an_end_of_text_or_nothing(tmp_path, special, files, 
     tk = load_tokenizer(named(tmp_path / "tk", *special, **files))
     assert (tk.eos_id if tk.add_eos else None) == end
     assert tk.eos_id is None or tk.eos_id < tk.vocab_size
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        dict(beside={"bos_token": "<s>", "eos_token": "</s>"}),
+        dict(beside={"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>"}}),
+        dict(config={"bos_token_id": 256, "eos_token_id": 257}),
+        dict(config={"bos_token_id": 256, "eos_token_id": [257, 258]}),
+        dict(beside={"bos_token": "<s>"}, config={"eos_token_id": 257}),
+    ],
+)
+def test_both_ends_may_be_named_beside_tokenizer_config(tmp_path, files):
+    """By special_tokens_map.json or config.json alone; BOS is in front where a template has it."""
+    folder = named(tmp_path / "tk", "<s>", "</s>", "<e>", **files)
+    tk = load_tokenizer(folder)
+    assert (tk.bos_id, tk.eos_id, tk.add_bos, tk.add_eos) == (256, 257, False, True)
+    exact = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    exact.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    exact.save(str(folder / "tokenizer.json"))
+    tk = load_tokenizer(folder)
+    assert (tk.bos_id, tk.eos_id, tk.add_bos, tk.add_eos) == (256, 257, True, True)
+    assert check_export(folder, tk, ["some text"]) == 9
 
 
 def test_an_end_that_is_asked_for_is_there_or_refused(tmp_path):
@@ -261,9 +338,93 @@ def test_an_export_that_reads_the_runs_text_otherwise_is_refused(tmp_path):
         check_export(tmp_path, tk, ["some text"])
 
 
-def test_truncation_and_padding_stay_behind(tmp_path):
-    from tokenizers import Tokenizer
+def with_template(folder, single, **settings):
+    """byte_tokenizer's folder with <s> and </s>, 256 and 257, which put these around a text."""
+    named(folder, "<s>", "</s>", settings={"bos_token": "<s>", "eos_token": "</s>"} | settings)
+    tk = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    around = [("<s>", 256), ("</s>", 257)]
+    tk.post_processor = TemplateProcessing(single=single, special_tokens=around)
+    tk.save(str(folder / "tokenizer.json"))
+    return folder
 
+
+@pytest.mark.parametrize(
+    "single, settings, alike",
+    [
+        ("$A", {}, True),
+        ("<s> $A", {}, True),
+        ("<s> $A </s>", {}, True),  # documents end with EOS, too
+        ("<s> $A", {"add_bos_token": True}, True),
+        ("<s> $A", {"add_bos_token": False}, False),
+        ("$A", {"add_bos_token": True}, False),
+        ("</s> $A", {"add_bos_token": False}, False),
+        ("$A <s>", {}, False),
+    ],
+)
+def test_what_an_export_puts_around_a_text_is_what_training_read(tmp_path, single, settings, alike):
+    folder = with_template(tmp_path / "tk", single, **settings)
+    tk = load_tokenizer(folder)
+    if alike:
+        assert check_export(folder, tk, ["some text"]) == 9
+        return
+    with pytest.raises(ValueError, match="remove add_bos_token.*tokenizer_config.json") as said:
+        check_export(folder, tk, ["some text"])
+    assert re.search(r"\[25[67], |\[25[67]\]", str(said.value)) and "\n" not in str(said.value)
+    if settings:  # the remedy works
+        names = {"bos_token": "<s>", "eos_token": "</s>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(names))
+        machine.tokenizer._export_encoder.cache_clear()
+        if single != "</s> $A":
+            assert check_export(folder, load_tokenizer(folder), ["some text"]) == 9
+
+
+def test_ids_that_the_template_gives_are_held_against_the_embedding(tmp_path):
+    tk = load_tokenizer(with_template(tmp_path / "tk", "$A </s>"), add_eos=False)
+    tk.check_fits(258)
+    with pytest.raises(ValueError, match="ids go up to 257, the model has 257 embeddings"):
+        tk.check_fits(257)
+
+
+def test_a_mismatch_of_texts_that_look_alike_shows_the_tokens(tmp_path):
+    tk = byte_tokenizer(tmp_path)
+    tk.encode, whole = lambda texts: [[120, *ids[1:]] for ids in whole(texts)], tk.encode
+    tk.decode = lambda ids: "x" * len(ids)  # as two spellings of one character
+    with pytest.raises(ValueError, match=r"'xxxx' \[120, .*'xxxx' \[82, "):
+        check_export(tmp_path, tk, ["some text"])
+
+
+def test_an_end_of_text_that_tokenizer_config_alone_names_is_taken(tmp_path):
+    entry = {"content": "</s>", "special": True}
+    settings = {"eos_token": "</s>", "added_tokens_decoder": {"257": entry}}
+    tk = load_tokenizer(named(tmp_path / "a", "<s>", settings=settings))
+    assert (tk.eos_id, tk.add_eos, tk.vocab_size) == (257, True, 258)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "a")
+    assert theirs.eos_token_id == 257
+    with pytest.raises(ValueError, match="ids go up to 257"):
+        tk.check_fits(257)
+    for wrong in ({"x": entry}, {"257": {}}, {"257": entry | {"special": False}}, [], {"257": "a"}):
+        settings["added_tokens_decoder"] = wrong
+        assert load_tokenizer(named(tmp_path / "b", "<s>", settings=settings)).eos_id is None
+
+
+@pytest.mark.parametrize("name", ["TokenizersBackend", "SentencePieceBackend"])
+def test_the_class_of_an_export_is_one_that_transformers_4_and_5_know(tmp_path, name):
+    settings = {"tokenizer_class": name, "backend": "tokenizers", "extra_special_tokens": ["<x>"]}
+    carry_tokenizer(named(tmp_path / "a", "<x>", settings=settings), mkdir(tmp_path / "b"), None)
+    written = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
+    assert written == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": ["<x>"],
+    }
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "b").tokenize("a") == ["a"]
+
+
+def mkdir(folder):
+    folder.mkdir()
+    return folder
+
+
+def test_truncation_and_padding_stay_behind(tmp_path):
     byte_tokenizer(tmp_path / "a")
     tk = Tokenizer.from_file(str(tmp_path / "a" / "tokenizer.json"))
     tk.enable_truncation(4)
