@@ -3,7 +3,7 @@
     resolve_checkpoint(name) -> folder                  known names and hub ids are downloaded
     read_config(folder, from_hf) -> ModelConfig         config.json, or Meta's params.json
     open_tensors(folder, shapes, config) -> read(name)  names, shapes, dtypes checked beforehand
-    new_folder(out_dir), carry_over(source, ...)        an export, and what stands beside weights
+    new_folder(out_dir)                                 an export, whole or not at all
 
 Checkpoints come from anywhere: a header or config that lies ends as ValueError in one line, before
 any memory is taken for what it claims, and nothing in a file is ever run.
@@ -26,8 +26,6 @@ from urllib.parse import unquote
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-
-from model import TOKENIZER_FILES
 
 # ------------------------------------------------------------------------------------ where it lies
 
@@ -634,32 +632,6 @@ def new_folder(out_dir: Path) -> Iterator[Path]:
         for path in left.iterdir():  # somebody's files
             path.rename(free_name(out_dir / path.name))
         left.rmdir()
-
-
-def carry_over(source: Path, out_dir: Path, hf: dict) -> dict:
-    """Put into an export what stands beside a checkpoint's weights: tokenizer, generation settings.
-
-    source: whatever --ckpt takes, or a folder of tokenizer files alone. hf: config.json's content.
-    Returns it, with the ids of begin and end of text if Meta's config left them to the tokenizer.
-    """
-    from machine.tokenizer import carry_tokenizer  # which imports this file
-
-    if not any((source / name).is_file() for name in TOKENIZER_FILES):
-        source = resolve_checkpoint(source)
-    special = carry_tokenizer(source, out_dir, hf.get("max_position_embeddings"))
-    if (source / "generation_config.json").is_file():
-        settings = read_json(source / "generation_config.json")
-        settings.pop("max_length", None)  # it would stop generation inside the new window
-        write_json(out_dir / "generation_config.json", settings)
-    for path in carried_files(source):
-        there = out_dir / path.relative_to(source)
-        there.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, there)
-    known = {*TOKENIZER_FILES, *(p.name for p in carried_files(source))}
-    names = {p.name for p in source.iterdir() if p.is_file()} - known
-    if left := sorted(name for name in names if not NO_LOSS.fullmatch(name)):
-        print(f"left out of the export, beside the weights in {source}: {', '.join(left)[:300]}")
-    return special | hf
 
 
 def client_notes(folder: Path) -> list[str]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import data
-from measure.evaluate import BATCH_TOKENS, read, token_losses
+from measure.losses import BATCH_TOKENS, read, token_losses
 from model import Llama
 
 DRAWS = 10_000  # of a bootstrap

@@ -37,8 +37,8 @@ from machine.samples import sample_ids
 from machine.states import whole_file
 from machine.tokenizer import load_tokenizer
 from measure.demo import prose_lines
-from measure.evaluate import short_text_drift
 from measure.far_context import interval, tail_losses
+from measure.losses import short_text_drift
 from measure.pictures import COLORS
 
 # ------------------------------------------------------------------------------ what is declared

@@ -30,7 +30,7 @@ from machine import memory
 from machine import plan as planner
 from machine.formats import load_config
 from machine.hf_config import original_window
-from measure import bench, demo, evaluate
+from measure import demo, evaluate, timing
 from model import causal_attention
 
 GIB = planner.GIB
@@ -64,7 +64,7 @@ def _rotary(field: str, against: str | None = None):
         at_32k = {(r["peer"], r["direction"]): r for r in rows if r.get("T") == 32768 and "us" in r}
         found = []
         for direction in ("forward", "backward"):
-            mine = at_32k.get((bench.OURS, direction))
+            mine = at_32k.get((timing.OURS, direction))
             theirs = at_32k.get((against, direction)) if against else None
             if mine is None or (against and theirs is None):
                 return None
@@ -221,10 +221,10 @@ class Stage:
         try:
             self.rows[name] = run()
         except Exception as e:
-            self.rows[name] = bench.failure(e)
+            self.rows[name] = timing.failure(e)
         self.save()
         print(f"{self.name}, {name}: {self.rows[name]}", flush=True)
-        bench.reset_peak(self.device)
+        timing.reset_peak(self.device)
 
     def begin(self) -> None:
         """The time of the stage begins: at twice its seconds, or at `until`, OutOfTime ends it."""
@@ -244,7 +244,7 @@ def step_stage(stage: Stage, length: int = 32768) -> None:
     out of memory, it is measured under a plan for 8% less room.
     """
     device, gpu = stage.device, stage.device.type == "cuda"
-    step, rounds = bench.sizes(device).steps[length], 1
+    step, rounds = timing.sizes(device).steps[length], 1
     room, host = (planner.gpu_room(), planner.available_memory()) if gpu else (139 * GIB, 120 * GIB)
     tries = stage.rows["tries"] = []
     while len(tries) < 4:
@@ -252,13 +252,13 @@ def step_stage(stage: Stage, length: int = 32768) -> None:
         stage.save()
         plan = fitting(step, device, room, host, tries[-1])
         try:
-            bench.our_step(step, plan, rounds, device, result=stage.rows, save=stage.save)
+            timing.our_step(step, plan, rounds, device, result=stage.rows, save=stage.save)
         except memory.HostMemoryRefused as e:
             tries[-1]["refused"], host = str(e), 0
         except torch.OutOfMemoryError as e:
-            tries[-1] |= bench.failure(e)
+            tries[-1] |= timing.failure(e)
         memory.free_host_buffers()
-        bench.reset_peak(device)
+        timing.reset_peak(device)
         if any("out of memory" in row for row in stage.rows.get("units", {}).values()):
             tries[-1].setdefault("out of memory", "in a pass")
         if "out of memory" in tries[-1]:
@@ -271,10 +271,10 @@ def fitting(step, device, room: int, host: int | None, said: dict) -> planner.Pl
     """The plan for so much memory, AdamW's moments in bf16 where only that fits."""
     settings = dict(gpu_bytes=room, host_bytes=host or 0)
     try:
-        plan = bench.planned(step, device, moments=torch.float32, **settings)
+        plan = timing.planned(step, device, moments=torch.float32, **settings)
     except ValueError as e:
         said["fp32 moments"] = str(e)
-        plan = bench.planned(step, device, moments=torch.bfloat16, **settings)
+        plan = timing.planned(step, device, moments=torch.bfloat16, **settings)
     said["moments"] = str(plan.moments)
     return plan
 
@@ -282,31 +282,31 @@ def fitting(step, device, room: int, host: int | None, said: dict) -> planner.Pl
 def rotary_stage(stage: Stage) -> None:
     """The rotary kernel at 32K and 8K against a copy and its peers."""
     stage.rows["rows"] = []
-    rounds = 3 * bench.sizes(stage.device).rounds
-    for n_tokens in bench.sizes(stage.device).rope_lengths:
+    rounds = 3 * timing.sizes(stage.device).rounds
+    for n_tokens in timing.sizes(stage.device).rope_lengths:
         try:
-            rows = bench.rope_at(n_tokens, rounds, stage.device)
+            rows = timing.rope_at(n_tokens, rounds, stage.device)
         except torch.OutOfMemoryError as e:
-            rows = [{"peer": "all", "direction": "", "T": n_tokens} | bench.failure(e)]
+            rows = [{"peer": "all", "direction": "", "T": n_tokens} | timing.failure(e)]
         stage.rows["rows"] += rows
         stage.save()
-        bench.print_rope(rows, n_tokens)
+        timing.print_rope(rows, n_tokens)
 
 
 def machine_stage(stage: Stage) -> None:
     """Copy and GEMM rates, PCIe, how much host memory can be locked."""
-    device, sizes = stage.device, bench.sizes(stage.device)
+    device, sizes = stage.device, timing.sizes(stage.device)
 
     def copy():
         source = torch.randint(256, (sizes.copied,), dtype=torch.uint8, device=device)
         run = functools.partial(torch.empty_like(source).copy_, source)
-        seconds, _ = bench.timed(run, 9, device)
+        seconds, _ = timing.timed(run, 9, device)
         return {"seconds": seconds, "gb_s": 2 * sizes.copied / seconds / 1e9}
 
     def gemm():
         n = sizes.matmul
         a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-        seconds, _ = bench.timed(lambda: [torch.mm(a, b) for _ in range(10)], 9, device)
+        seconds, _ = timing.timed(lambda: [torch.mm(a, b) for _ in range(10)], 9, device)
         return {"seconds": seconds, "tflops": 20 * n**3 / seconds / 1e12}
 
     stage.measure("copy", copy)
@@ -314,7 +314,7 @@ def machine_stage(stage: Stage) -> None:
     if device.type == "cuda":
         stage.measure("memory_gib", lambda: torch.cuda.mem_get_info(device)[1] / GIB)
         stage.measure("expandable_segments", planner.segments_expand)
-    stage.measure("pcie_gb_s", lambda: bench.pcie_rates(device, sizes.copied))
+    stage.measure("pcie_gb_s", lambda: timing.pcie_rates(device, sizes.copied))
     memory.free_host_buffers()
     stage.measure("host", lambda: lockable(stage, sizes.locked))
     memory.free_host_buffers()
@@ -337,7 +337,7 @@ def lockable(stage: Stage, piece: int) -> dict:
 
 def loss_stage(stage: Stage) -> None:
     """KL of the next token against the cross-entropy, with Llama-3-8B's head."""
-    bench.loss_rows(stage.device, result=stage.rows, save=stage.save)
+    timing.loss_rows(stage.device, result=stage.rows, save=stage.save)
 
 
 GPU_TESTS = HERE / "tests" / "test_gpu.py"
@@ -456,7 +456,7 @@ WAYS = "what the model gets", "CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_A
 
 def attention_stage(stage: Stage) -> None:
     """Attention of Llama-3-8B by backend, forward and backward: which should answer."""
-    for n_tokens in bench.sizes(stage.device).attention_lengths:
+    for n_tokens in timing.sizes(stage.device).attention_lengths:
         for way in WAYS:
             for backward in (False, True):
                 name = f"{n_tokens} tokens, {'backward' if backward else 'forward'}, {way}"
@@ -486,7 +486,7 @@ def attention_row(way: str, n_tokens: int, backward: bool, device) -> dict:
             out, work = forward(), 2.5 * work
             grad = torch.randn_like(out)
             run = functools.partial(torch.autograd.grad, out, (q, k, v), grad, retain_graph=True)
-        seconds, _ = bench.timed(run, bench.sizes(device).rounds, device)
+        seconds, _ = timing.timed(run, timing.sizes(device).rounds, device)
     return {"seconds": seconds, "tflops": work / seconds / 1e12}
 
 
@@ -504,9 +504,9 @@ def flash_attention_3():
 
 def peers_stage(stage: Stage) -> None:
     """The same long pass by transformers with checkpointing, and under Liger-Kernel."""
-    step = bench.sizes(stage.device).steps[32768]
+    step = timing.sizes(stage.device).steps[32768]
     for peer in ("transformers", "liger"):
-        stage.measure(peer, functools.partial(bench.peer_step, peer, step, 1, stage.device))
+        stage.measure(peer, functools.partial(timing.peer_step, peer, step, 1, stage.device))
 
 
 class Part(NamedTuple):
@@ -554,13 +554,13 @@ def run_one(stage: Stage, work) -> None:
     except OutOfTime:
         stage.rows["error"] = f"out of time after {time.monotonic() - began:.0f} s"
     except Exception as e:  # whatever it is, the other stages go on
-        stage.rows |= bench.failure(e)
+        stage.rows |= timing.failure(e)
     finally:
         if hasattr(signal, "SIGALRM"):
             signal.alarm(0)
     stage.rows["stage_seconds"] = round(time.monotonic() - began, 1)
     memory.free_host_buffers()
-    bench.reset_peak(stage.device)
+    timing.reset_peak(stage.device)
     stage.save()
 
 
@@ -582,12 +582,12 @@ def prove(args) -> None:
     def write(stage: Stage) -> None:
         result["stages"][stage.name] = stage.rows
         result["targets"] = verdicts(result["stages"], result["device"], device.type != "cuda")
-        bench.write_result(result, args.out_dir, "prove", quiet=True)
+        timing.write_result(result, args.out_dir, "prove", quiet=True)
 
     device, part = args.device, PARTS[args.part]
     until = time.monotonic() + (args.seconds or part.seconds)
-    result = bench.describe(device)
-    path = bench.result_path(args.out_dir, "prove", result["smoke_test"])
+    result = timing.describe(device)
+    path = timing.result_path(args.out_dir, "prove", result["smoke_test"])
     result |= {"stages": earlier_stages(path, result), "targets": []}
     print(f"{result['device']}, {result['date']}, {result['versions']}", flush=True)
     previous = signal.signal(signal.SIGALRM, too_late) if hasattr(signal, "SIGALRM") else None
@@ -601,4 +601,4 @@ def prove(args) -> None:
         if previous is not None:
             signal.signal(signal.SIGALRM, previous)
     print_verdicts(result["targets"])
-    bench.write_result(result, args.out_dir, "prove")
+    timing.write_result(result, args.out_dir, "prove")

@@ -11,7 +11,8 @@ from machine.corpus import DEFAULT_SHORT, tokenize
 from machine.log import finite
 from machine.states import writing
 from machine.tokenizer import load_tokenizer
-from measure.evaluate import losses_by_sequence, short_text_drift, standard_error, table
+from measure.evaluate import table
+from measure.losses import losses_by_sequence, short_text_drift, standard_error
 from model import Llama
 
 

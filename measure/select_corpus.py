@@ -22,7 +22,7 @@ from machine.corpus import tokenize
 from machine.formats import load_checkpoint
 from machine.states import whole_file
 from machine.tokenizer import Tokenizer, load_tokenizer
-from measure.evaluate import read
+from measure.losses import read
 from model import Llama
 
 

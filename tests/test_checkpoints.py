@@ -432,7 +432,7 @@ def test_licences_and_chat_templates_go_along_and_what_does_not_is_named(tmp_pat
         out = save_checkpoint(load_checkpoint(source), tmp_path / "out", tokenizer_from=source)
         said = capsys.readouterr().out
         assert (
-            f"left out of the export, beside the weights in {source}: README.md, tekken.json\n"
+            f"left out of the export, next to the weights in {source}: README.md, tekken.json\n"
             in said
         )
     found = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}

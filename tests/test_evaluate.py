@@ -20,7 +20,7 @@ from machine.formats import load_checkpoint, save_checkpoint
 from machine.keeper import lock
 from machine.run import train
 from machine.tokenizer import load_tokenizer
-from measure import evaluate, pcd, select_corpus
+from measure import evaluate, losses, pcd, select_corpus
 from model import Llama, attention_kl
 from tests.conftest import (
     distance_by_hand,
@@ -63,7 +63,7 @@ def nll_by_hand(theirs, ids):
 def test_what_was_kept_equals_transformers(pairs):
     ours, theirs = pairs
     ids = tokens(3, 34)
-    got = evaluate.short_text_drift(*ours, ids, rows=7, attention_sequences=2)
+    got = losses.short_text_drift(*ours, ids, rows=7, attention_sequences=2)
     with torch.no_grad():
         a, b = (m(ids[:, :-1], output_hidden_states=True) for m in theirs)
     p, q = (x.logits.double().softmax(-1) for x in (a, b))
@@ -76,31 +76,31 @@ def test_what_was_kept_equals_transformers(pairs):
     assert got["cosine"] == pytest.approx(want, abs=1e-5) and want[-1] < 0.999
     heads = attention_kl(*ours, ids[:2, :-1])
     assert rel(torch.tensor(got["attention_kl"]), heads) < 1e-4
-    same = evaluate.short_text_drift(ours[0], ours[0], ids)
+    same = losses.short_text_drift(ours[0], ours[0], ids)
     assert same["kl"] == 0 and same["same_top1"] == 1 and min(same["cosine"]) > 1 - 1e-6
 
 
 @pytest.mark.parametrize("chunk", [5, 4096])
 def test_losses_by_position_equal_transformers(pairs, chunk, monkeypatch):
-    monkeypatch.setattr(evaluate, "CHUNK", chunk)
+    monkeypatch.setattr(losses, "CHUNK", chunk)
     ids = tokens(3, 50)
-    got = evaluate.position_losses(pairs[0][1], ids, rows=3)
+    got = losses.position_losses(pairs[0][1], ids, rows=3)
     assert rel(got, nll_by_hand(pairs[1][1], ids).mean(0)) < 1e-5
 
 
 @pytest.mark.parametrize("chunk", [5, 4096])
 def test_a_cut_window_scores_each_token_from_its_own_window_only(pairs, chunk, monkeypatch):
-    monkeypatch.setattr(evaluate, "CHUNK", chunk)
+    monkeypatch.setattr(losses, "CHUNK", chunk)
     ids, window, stride = tokens(1, 50), 16, 4
-    got = evaluate.position_losses(pairs[0][1], ids, window)
+    got = losses.position_losses(pairs[0][1], ids, window)
     for t in range(49):  # token t + 1 is predicted from start .. t
         end = min(49, window + max(0, math.ceil((t + 1 - window) / stride)) * stride)
         start = max(0, end - window)
         assert t - start < window and (t < window or t - start >= window - stride)
         want = nll_by_hand(pairs[1][1], ids[:, start : t + 2])[0, -1]
         assert got[t].item() == pytest.approx(want.item(), rel=1e-4)
-    far = evaluate.position_losses(pairs[0][1], ids, 49)
-    assert torch.equal(far, evaluate.position_losses(pairs[0][1], ids))
+    far = losses.position_losses(pairs[0][1], ids, 49)
+    assert torch.equal(far, losses.position_losses(pairs[0][1], ids))
 
 
 @pytest.mark.parametrize("length", [96, 512])
@@ -121,7 +121,7 @@ def test_a_passage_is_repeated_at_each_depth_and_new_in_the_control(length):
 
 
 def test_the_loss_on_a_repeated_passage_equals_transformers(pairs, monkeypatch):
-    monkeypatch.setattr(evaluate, "CHUNK", 7)
+    monkeypatch.setattr(losses, "CHUNK", 7)
     monkeypatch.setattr(evaluate, "BATCH_TOKENS", 100)
     ids = tokens(3, 45)
     ids[:, -5:] = pairs[1][1](ids).logits[:, -6:-1].argmax(-1)  # so that some are first choices
@@ -132,7 +132,7 @@ def test_the_loss_on_a_repeated_passage_equals_transformers(pairs, monkeypatch):
 
 
 def test_first_choices_on_a_passage_under_pcd_are_those_of_generate(monkeypatch):
-    monkeypatch.setattr(evaluate, "CHUNK", 7)
+    monkeypatch.setattr(losses, "CHUNK", 7)
     model, ids = tiny_llama(), tokens(length=30)
     ids = pcd.generate(model, ids, 12)  # all of it PCD's own choice
     ids[1, -3] = (ids[1, -3] + 1) % 96

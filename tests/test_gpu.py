@@ -25,7 +25,7 @@ from machine import memory, plan
 from machine.formats import load_checkpoint
 from machine.plan import Policy
 from machine.run import train
-from measure import bench, evaluate
+from measure import bench, evaluate, timing
 from model import causal_attention, fp32_product
 from rope_kernels import rope_backend
 from tests.conftest import DEVICE, HERE, NO_TRITON, read_log, same_run, tiny_llama, tiny_run
@@ -250,7 +250,7 @@ def test_an_out_of_memory_error_is_a_row_and_the_rows_before_it_are_on_disk(tmp_
 
 
 def test_a_pass_without_memory_is_a_row_of_step_and_its_sum_is_not_whole(tmp_path, monkeypatch):
-    run, written = bench.Trainer.unit, []
+    run, written = timing.Trainer.unit, []
 
     def unit(self, unit):
         if unit.name == "short":
@@ -260,7 +260,7 @@ def test_a_pass_without_memory_is_a_row_of_step_and_its_sum_is_not_whole(tmp_pat
     def spy(result, out_dir, name, quiet=False):
         written.append((name, list(result["units"]), "step" in result))
 
-    monkeypatch.setattr(bench.Trainer, "unit", unit)
+    monkeypatch.setattr(timing.Trainer, "unit", unit)
     monkeypatch.setattr(bench, "write_result", spy)
     given = ["--device", "cpu", "--rounds", "1", "--no-peers", "--gpu_gib", "60"]
     bench.main(["step", *given, "--out_dir", str(tmp_path)])
@@ -278,8 +278,8 @@ def test_inputs_of_rope_at_128k_leave_room_on_a_card_of_80_gib(monkeypatch):
     monkeypatch.setattr(bench, "rope_peers", peers)
     monkeypatch.setattr(bench, "rope_errors", lambda rotate, one_set: (0.0, 0.0))
     monkeypatch.setattr(bench, "microseconds", lambda run, sets, device: 1.0)
-    with FakeTensorMode(), bench.CountBytes([], set()) as count:
-        bench.rope_at(131072, 1, torch.device("cpu"))
+    with FakeTensorMode(), timing.CountBytes([], set()) as count:
+        timing.rope_at(131072, 1, torch.device("cpu"))
     assert 20e9 < count.peak < 60e9
 
 
@@ -291,7 +291,7 @@ def test_a_limit_on_the_gpus_memory_goes_to_a_device_by_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     args = mock.Mock(gpu_gib=40, host_gib=10)
     for name in ("cuda", "cuda:1"):
-        assert bench.rooms(args, torch.device(name)) == (40 * plan.GIB, 10 * plan.GIB)
+        assert timing.rooms(args, torch.device(name)) == (40 * plan.GIB, 10 * plan.GIB)
     assert asked == [(0.4, 3), (0.4, 1)]
 
 

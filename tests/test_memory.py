@@ -37,7 +37,7 @@ from machine.plan import (
 )
 from machine.run import train
 from machine.settings import MachineConfig as Config
-from measure import bench
+from measure import timing
 from model import Attention, Llama, ModelConfig, next_token_loss
 from tests.conftest import killed_after_two, read_log, same_run, tiny_config, tiny_run
 
@@ -431,7 +431,7 @@ def test_a_run_whose_gradients_go_to_the_host_is_the_same_run(ckpt, tmp_path, sm
 # ----------------------------------------------------------------------------------------- plan.py
 
 
-SHORT, S2L = bench.FULL.steps[32768].units[1:]
+SHORT, S2L = timing.FULL.steps[32768].units[1:]
 
 
 def units(length):
@@ -504,7 +504,7 @@ def traced_peak(config, unit, policy):
         c = Config(distill_layers=list(range(config.n_layers + 1))[-unit.hidden_states :])
         weights, mlp = list(student.parameters()), student.layers[0].mlp
         fp32_sums = {w.shape for w in (*mlp.parameters(), student.lm_head_weight)}
-        with bench.CountBytes(
+        with timing.CountBytes(
             [offload.host, *weights, *(w.grad for w in weights)], fp32_sums
         ) as count:
             losses = LOSSES[unit.hidden_states > 0, unit.heads](student, teacher, batch, c)
@@ -515,8 +515,8 @@ def traced_peak(config, unit, policy):
 @pytest.mark.parametrize("length", [32768, 131072])
 @pytest.mark.parametrize("gib", [79, 139])
 def test_planned_activations_are_within_a_tenth_of_those_the_code_allocates(length, gib):
-    plan = make_plan(bench.LLAMA3_8B, units(length), gib * GIB, 120 * GIB)
-    config = replace(bench.LLAMA3_8B, n_layers=6)  # every block is like its neighbours
+    plan = make_plan(timing.LLAMA3_8B, units(length), gib * GIB, 120 * GIB)
+    config = replace(timing.LLAMA3_8B, n_layers=6)  # every block is like its neighbours
     short = plan.units["short"]
     with_kl = [replace(short, heads=2), replace(short, hidden_states=0, heads=2)]
     for unit in [*plan.units.values(), *with_kl]:
@@ -528,8 +528,8 @@ def test_planned_activations_are_within_a_tenth_of_those_the_code_allocates(leng
 
 
 def test_kl_takes_no_more_room_than_the_cross_entropy():
-    nll, kl = (bench.counted_peak(f"next_token_{name}") for name in ("loss", "kl"))
-    full = 8192 * bench.LLAMA3_8B.vocab_size * 4  # all logits once, in fp32
+    nll, kl = (timing.counted_peak(f"next_token_{name}") for name in ("loss", "kl"))
+    full = 8192 * timing.LLAMA3_8B.vocab_size * 4  # all logits once, in fp32
     assert kl <= 1.1 * nll and 0 < nll < 2 * full
 
 
@@ -539,7 +539,7 @@ def test_planner_meets_the_targets_and_more_memory_is_never_slower():
 
     def plan(length, gib, host=120, moments=torch.float32):
         room = int(gib * GIB), host * GIB
-        return make_plan(bench.LLAMA3_8B, units(length), *room, moments=moments)
+        return make_plan(timing.LLAMA3_8B, units(length), *room, moments=moments)
 
     at_80gb = plan(32768, 80e9 / 2**30)
     assert peak(at_80gb) < 74 * GIB and at_80gb.host_state
@@ -553,14 +553,14 @@ def test_planner_meets_the_targets_and_more_memory_is_never_slower():
     assert all(p.unchecked == 32 for p in roomy.policies.values())
 
 
-LLAMA_3B = replace(bench.LLAMA3_8B, d_model=3072, n_layers=28, n_heads=24, d_ff=8192)
+LLAMA_3B = replace(timing.LLAMA3_8B, d_model=3072, n_layers=28, n_heads=24, d_ff=8192)
 LLAMA_3B = replace(LLAMA_3B, tie_embeddings=True)
 CARDS = {  # model, window, GiB that are free; whether gradients have to leave the GPU
     "3B 32K on 48 GB": (LLAMA_3B, 32768, 47.4, False),
-    "8B 32K on 80 GB": (bench.LLAMA3_8B, 32768, 79.1, False),
-    "8B 128K on 141 GB": (bench.LLAMA3_8B, 131072, 139.0, False),
+    "8B 32K on 80 GB": (timing.LLAMA3_8B, 32768, 79.1, False),
+    "8B 128K on 141 GB": (timing.LLAMA3_8B, 131072, 139.0, False),
     "3B 16K on 24 GB": (LLAMA_3B, 16384, 23.5, True),
-    "8B 16K on 48 GB": (bench.LLAMA3_8B, 16384, 47.4, True),
+    "8B 16K on 48 GB": (timing.LLAMA3_8B, 16384, 47.4, True),
 }
 
 
@@ -591,15 +591,15 @@ def test_the_planner_chooses_for_8b_what_its_table_of_seconds_says(asked):
     """A change of the planner that changes these has to say why."""
     (length, gpu, host, moments), (seconds, *choices) = asked, CHOICES[asked]
     room = int(gpu * GIB), host * GIB
-    found = make_plan(bench.LLAMA3_8B, units(length), *room, moments=moments)
+    found = make_plan(timing.LLAMA3_8B, units(length), *room, moments=moments)
     assert found.seconds == pytest.approx(seconds, rel=1e-3)
     for name, choice in zip(("long", "short", "s2l"), choices, strict=True):
         p = found.policies[name]
         assert (found.units[name].batch, p.unchecked, p.attention, p.offload) == choice, name
 
 
-LLAMA_70B = replace(bench.LLAMA3_8B, d_model=8192, n_layers=80, n_heads=64, d_ff=28672)
-LLAMA_1B = replace(bench.LLAMA3_8B, d_model=2048, n_layers=16, head_dim=64, d_ff=8192)
+LLAMA_70B = replace(timing.LLAMA3_8B, d_model=8192, n_layers=80, n_heads=64, d_ff=28672)
+LLAMA_1B = replace(timing.LLAMA3_8B, d_model=2048, n_layers=16, head_dim=64, d_ff=8192)
 LLAMA_1B = replace(LLAMA_1B, tie_embeddings=True)
 
 
@@ -642,29 +642,29 @@ def tried(remedy, config, length, gpu, host, processes=1) -> str:
 )
 def test_a_plan_that_does_not_fit_is_refused_with_what_would(gpu, host, length, some):
     with pytest.raises(ValueError, match="this does not fit") as refused:
-        make_plan(bench.LLAMA3_8B, shorter(length), gpu * GIB, host * GIB)
+        make_plan(timing.LLAMA3_8B, shorter(length), gpu * GIB, host * GIB)
     said = str(refused.value)
     assert "weights take 15.0 GiB of the GPU" in said and "\n" not in said
     assert set(some) <= set(remedies(said))
     for remedy in remedies(said):
-        assert "GPU peak" in tried(remedy, bench.LLAMA3_8B, length, gpu, host)
+        assert "GPU peak" in tried(remedy, timing.LLAMA3_8B, length, gpu, host)
 
 
 def test_no_length_is_advised_that_a_run_would_refuse():
     with pytest.raises(ValueError) as refused:
-        make_plan(bench.LLAMA3_8B, [Unit("long", 1, 131072)], 60 * GIB, 48 * GIB)
+        make_plan(timing.LLAMA3_8B, [Unit("long", 1, 131072)], 60 * GIB, 48 * GIB)
     assert "--target_len" not in str(refused.value) and "host memory" in str(refused.value)
     only_long, room = [Unit("long", 1, 131072)], (47 * GIB, 104 * GIB)
     with pytest.raises(ValueError, match=r"--train_len 8192\b|--train_len \d+"):
-        make_plan(bench.LLAMA3_8B, only_long, *room, length=("--train_len", 0))
+        make_plan(timing.LLAMA3_8B, only_long, *room, length=("--train_len", 0))
     with pytest.raises(ValueError) as refused:
-        make_plan(bench.LLAMA3_8B, only_long, *room, length=("--target_len", 131071))
+        make_plan(timing.LLAMA3_8B, only_long, *room, length=("--target_len", 131071))
     assert "--target_len" not in str(refused.value)
 
 
 def test_several_gpus_get_a_table_of_what_each_holds():
     plan = make_plan(
-        bench.LLAMA3_8B, units(32768), int(79.1 * GIB), 500 * GIB, processes=8, context=1
+        timing.LLAMA3_8B, units(32768), int(79.1 * GIB), 500 * GIB, processes=8, context=1
     )
     n, rows = 8.03e9, dict(re.findall(r"^  (.{36}) +([\d.]+)", plan.table(), re.M))
     rows = {name.strip(): float(x) for name, x in rows.items()}
@@ -673,21 +673,21 @@ def test_several_gpus_get_a_table_of_what_each_holds():
         assert rows[name] == pytest.approx(each * n / 8 / GIB, abs=0.01)
     assert rows["inputs of recomputed blocks"] == 8.0 and "of each of 8" in plan.table()
     assert 34 < rows["GPU peak, allocated"] < rows["GPU peak, reserved"] < 38
-    assert plan.host == {"export, first process": 8 * parameter_count(bench.LLAMA3_8B)}
+    assert plan.host == {"export, first process": 8 * parameter_count(timing.LLAMA3_8B)}
     halves = make_plan(
-        bench.LLAMA3_8B, units(32768), int(79.1 * GIB), 500 * GIB, processes=8, context=2
+        timing.LLAMA3_8B, units(32768), int(79.1 * GIB), 500 * GIB, processes=8, context=2
     )
     assert halves.gpu["long"]["inputs of recomputed blocks"] == 4 * GIB
     assert "1 x 16,384 of 32,768 tokens a pass" in halves.table()
     # Fewer sequences a pass, where it would not fit otherwise.
-    tight = make_plan(bench.LLAMA3_8B, units(32768), 38 * GIB, 500 * GIB, processes=8)
+    tight = make_plan(timing.LLAMA3_8B, units(32768), 38 * GIB, 500 * GIB, processes=8)
     assert tight.units["short"].batch < plan.units["short"].batch
 
 
 def test_a_run_on_several_gpus_prints_its_plan_and_reads_as_it_says(monkeypatch, capsys):
     machine = run.Run()
     machine.processes = mock.Mock(size=8, total=lambda values, op: values)
-    machine.once, machine.original = lambda check: None, bench.LLAMA3_8B
+    machine.once, machine.original = lambda check: None, timing.LLAMA3_8B
     machine.compute, machine.stored, machine.source = torch.bfloat16, torch.float32, "x"
     c = Config(target_len=32768, original_len=8192, train_len=32768, device="cuda", context=1)
     fill(c, long_micro=8, long_batch=4, s2l_batch=16, short_batch=128, short_len=1024)
@@ -710,9 +710,9 @@ def test_a_run_on_several_gpus_prints_its_plan_and_reads_as_it_says(monkeypatch,
 @pytest.mark.parametrize(
     "config, gpu, host, remedy",
     [
-        (bench.LLAMA3_8B, 23.5, 120, "16 processes and --context 4"),
+        (timing.LLAMA3_8B, 23.5, 120, "16 processes and --context 4"),
         (LLAMA_70B, 79.1, 1800, "32 processes and --context 4"),
-        (bench.LLAMA3_8B, 47.4, 128, "8 processes"),
+        (timing.LLAMA3_8B, 47.4, 128, "8 processes"),
     ],
 )
 def test_what_does_not_fit_several_gpus_is_refused_with_what_would(config, gpu, host, remedy):
@@ -775,7 +775,7 @@ def test_fewer_rows_of_logits_where_nothing_else_fits_and_the_loss_takes_them():
 def test_flops_are_those_of_the_roofline():
     expected = {"long": 74.24e15, "s2l": 16.89e15, "short": 44.75e15}  # one step of the paper
     for unit in units(32768):
-        total = unit.count * model_flops(bench.LLAMA3_8B, unit)
+        total = unit.count * model_flops(timing.LLAMA3_8B, unit)
         assert total == pytest.approx(expected[unit.name], rel=2e-3)
 
 

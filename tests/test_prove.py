@@ -17,7 +17,7 @@ import torch
 from machine import memory
 from machine.formats import load_config
 from machine.hf_config import original_window
-from measure import bench, prove
+from measure import bench, prove, timing
 from tests.conftest import HERE
 
 PASSES = ["long", "short", "s2l"]
@@ -78,7 +78,7 @@ def mapped(cuda_runtime, tmp_path, monkeypatch):
 
     Before anything is timed all that was timed before must be on disk.
     """
-    generator, timed, measured = torch.Generator, bench.timed, []
+    generator, timed, measured = torch.Generator, timing.timed, []
 
     class Generator:
         def __new__(cls, device=None):
@@ -92,13 +92,13 @@ def mapped(cuda_runtime, tmp_path, monkeypatch):
         return measured[-1]
 
     monkeypatch.setattr(bench, "timed", witness)
-    monkeypatch.setattr(bench, "microseconds", bench.host_microseconds)
+    monkeypatch.setattr(bench, "microseconds", timing.host_microseconds)
     monkeypatch.setattr(bench, "pcie_rates", lambda *_: {"up": 1.0})
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 0)
     monkeypatch.setattr(gc, "collect", lambda: 0)  # a third of a second each, after many tests
-    monkeypatch.setattr(bench, "FULL", bench.TOY._replace(loss=(64, 512, 32)))
+    monkeypatch.setattr(bench, "FULL", timing.TOY._replace(loss=(64, 512, 32)))
     return measured
 
 
@@ -115,7 +115,7 @@ def refuse_lock(monkeypatch, cuda_runtime):
 
 
 def out_of_memory_in_the_second_pass(monkeypatch, _):
-    run, rooms, plan = bench.Trainer.unit, [], bench.planned
+    run, rooms, plan = timing.Trainer.unit, [], timing.planned
 
     def unit(self, unit):
         if unit.name == "short" and len(rooms) == 1:
@@ -127,19 +127,19 @@ def out_of_memory_in_the_second_pass(monkeypatch, _):
         assert rooms[-1] == int(0.92 ** (len(rooms) - 1) * 8 * 2**30)
         return plan(step, device, **settings)
 
-    monkeypatch.setattr(bench.Trainer, "unit", unit)
+    monkeypatch.setattr(timing.Trainer, "unit", unit)
     monkeypatch.setattr(bench, "planned", planned)
 
 
 def a_pass_raises(monkeypatch, _):
-    run = bench.Trainer.unit
+    run = timing.Trainer.unit
 
     def unit(self, unit):
         if unit.name == "short":
             raise RuntimeError("a bug")
         run(self, unit)
 
-    monkeypatch.setattr(bench.Trainer, "unit", unit)
+    monkeypatch.setattr(timing.Trainer, "unit", unit)
 
 
 def optimizer_raises(monkeypatch, _):
@@ -147,7 +147,7 @@ def optimizer_raises(monkeypatch, _):
 
 
 def peers_raise(monkeypatch, _):
-    rope_peers = bench.rope_peers
+    rope_peers = timing.rope_peers
 
     def peers(*given):
         return rope_peers(*given) | {"eager": mock.Mock(side_effect=RuntimeError("a bug"))}
@@ -202,7 +202,7 @@ def optimizer_raised(stages):
 def peers_raised(stages):
     rows = {(r["peer"], r["direction"], r["T"]): r for r in stages["rotary"]["rows"]}
     assert "a bug" in rows["eager", "", 32]["error"]
-    assert rows[bench.OURS, "backward", 8]["us"] > 0
+    assert rows[timing.OURS, "backward", 8]["us"] > 0
     assert rows["torch.compile", "forward", 32]["us"] > 0
     if "peers" in stages:
         assert "a bug" in stages["peers"]["transformers"]["error"]
@@ -342,7 +342,7 @@ MEASURED = {
     "rotary": {
         "rows": [
             {"peer": peer, "direction": way, "T": 32768, "us": us, "percent_of_copy": 15600 / us}
-            for peer, both in ((bench.OURS, (160.0, 164.0)), ("torch.compile", (158.0, 170.0)))
+            for peer, both in ((timing.OURS, (160.0, 164.0)), ("torch.compile", (158.0, 170.0)))
             for way, us in zip(("forward", "backward"), both, strict=True)
         ]
     },
