@@ -29,12 +29,12 @@ from machine.formats import (
     load_checkpoint,
     load_config,
     save_checkpoint,
-    stored_dtype,
 )
 from machine.run import train
 from machine.settings import resolve
 from measure import evaluate
 from measure.demo import write_byte_tokenizer
+from model import stored_dtype
 from tests.conftest import (
     HERE,
     LLAMA3,

@@ -240,8 +240,8 @@ def test_an_out_of_memory_error_is_a_row_and_the_rows_before_it_are_on_disk(tmp_
         return [{"T": n_tokens, "peer": "x", "direction": "both", "us": 1.0, "GB_per_s": 1.0}
                 | {"percent_of_copy": 100.0, "max_error": 0.0}]  # fmt: skip
 
-    monkeypatch.setattr(bench, "rope_at", rope_at)
-    monkeypatch.setattr(bench, "rope_host", lambda device: {})
+    monkeypatch.setattr(timing, "rope_at", rope_at)
+    monkeypatch.setattr(timing, "rope_host", lambda device: {})
     args = ["rope", "--device", "cpu", "--out_dir", str(tmp_path), "--lengths", "64,128,256"]
     bench.main(args)
     rows = json.loads((tmp_path / "rope-cpu-smoke.json").read_text())["rows"]
@@ -261,7 +261,7 @@ def test_a_pass_without_memory_is_a_row_of_step_and_its_sum_is_not_whole(tmp_pat
         written.append((name, list(result["units"]), "step" in result))
 
     monkeypatch.setattr(timing.Trainer, "unit", unit)
-    monkeypatch.setattr(bench, "write_result", spy)
+    monkeypatch.setattr(timing, "write_result", spy)
     given = ["--device", "cpu", "--rounds", "1", "--no-peers", "--gpu_gib", "60"]
     bench.main(["step", *given, "--out_dir", str(tmp_path)])
     names = ["long", "short", "s2l"]
@@ -275,9 +275,9 @@ def test_inputs_of_rope_at_128k_leave_room_on_a_card_of_80_gib(monkeypatch):
     def peers(n_tokens, device):
         return dict.fromkeys("abcd", lambda q, k: (q * 1.0, k * 1.0))
 
-    monkeypatch.setattr(bench, "rope_peers", peers)
-    monkeypatch.setattr(bench, "rope_errors", lambda rotate, one_set: (0.0, 0.0))
-    monkeypatch.setattr(bench, "microseconds", lambda run, sets, device: 1.0)
+    monkeypatch.setattr(timing, "rope_peers", peers)
+    monkeypatch.setattr(timing, "rope_errors", lambda rotate, one_set: (0.0, 0.0))
+    monkeypatch.setattr(timing, "microseconds", lambda run, sets, device: 1.0)
     with FakeTensorMode(), timing.CountBytes([], set()) as count:
         timing.rope_at(131072, 1, torch.device("cpu"))
     assert 20e9 < count.peak < 60e9

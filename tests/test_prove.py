@@ -91,14 +91,14 @@ def mapped(cuda_runtime, tmp_path, monkeypatch):
         measured.append(timed(run, rounds, device))
         return measured[-1]
 
-    monkeypatch.setattr(bench, "timed", witness)
-    monkeypatch.setattr(bench, "microseconds", timing.host_microseconds)
-    monkeypatch.setattr(bench, "pcie_rates", lambda *_: {"up": 1.0})
+    monkeypatch.setattr(timing, "timed", witness)
+    monkeypatch.setattr(timing, "microseconds", timing.host_microseconds)
+    monkeypatch.setattr(timing, "pcie_rates", lambda *_: {"up": 1.0})
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 0)
     monkeypatch.setattr(gc, "collect", lambda: 0)  # a third of a second each, after many tests
-    monkeypatch.setattr(bench, "FULL", timing.TOY._replace(loss=(64, 512, 32)))
+    monkeypatch.setattr(timing, "FULL", timing.TOY._replace(loss=(64, 512, 32)))
     return measured
 
 
@@ -128,7 +128,7 @@ def out_of_memory_in_the_second_pass(monkeypatch, _):
         return plan(step, device, **settings)
 
     monkeypatch.setattr(timing.Trainer, "unit", unit)
-    monkeypatch.setattr(bench, "planned", planned)
+    monkeypatch.setattr(timing, "planned", planned)
 
 
 def a_pass_raises(monkeypatch, _):
@@ -157,12 +157,12 @@ def peers_raise(monkeypatch, _):
             raise RuntimeError("a bug")
         return {"seconds": 1.0}
 
-    monkeypatch.setattr(bench, "rope_peers", peers)
-    monkeypatch.setattr(bench, "peer_step", peer_step)
+    monkeypatch.setattr(timing, "rope_peers", peers)
+    monkeypatch.setattr(timing, "peer_step", peer_step)
 
 
 def profiler_raises(monkeypatch, _):
-    monkeypatch.setattr(bench, "kernel_shares", mock.Mock(side_effect=RuntimeError("a bug")))
+    monkeypatch.setattr(timing, "kernel_shares", mock.Mock(side_effect=RuntimeError("a bug")))
 
 
 def all_measured(stages):
@@ -260,7 +260,7 @@ def test_a_kill_at_a_random_moment_loses_the_row_being_measured_and_no_more(
 
         try:
             for name in ("timed", "write_result"):
-                monkeypatch.setattr(bench, name, killing(getattr(bench, name)))
+                monkeypatch.setattr(timing, name, killing(getattr(timing, name)))
             proved(tmp_path)
         finally:
             os._exit(1)
