@@ -167,3 +167,10 @@ def test_a_command_of_measure_runs_by_name_here_and_by_path_anywhere(name, tmp_p
 def test_folders_are_packages_with_nothing_in_them():
     for folder in FOLDERS[1:]:
         assert (HERE / folder / "__init__.py").read_bytes() == b""
+
+
+def test_every_promise_of_the_machine_names_its_test():
+    table = (HERE / "machine" / "README.md").read_text(encoding="utf-8")
+    promised = re.findall(r"^\|.*\| `(test_\w+)` \|$", table, re.M)
+    there = {node.name for name, node in FUNCTIONS if name.startswith(("tests/", "test_"))}
+    assert len(promised) > 15 and set(promised) <= there, set(promised) - there
