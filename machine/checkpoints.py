@@ -671,15 +671,25 @@ def client_notes(folder: Path) -> list[str]:
     if kind == "linear":
         window = hf["max_position_embeddings"]
         notes.append(f"note: vLLM needs --max-model-len {window} with linear scaling")
-    tokenizer = folder / "tokenizer.json"
-    if tokenizer.is_file() and not (folder / "tokenizer.model").is_file():
-        try:  # of any size, unlike a config
-            model = json.loads(tokenizer.read_text(encoding="utf-8"))["model"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return notes
-        if isinstance(model, dict) and model.get("byte_fallback"):  # sentencepiece's mark
-            notes.append(
-                "note: llama.cpp tokenises otherwise without sentencepiece's tokenizer.model: copy "
-                f"the original's into {folder} before converting"
-            )
+    path = folder / "tokenizer.json"
+    try:  # of any size, unlike a config
+        tokenizer = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        rules = str([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")])
+        sentencepiece = tokenizer.get("model", {}).get("byte_fallback")  # its mark
+    except (ValueError, AttributeError, RecursionError):
+        return notes
+    if sentencepiece and not (folder / "tokenizer.model").is_file():
+        notes.append(
+            "note: llama.cpp tokenises otherwise without sentencepiece's tokenizer.model: copy "
+            f"the original's into {folder} before converting"
+        )
+    if tokenizer and hf.get("model_type") == "qwen2" and not all(x in rules for x in QWEN2_RULES):
+        notes.append(
+            "note: transformers 5 cuts the text of every qwen2 as Qwen2 does, which this "
+            "tokenizer.json does not: open it by PreTrainedTokenizerFast.from_pretrained"
+        )
     return notes
+
+
+# What Qwen2's tokenizer.json does with a text beforehand, and with digits.
+QWEN2_RULES = "'NFC'", r"|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|", "'add_prefix_space': False"
