@@ -60,6 +60,10 @@ from tests.conftest import (
         (lambda t: t.pop("model.norm.weight"), "lacks 1 tensor.*model.norm.weight"),
         (lambda t: t.update(extra=torch.ones(2)), "unknown 1 tensor.*extra"),
         (lambda t: t.update({"model.norm.weight": torch.ones(48).char()}), "norm.weight is I8"),
+        (lambda t: t.update({GATE: torch.ones(64, 48)}), r"gate.* F32 \[64, 48\], need \[80, 48\]"),
+        (lambda t: t.update({GATE: torch.ones(80, 48).to(torch.float8_e4m3fn)}), "F8_E4M3.*quant"),
+        (lambda t: t.update({f"{GATE}_scale": torch.ones(1)}), "1 tensors like .*quantised"),
+        (lambda t: t.update({GATE[:-6] + "qweight": t.pop(GATE)}), "1 tensors like .*quantised"),
         (lambda t: t.update({"lm_head.weight": torch.ones(3, 48)}), r"lm_head.* F32 \[3, 48\]"),
     ],
 )
@@ -67,6 +71,32 @@ def test_a_wrong_tensor_is_named(tmp_path, change, said):
     folder = save_checkpoint(tiny_llama(), tmp_path / "hf")
     edit_weights(folder, change)
     with pytest.raises(ValueError, match=said):
+        load_checkpoint(folder)
+
+
+GATE = "model.layers.1.mlp.gate_proj.weight"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_that_were_padded_after_config_json_are_named_with_the_remedy(tmp_path, tied):
+    folder = save_checkpoint(tiny_llama(tie_embeddings=tied), tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 90}))
+    with pytest.raises(ValueError, match="set its vocab_size to 96"):
+        load_checkpoint(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 96}))
+    assert load_checkpoint(folder).config.vocab_size == 96
+
+
+def test_an_index_of_another_download_is_named(tmp_path):
+    folder = save_checkpoint(tiny_llama(), tmp_path / "hf")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    weight_map = {name: names[0] for name in load_file(next(folder.glob("*.safetensors")))}
+    weight_map[checkpoints.EMBEDDING] = names[1]
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match="lacks 2 of the 2 .*has 'model-00001-of-00001.safet"):
         load_checkpoint(folder)
 
 
@@ -441,7 +471,11 @@ def test_licences_and_chat_templates_go_along_and_what_does_not_is_named(tmp_pat
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("case", ["tied not said", "base model", "module.", "_orig_mod."])
+@pytest.mark.parametrize(
+    "case",
+    ["tied not said", "base model", "module.", "_orig_mod."]
+    + ["inside: _checkpoint_wrapped_module.", "inside: _fsdp_wrapped_module."],
+)
 def test_names_of_tensors_that_others_write_get_the_remedy(tmp_path, case, tied):
     folder = save_checkpoint(tiny_llama(tie_embeddings=tied), tmp_path / "hf")
     config = json.loads((folder / "config.json").read_text())
@@ -458,8 +492,12 @@ def test_names_of_tensors_that_others_write_get_the_remedy(tmp_path, case, tied)
         tensors.pop("lm_head.weight", None)
         tensors = {name.removeprefix("model."): t for name, t in tensors.items()}
         said = "from transformers import" if tied else "without its lm_head; take the whole"
+    elif case.startswith("inside"):
+        case = case.removeprefix("inside: ")
+        tensors = {re.sub(r"(layers\.\d\.)", rf"\1{case}", name): x for name, x in tensors.items()}
+        said = f"have '{case}' in them"
     else:
-        tensors, said = {case + name: t for name, t in tensors.items()}, f"have the prefix '{case}'"
+        tensors, said = {case + name: t for name, t in tensors.items()}, f"have '{case}' in them"
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=said) as refused:
         load_checkpoint(folder)
