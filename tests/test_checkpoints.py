@@ -33,6 +33,7 @@ from machine.formats import (
 )
 from machine.run import train
 from machine.settings import resolve
+from machine.tokenizer import load_tokenizer
 from measure import evaluate
 from measure.demo import write_byte_tokenizer
 from tests.conftest import (
@@ -742,6 +743,37 @@ for name in sys.argv[1:]:
         assert re.search(want, got), (name, got)
         assert got == "loaded" or ("hf auth login" in got and "hf download" in got), got
     assert sorted(set(Hub.asked)) == ["config.json", "model.safetensors"]
+
+
+def test_the_downloads_that_refusals_name_bring_what_was_missing(tmp_path):
+    hf = shutil.which("hf", path=os.path.dirname(sys.executable)) or shutil.which("hf")
+    if not hf:
+        pytest.skip("no hf here")
+    Hub.files, Hub.asked = save_checkpoint(tiny_llama(), tmp_path / "files"), []
+    byte_tokenizer(Hub.files)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
+    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": f"{tmp_path}/home"}
+
+    def obey(refusal):
+        command = re.search(r"hf download [^`]*", refusal)[0].replace("OWNER/NAME", "some/model")
+        command = command.replace("hf", hf, 1)
+        subprocess.run(["bash", "-c", command], env=env, check=True, capture_output=True)
+
+    with pytest.raises(ValueError, match="a sentencepiece model") as refused:
+        (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e")
+        load_tokenizer(tmp_path)
+    obey(str(refused.value))
+    assert load_tokenizer(tmp_path).vocab_size == 257
+    code = "import sys; from machine.formats import load_checkpoint as l; l(sys.argv[1])"
+    command = [sys.executable, "-c", code, "some/model@v1.0"]
+    offline = dict(env=env | {"HF_HUB_OFFLINE": "1"}, cwd=HERE, capture_output=True, text=True)
+    first = subprocess.run(command, **offline)
+    assert first.returncode and "cannot get 'some/model@v1.0' from the hub" in first.stderr
+    obey(first.stderr)
+    server.shutdown()
+    assert subprocess.run(command, **offline).returncode == 0
 
 
 # ------------------------------------------------------------------------------------ hostile files
