@@ -220,10 +220,23 @@ def _hf_tensors(folder: Path, shapes: dict, tied: bool) -> Callable[[str], Tenso
     _check_names(folder, shapes.keys(), files.keys() - ignored)
     for name, shape in shapes.items():
         path, entry = files[name]
-        if entry["shape"] != list(shape) or entry["dtype"] not in ("F64", "F32", "F16", "BF16"):
+        if entry["dtype"] not in ("F64", "F32", "F16", "BF16"):
             raise ValueError(
-                f"{path}: {name} is {entry['dtype']} {entry['shape']}, need F32, F16 or BF16 "
-                f"{list(shape)} by config.json; weights of another model, or quantised ones"
+                f"{path}: {name} is {entry['dtype']}, need F32, F16 or BF16; {UNQUANTISED}"
+            )
+        if entry["shape"] != list(shape):
+            rows, *width = entry["shape"]
+            reason = "weights of another model: fetch config.json and weights from one place"
+            padded = width == list(shape[1:]) and rows > shape[0]
+            if name in (EMBEDDING, "lm_head.weight") and padded:
+                reason = (
+                    "where the rows were padded after config.json was written, as transformers' "
+                    f"resize_token_embeddings did, set its vocab_size to {rows}, else fetch "
+                    "config.json and weights from one place"
+                )
+            raise ValueError(
+                f"{path}: {name} is {entry['dtype']} {entry['shape']}, need {list(shape)} by "
+                f"config.json; {reason}"
             )
 
     def read(name: str) -> Tensor:
@@ -242,6 +255,11 @@ def _hf_tensors(folder: Path, shapes: dict, tied: bool) -> Callable[[str], Tenso
 
 
 EMBEDDING = "model.embed_tokens.weight"
+UNQUANTISED = "quantised weights are not read: take the checkpoint that they were made from"
+# How the names of tensors end that belong to quantised weights (FP8, GPTQ, AWQ, bitsandbytes).
+QUANTISED = re.compile(r"(_scale|_scale_inv|\.scales|\.qweight|\.qzeros|_packed|\.absmax|\.SCB)$")
+# What FSDP, activation checkpointing and torch.compile put between the parts of a name.
+WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
 
 def _check_tied(path: Path, head: Tensor, embedding: Tensor) -> None:
@@ -289,7 +307,17 @@ def _weight_files(folder: Path) -> dict[str, tuple[Path, dict]]:
     else:
         raise ValueError(
             f"{folder} holds neither model.safetensors nor model.safetensors.index.json; download "
-            "the weights, or convert .bin files with transformers' save_pretrained"
+            "the weights (of shards the index too), or convert .bin files with transformers' "
+            "save_pretrained"
+        )
+    absent = [name for name in names if not os.path.lexists(folder / name)]
+    if absent:
+        others = sorted({p.name for p in folder.glob("model-*.safetensors")} - set(names))
+        raise ValueError(
+            f"{folder} lacks {len(absent)} of the {len(names)} files that {index.name} names, "
+            f"{absent[0]!r} and on"
+            + (f", and has {others[0]!r}, which it does not name" if others else "")
+            + "; fetch the index and all its files from one place"
         )
     files = {}
     for path in (folder / n for n in names):
@@ -342,6 +370,8 @@ def _check_names(place: Path, expected: Set[str], found: Set[str]) -> None:
             "folders), else fetch the weights again"
         )
     _refuse_prefix(place, expected, found)
+    if scales := sorted(name for name in unknown if QUANTISED.search(str(name))):
+        raise ValueError(f"{place} has {len(scales)} tensors like {scales[0]:.99}; {UNQUANTISED}")
     for problem, names in (("lacks", missing), ("has the unknown", unknown)):
         if names:
             some = sorted(map(str, names))[:3]
@@ -366,12 +396,16 @@ def _refuse_prefix(place: Path, expected: Set[str], found: Set[str]) -> None:
             )
         )
     names = [n for n in found if isinstance(n, str) and n.endswith(EMBEDDING)]
-    for prefix in {name.removesuffix(EMBEDDING) for name in names} - {""}:
-        if expected <= {name.removeprefix(prefix) for name in found}:
-            raise ValueError(
-                f"{place}: its names have the prefix {prefix!r}, of a model that was saved wrapped "
-                "(DDP, torch.compile, PEFT, a vision model); save what is inside it, or rename them"
-            )
+    prefixes = {name.removesuffix(EMBEDDING) for name in names} - {""}
+    wrapped = [prefix for prefix in prefixes if expected <= {n.removeprefix(prefix) for n in found}]
+    if inside := sorted({m[0] for name in found for m in WRAPPERS.finditer(str(name))}):
+        wrapped += inside if expected <= {WRAPPERS.sub("", str(name)) for name in found} else []
+    if wrapped:
+        raise ValueError(
+            f"{place}: its names have {wrapped[0]!r} in them, of a model that was saved wrapped "
+            "(DDP, FSDP, torch.compile, PEFT, a vision model); save what is inside it, or rename "
+            "them"
+        )
 
 
 # ------------------------------------------------------------------------------------ Meta's format
@@ -643,15 +677,25 @@ def client_notes(folder: Path) -> list[str]:
     if kind == "linear":
         window = hf["max_position_embeddings"]
         notes.append(f"note: vLLM needs --max-model-len {window} with linear scaling")
-    tokenizer = folder / "tokenizer.json"
-    if tokenizer.is_file() and not (folder / "tokenizer.model").is_file():
-        try:  # of any size, unlike a config
-            model = json.loads(tokenizer.read_text(encoding="utf-8"))["model"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return notes
-        if isinstance(model, dict) and model.get("byte_fallback"):  # sentencepiece's mark
-            notes.append(
-                "note: llama.cpp tokenises otherwise without sentencepiece's tokenizer.model: copy "
-                f"the original's into {folder} before converting"
-            )
+    path = folder / "tokenizer.json"
+    try:  # of any size, unlike a config
+        tokenizer = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        rules = str([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")])
+        sentencepiece = tokenizer.get("model", {}).get("byte_fallback")  # its mark
+    except (ValueError, AttributeError, RecursionError):
+        return notes
+    if sentencepiece and not (folder / "tokenizer.model").is_file():
+        notes.append(
+            "note: llama.cpp tokenises otherwise without sentencepiece's tokenizer.model: copy "
+            f"the original's into {folder} before converting"
+        )
+    if tokenizer and hf.get("model_type") == "qwen2" and not all(x in rules for x in QWEN2_RULES):
+        notes.append(
+            "note: transformers 5 cuts the text of every qwen2 as Qwen2 does, which this "
+            "tokenizer.json does not: open it by PreTrainedTokenizerFast.from_pretrained"
+        )
     return notes
+
+
+# What Qwen2's tokenizer.json does with a text beforehand, and with digits.
+QWEN2_RULES = "'NFC'", r"|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|", "'add_prefix_space': False"

@@ -325,6 +325,10 @@ def _decoded(stream, path: str, digest=None) -> Iterator[str]:
 
 
 CONTROL = re.compile(rb"[\0-\x06\x0e-\x1a\x1c-\x1f]")  # characters of no text in any code page
+ARROW = (
+    "python -c 'import pyarrow as a, pyarrow.parquet as p; "
+    'p.write_table(a.ipc.{}("FILE").read_all(), "FILE.parquet")\''
+)
 # How files begin that are no text, and what helps.
 MAGIC = {
     LFS: f"is {LFS_REMEDY}",
@@ -332,19 +336,19 @@ MAGIC = {
     b"\xfe\xff": "is UTF-16 text; convert it: iconv -f utf-16 -t utf-8",
     b"\xfd7zXZ\0": "is packed by xz; unpack it: xz -d",
     b"BZh": "is packed by bzip2; unpack it: bunzip2",
-    b"\x04\x22\x4d\x18": "is packed by lz4; unpack it: lz4 -d",
+    b"\x04\x22\x4d\x18": "is packed by lz4; unpack it: lz4 -dm",
     b"PK\x03\x04": "is a zip archive; unpack it: unzip",
     b"7z\xbc\xaf\x27\x1c": "is a 7z archive; unpack it: 7z x",
     b"Rar!": "is a rar archive; unpack it: unrar x",
     b"%PDF": "is a PDF; extract its text first: pdftotext",
     b"{\\rtf": "is an RTF document; extract its text first: pandoc -t plain",
     b"\xd0\xcf\x11\xe0": "is an Office document; extract its text first: soffice --convert-to txt",
-    b"SQLite format 3\0": "is an SQLite database; export its text as .jsonl: sqlite3 FILE -json",
+    b"SQLite format 3\0": "is an SQLite database; export its text as .jsonl: sqlite3 FILE "
+    "\"select json_object('text', COLUMN) from TABLE\" > FILE.jsonl",
     b"\x93NUMPY": "is a numpy array, of tokens perhaps: name the text that it was made of",
     b"\x89HDF": "is an HDF5 file; export its text as .jsonl",
-    b"ARROW1": "is an Arrow file; convert it: datasets.load_from_disk(FOLDER).to_parquet(...)",
-    b"\xff\xff\xff\xff": "is an Arrow stream; convert it: "
-    "datasets.Dataset.from_file(FILE).to_parquet(...)",
+    b"ARROW1": f"is an Arrow file; convert it: {ARROW.format('open_file')}",
+    b"\xff\xff\xff\xff": f"is an Arrow stream; convert it: {ARROW.format('open_stream')}",
 }
 # Read where the name says so.
 PACKED = {
@@ -614,6 +618,8 @@ def _text(record: object, column: str) -> str:
     if isinstance(text, str):
         text.encode()  # half a surrogate pair is legal JSON and not text
         return text
+    if text is None and column in record:
+        raise ValueError(f"{column!r} is null, need text")
     if text is None:
         inner = record
         for part in column.split("."):

@@ -32,6 +32,7 @@ from machine.formats import (
 )
 from machine.run import train
 from machine.settings import resolve
+from machine.tokenizer import load_tokenizer
 from measure import evaluate
 from measure.demo import write_byte_tokenizer
 from model import stored_dtype
@@ -60,6 +61,10 @@ from tests.conftest import (
         (lambda t: t.pop("model.norm.weight"), "lacks 1 tensor.*model.norm.weight"),
         (lambda t: t.update(extra=torch.ones(2)), "unknown 1 tensor.*extra"),
         (lambda t: t.update({"model.norm.weight": torch.ones(48).char()}), "norm.weight is I8"),
+        (lambda t: t.update({GATE: torch.ones(64, 48)}), r"gate.* F32 \[64, 48\], need \[80, 48\]"),
+        (lambda t: t.update({GATE: torch.ones(80, 48).to(torch.float8_e4m3fn)}), "F8_E4M3.*quant"),
+        (lambda t: t.update({f"{GATE}_scale": torch.ones(1)}), "1 tensors like .*quantised"),
+        (lambda t: t.update({GATE[:-6] + "qweight": t.pop(GATE)}), "1 tensors like .*quantised"),
         (lambda t: t.update({"lm_head.weight": torch.ones(3, 48)}), r"lm_head.* F32 \[3, 48\]"),
     ],
 )
@@ -67,6 +72,32 @@ def test_a_wrong_tensor_is_named(tmp_path, change, said):
     folder = save_checkpoint(tiny_llama(), tmp_path / "hf")
     edit_weights(folder, change)
     with pytest.raises(ValueError, match=said):
+        load_checkpoint(folder)
+
+
+GATE = "model.layers.1.mlp.gate_proj.weight"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_that_were_padded_after_config_json_are_named_with_the_remedy(tmp_path, tied):
+    folder = save_checkpoint(tiny_llama(tie_embeddings=tied), tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 90}))
+    with pytest.raises(ValueError, match="set its vocab_size to 96"):
+        load_checkpoint(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 96}))
+    assert load_checkpoint(folder).config.vocab_size == 96
+
+
+def test_an_index_of_another_download_is_named(tmp_path):
+    folder = save_checkpoint(tiny_llama(), tmp_path / "hf")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    weight_map = {name: names[0] for name in load_file(next(folder.glob("*.safetensors")))}
+    weight_map[checkpoints.EMBEDDING] = names[1]
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match="lacks 2 of the 2 .*has 'model-00001-of-00001.safet"):
         load_checkpoint(folder)
 
 
@@ -441,7 +472,11 @@ def test_licences_and_chat_templates_go_along_and_what_does_not_is_named(tmp_pat
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("case", ["tied not said", "base model", "module.", "_orig_mod."])
+@pytest.mark.parametrize(
+    "case",
+    ["tied not said", "base model", "module.", "_orig_mod."]
+    + ["inside: _checkpoint_wrapped_module.", "inside: _fsdp_wrapped_module."],
+)
 def test_names_of_tensors_that_others_write_get_the_remedy(tmp_path, case, tied):
     folder = save_checkpoint(tiny_llama(tie_embeddings=tied), tmp_path / "hf")
     config = json.loads((folder / "config.json").read_text())
@@ -458,8 +493,12 @@ def test_names_of_tensors_that_others_write_get_the_remedy(tmp_path, case, tied)
         tensors.pop("lm_head.weight", None)
         tensors = {name.removeprefix("model."): t for name, t in tensors.items()}
         said = "from transformers import" if tied else "without its lm_head; take the whole"
+    elif case.startswith("inside"):
+        case = case.removeprefix("inside: ")
+        tensors = {re.sub(r"(layers\.\d\.)", rf"\1{case}", name): x for name, x in tensors.items()}
+        said = f"have '{case}' in them"
     else:
-        tensors, said = {case + name: t for name, t in tensors.items()}, f"have the prefix '{case}'"
+        tensors, said = {case + name: t for name, t in tensors.items()}, f"have '{case}' in them"
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=said) as refused:
         load_checkpoint(folder)
@@ -704,6 +743,37 @@ for name in sys.argv[1:]:
         assert re.search(want, got), (name, got)
         assert got == "loaded" or ("hf auth login" in got and "hf download" in got), got
     assert sorted(set(Hub.asked)) == ["config.json", "model.safetensors"]
+
+
+def test_the_downloads_that_refusals_name_bring_what_was_missing(tmp_path):
+    hf = shutil.which("hf", path=os.path.dirname(sys.executable)) or shutil.which("hf")
+    if not hf:
+        pytest.skip("no hf here")
+    Hub.files, Hub.asked = save_checkpoint(tiny_llama(), tmp_path / "files"), []
+    byte_tokenizer(Hub.files)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
+    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": f"{tmp_path}/home"}
+
+    def obey(refusal):
+        command = re.search(r"hf download [^`]*", refusal)[0].replace("OWNER/NAME", "some/model")
+        command = command.replace("hf", hf, 1)
+        subprocess.run(["bash", "-c", command], env=env, check=True, capture_output=True)
+
+    with pytest.raises(ValueError, match="a sentencepiece model") as refused:
+        (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e")
+        load_tokenizer(tmp_path)
+    obey(str(refused.value))
+    assert load_tokenizer(tmp_path).vocab_size == 257
+    code = "import sys; from machine.formats import load_checkpoint as l; l(sys.argv[1])"
+    command = [sys.executable, "-c", code, "some/model@v1.0"]
+    offline = dict(env=env | {"HF_HUB_OFFLINE": "1"}, cwd=HERE, capture_output=True, text=True)
+    first = subprocess.run(command, **offline)
+    assert first.returncode and "cannot get 'some/model@v1.0' from the hub" in first.stderr
+    obey(first.stderr)
+    server.shutdown()
+    assert subprocess.run(command, **offline).returncode == 0
 
 
 # ------------------------------------------------------------------------------------ hostile files

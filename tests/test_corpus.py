@@ -590,8 +590,8 @@ OTHERS = {
     "pointer.txt": (machine.corpus.LFS + b"\noid sha256:0\nsize 9\n", "Git LFS pointer.*lfs pull"),
     "a.jsonl.xz": (b"\xfd7zXZ\x00more", "xz -d"),
     "a.bz2": (b"BZh91AY", "bunzip2"),
-    "a.arrow": (b"\xff\xff\xff\xff\x10\0\0\0", "to_parquet"),
-    "b.arrow": (b"ARROW1\0\0", "to_parquet"),
+    "a.arrow": (b"\xff\xff\xff\xff\x10\0\0\0", "open_stream"),
+    "b.arrow": (b"ARROW1\0\0", "open_file"),
     "utf16.txt": ("text".encode("utf-16"), "iconv -f utf-16"),
     "utf16be.txt": ("text without a mark".encode("utf-16-be"), "iconv -f utf-16be"),
     "a.txt": (gzip.compress(b"text"), "packed by gzip; let its name end in .gz"),
@@ -762,6 +762,7 @@ def test_text_that_spells_special_tokens_is_said_with_what_parts_it(tmp_path):
     "record, spec, said",
     [
         ({"content": "a", "id": 1}, "a.jsonl", "no 'text' .*: name it as PATH#content"),
+        ({"text": None, "url": "a"}, "a.jsonl", r"'text' is null, need text\); .*--skip_bad_lines"),
         ({"meta": {"text": "a\nb"}}, "a.jsonl#meta.text", "meta.text is nested.*jq -c '.*'"),
         ({"text": ["a", "b"]}, "a.jsonl", "'text' is a list, need one text: jq -c '.*'"),
         ({"text": {"en": "a"}}, "a.jsonl", "'text' is .*, a dict, need text"),

@@ -11,11 +11,12 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 import machine.corpus
 import machine.tokenizer
+from machine.checkpoints import client_notes
 from machine.corpus import tokenize
 from machine.formats import load_checkpoint, save_checkpoint
 from machine.tokenizer import carry_tokenizer, check_export, llama3_special_tokens, load_tokenizer
@@ -419,6 +420,48 @@ def test_the_class_of_an_export_is_one_that_transformers_4_and_5_know(tmp_path, 
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "b").tokenize("a") == ["a"]
 
 
+def with_rules(kind):
+    """A tokenizer whose rules are not those of the class that its folder names."""
+    if kind == "a digit a token":
+        return bpe(r"\p{N}|\p{L}+|\s+|[^\s\p{L}\p{N}]+")
+    tk = bpe()
+    if kind == "no capitals":
+        tk.normalizer = normalizers.Lowercase()
+    if kind == "a blank in front":
+        tk.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    if kind == "no blank in front":
+        vocab = {token: i for i, token in enumerate(["<unk>", "\u2581", *map(chr, range(33, 127))])}
+        tk = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+        tk.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    return tk
+
+
+RULES = ["a digit a token", "no capitals", "a blank in front", "no blank in front"]
+
+
+@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize("name", ["LlamaTokenizerFast", "GPT2Tokenizer", "Qwen2Tokenizer", None])
+def test_transformers_reads_an_exports_text_by_its_tokenizer_json(tmp_path, kind, name):
+    source, out = mkdir(tmp_path / "a"), mkdir(tmp_path / "b")
+    with_rules(kind).save(str(source / "tokenizer.json"))
+    settings = {"tokenizer_class": name} if name else {}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    carry_tokenizer(source, out, None)
+    texts = ["In 1999 It was 12,345.", " led", "", "a  b "]
+    want = load_tokenizer(source).encode_batch(texts)
+    for family in ("llama", "mistral", "qwen2", "qwen3"):
+        (out / "config.json").write_text(json.dumps({"model_type": family}))
+        read = transformers.AutoTokenizer
+        if family == "qwen2":  # transformers 5 has Qwen2's own rules for all of them
+            (note,) = client_notes(out)
+            assert "open it by PreTrainedTokenizerFast.from_pretrained" in note
+            read = transformers.PreTrainedTokenizerFast
+        else:
+            assert client_notes(out) == []
+        opened = read.from_pretrained(out)
+        assert [opened(text, add_special_tokens=False)["input_ids"] for text in texts] == want
+
+
 def mkdir(folder):
     folder.mkdir()
     return folder
@@ -435,5 +478,6 @@ def test_truncation_and_padding_stay_behind(tmp_path):
     (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(settings))
     carry_tokenizer(tmp_path / "a", tmp_path / "b", 128)
     carried = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
-    assert carried == {"eos_token": "<|end|>", "model_max_length": 128}
+    kept = {"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    assert carried == kept | {"model_max_length": 128}
     assert len(Tokenizer.from_file(str(tmp_path / "b" / "tokenizer.json")).encode("a" * 9)) == 9
