@@ -251,7 +251,7 @@ def of_today(saved: dict, where: str) -> dict:
     method = saved.get("method")
     if old and method == "mix_cpt":  # these were recorded, and did nothing
         saved |= {"alpha_short": 1.0, "alpha_s2l": 1.0}
-    unread = [name for name, methods in longred.READ_BY.items() if method not in methods]
+    unread = longred.UNREAD.get(method, ())
     return saved | {name: None for name in unread if name in saved}
 
 
