@@ -38,9 +38,9 @@ import data
 from longred import StepStream, fill_defaults, plan_streams, whole_number
 from machine import memory
 from machine import plan as planner
+from machine.files import refuse_foreign, whole_file
 from machine.formats import config_to_hf
 from machine.settings import MachineConfig as Config
-from machine.states import refuse_foreign, whole_file
 from model import LOSS_ROWS, Llama, ModelConfig, next_token_kl, next_token_loss
 from rope_kernels import apply_rope, rope_backend, rope_frequencies
 

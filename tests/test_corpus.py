@@ -199,7 +199,9 @@ def test_options_and_tokenizer_have_their_own_caches(tk, tmp_path):
 
 SLOW_BUILD = """
 import random, sys, time
-import data, machine.corpus
+import machine.corpus
+from machine.corpus import tokenize
+from machine.tokenizer import load_tokenizer
 machine.corpus.PIECE, machine.corpus.BATCH, machine.corpus.SHARD = 64, 256, 4
 tk = load_tokenizer(sys.argv[1])
 def slow(texts, encode=tk.encode):
@@ -257,7 +259,9 @@ def test_two_runs_at_once_build_one_whole_cache(tk, tmp_path):
 
 FULL_DISK = """
 import resource, signal, subprocess, sys
-import data, machine.corpus
+import machine.corpus
+from machine.corpus import tokenize
+from machine.tokenizer import load_tokenizer
 if subprocess.call(["mount", "-t", "tmpfs", "-o", "size=256k", "t", sys.argv[3]]):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (262144, -1))  # the next best thing
