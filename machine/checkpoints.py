@@ -27,6 +27,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from machine.files import (
+    LFS,
+    LFS_REMEDY,
+    MOST_JSON,
+    free_name,
+    is_lfs_pointer,
+    publish,
+    read_json,
+    unfinished,
+)
+from model import TOKENIZER_FILES
+
 # ------------------------------------------------------------------------------------ where it lies
 
 # Short names for --ckpt; any other "owner/name" is tried on the hub as it is.
@@ -97,8 +109,6 @@ def _download(name: str, repo: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
-    from machine.tokenizer import TOKENIZER_FILES
-
     wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
     wanted += ["adapter_config.json"]  # its presence is refused
     login = "your token was refused" if get_token() else "you are not logged in"
@@ -130,41 +140,6 @@ def _download(name: str, repo: str, revision: str | None) -> Path:
 
 
 # ------------------------------------------------------------------------------------------- config
-
-# Bytes of JSON read at most: the largest real header is below 1 MB, and a parse takes many times
-# the text, so that a forged one could take all memory.
-MOST_JSON = 2**22
-LFS = b"version https://git-lfs.github.com/spec/v1"  # begins what git-lfs puts in a file's place
-LFS_REMEDY = "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`, or download it"
-
-
-def is_lfs_pointer(path: Path) -> bool:
-    """Whether a clone without git-lfs left a few lines in the place of this file."""
-    with open(path, "rb") as f:
-        return f.read(len(LFS)) == LFS
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises ValueError, one line, whatever the file holds."""
-    try:
-        if path.stat().st_size > MOST_JSON:
-            raise ValueError(f"{path.stat().st_size:,} bytes, need at most {MOST_JSON:,}")
-        if not path.is_file():
-            raise ValueError("it is no plain file")
-        if is_lfs_pointer(path):
-            raise ValueError(LFS_REMEDY)
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ValueError(f"cannot read {path}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is damaged: {e}; fetch it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, need an object")
-    return content
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_config(folder: Path, from_hf: Callable):
@@ -597,8 +572,6 @@ NO_LOSS = re.compile(
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """The files in a folder that `new_folder` may have brought there; nobody else's."""
-    from machine.tokenizer import TOKENIZER_FILES
-
     names = {"config.json", "generation_config.json", "model.safetensors.index.json"}
     weights = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
     names |= set(TOKENIZER_FILES)
@@ -624,19 +597,6 @@ def drop_checkpoint(folder: Path, but: Iterable[str] = ()) -> None:
             place.rmdir()
 
 
-def free_name(path: Path) -> Path:
-    """path, or one like it that is free: somebody's files may lie there."""
-    names = (path.with_name(f"{path.name}{i or ''}") for i in range(1000))
-    return next(p for p in names if not os.path.lexists(p))
-
-
-def unfinished(out_dir: Path) -> list[Path]:
-    """The folders that killed processes left beside out_dir while they wrote a checkpoint there."""
-    ours = re.compile(re.escape(out_dir.name) + r"\.\d+\.(partial|previous)\d*")
-    found = out_dir.parent.iterdir() if out_dir.parent.is_dir() else ()
-    return [p for p in found if ours.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
-
-
 @contextmanager
 def new_folder(out_dir: Path) -> Iterator[Path]:
     """A folder to write a checkpoint in, which takes out_dir's name and place once it is complete.
@@ -648,24 +608,19 @@ def new_folder(out_dir: Path) -> Iterator[Path]:
         raise ValueError(f"{out_dir} exists and is no checkpoint; pass another folder or remove it")
     for left in unfinished(out_dir):
         drop_checkpoint(left)
-    mine = f"{out_dir.name}.{os.getpid()}"
-    partial = free_name(out_dir.with_name(f"{mine}.partial"))
+    partial = free_name(out_dir.with_name(f"{out_dir.name}.{os.getpid()}.partial"))
     partial.mkdir(parents=True)
     yield partial
     for shard in partial.glob("*.safetensors"):  # written for the owner's eyes only by safetensors
         shutil.copymode(partial / "config.json", shard)
-    previous = free_name(out_dir.with_name(f"{mine}.previous"))
-    if out_dir.exists():
-        out_dir.rename(previous)
-    partial.rename(out_dir)
-    new = {path.name for path in out_dir.iterdir()}
-    weights = {p.name for p in checkpoint_files(previous) if p.name.startswith("model")}
-    others = {p.name for p in checkpoint_files(previous) if p.parent == previous} - weights - new
-    drop_checkpoint(previous, but=others)  # a tokenizer.model, say, that its user put there
-    for left in unfinished(out_dir):
-        for path in left.iterdir():  # somebody's files
-            path.rename(free_name(out_dir / path.name))
-        left.rmdir()
+    new = {path.name for path in partial.iterdir()}
+
+    def drop(older: Path) -> None:
+        names = {path.name for path in checkpoint_files(older)}
+        # A tokenizer.model, say, that its user put there stays.
+        drop_checkpoint(older, but=[n for n in names if n[:5] != "model" and n not in new])
+
+    publish(partial, out_dir, drop)
 
 
 def client_notes(folder: Path) -> list[str]:

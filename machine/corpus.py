@@ -35,17 +35,29 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
 import data
-from machine.checkpoints import LFS, LFS_REMEDY, free_name
+from machine.files import (
+    LFS,
+    LFS_REMEDY,
+    digest,
+    file_checksum,
+    free_name,
+    is_on_disk,
+    lock,
+    publish,
+    read_signed,
+    remedy,
+    signed,
+    write_json,
+)
 from machine.tokenizer import Tokenizer, optional
 
 FORMAT = 6  # part of the cache key: raise it when the files' layout or the cutting rule changes
@@ -803,25 +815,27 @@ def tokenize(
         known = str(seen)
         files = _fingerprint(find_files(specs, seen, log), seen, skip_bad_lines, log)
         if str(seen) != known:
-            _write_atomic(seen_path, seen)
+            write_json(seen_path, signed(seen), indent=None)
         key = [FORMAT, PIECE, skip_bad_lines, tokenizer.fingerprint]
         key += [tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos, tokenizer.add_eos]
         key += [(file.fingerprint, file.source, file.column) for file in files]
-        fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+        fingerprint = digest(key)
         folder = cache_dir / f"tokens-{fingerprint}"
         meta = _complete(folder)
         if meta is None:
             log(f"{name}: tokenising {len(files):,} files, or waiting for a run that is at it")
-            with FileLock(f"{folder}.lock"):  # a killed run's lock frees itself
+            lock_path = Path(f"{folder}.lock")
+            with lock(lock_path, wait=True) as handle:  # a killed run's lock frees itself
+                held = partial(is_on_disk, handle, lock_path)
                 meta = _complete(folder, log)
-                meta = meta or _build(folder, files, tokenizer, name, skip_bad_lines, log)
+                meta = meta or _build(folder, files, tokenizer, name, skip_bad_lines, log, held)
         tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
         records = np.fromfile(folder / "documents.bin", dtype=np.int64).reshape(-1, 3)
     except Damaged as error:
         raise ValueError(f"{name}: {error}") from None
     except OSError as error:
-        advice = "; mend that and run again: it goes on where it stopped"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        advice = f"; {remedy(error)} and run again: it goes on where it stopped"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             advice = (
                 f"; the disk is full, free about half the text's size in {cache_dir} and run again:"
                 " it goes on where it stopped"
@@ -860,41 +874,15 @@ def _say_spelled(name: str, spelled: dict[str, int]) -> str:
 
 
 def _read_memo(path: Path) -> dict:
-    """seen_files.json, without the entries that are damaged: a memo may be lost, never fatal.
+    """Return the content of seen_files.json; {} if it is damaged: a memo may be lost, never fatal.
 
-    One without a sound entry may be somebody's file: it is set aside under another name.
+    It may be somebody's file then: it is set aside under another name.
     """
-    memo = found = None
-    try:
-        memo = json.loads(path.read_text(encoding="utf-8"))
-        found = {key: value for key, value in memo.items() if _is_memo(key, value)}
-    except (OSError, ValueError, AttributeError, RecursionError):
-        pass
-    if not found and memo != {} and path.is_file():
+    found = read_signed(path)
+    if found is None and path.is_file():
         with contextlib.suppress(OSError):  # another process was at it
             path.rename(free_name(path.with_name(f"{path.name}.damaged")))
-    return found or {}
-
-
-def _is_memo(key: str, value: object) -> bool:
-    """Of a local file: size, times, device, inode, fingerprint; of a hub spec: its files."""
-    if not isinstance(value, list):
-        return False
-    if key.startswith("hf:"):
-        rows = [isinstance(v, list) and len(v) in (4, 6) and type(v[1]) is int for v in value]
-        return bool(rows) and all(rows) and all(isinstance(x, str) for v in value for x in v[2:])
-    *numbers, fingerprint = value or [None]
-    return isinstance(fingerprint, str) and all(type(v) is int for v in numbers)
-
-
-def _write_atomic(path: Path, content: dict) -> None:
-    """Runs that share a cache may write seen_files.json at once: each by a name of its own."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    return {key: value for key, value in (found or {}).items() if key != "checksum"}
 
 
 def _complete(folder: Path, log: Callable = lambda _: None) -> dict | None:
@@ -904,27 +892,19 @@ def _complete(folder: Path, log: Callable = lambda _: None) -> dict | None:
     from memory. Raises ValueError for other bytes in a file of the right size.
     """
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        known = _kinds(meta) == _kinds(FRESH)
-        if known and all(os.path.getsize(folder / name) == meta[name] for name in FILES):
-            stats = tuple(_stat(folder / name) for name in FILES)
-            if meta["dtype"] in DTYPES and len(meta["checksums"]) == len(FILES):
-                return _same_bytes(folder, stats, meta)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        meta = read_signed(folder / "meta.json")
+        if meta and all(os.path.getsize(folder / name) == meta[name] for name in FILES):
+            return _same_bytes(folder, tuple(_stat(folder / name) for name in FILES), meta)
+    except (OSError, KeyError):
         pass
     if folder.is_dir():
         log(f"{folder} is damaged: building it anew")
     return None
 
 
-DTYPES = "uint16", "uint32"
 # A cache's description before anything is in it; sizes in bytes.
 FRESH = dict.fromkeys((*FILES, "pieces", "bad", "cr"), 0)
 FRESH |= {"checksums": [0, 0], "dtype": "", "spelled": {}}
-
-
-def _kinds(description: dict) -> dict[str, type]:
-    return {key: type(value) for key, value in description.items()}
 
 
 class Damaged(Exception):
@@ -943,14 +923,7 @@ def _same_bytes(folder: Path, stats: tuple, meta: dict) -> dict:
 @lru_cache(64)
 def _checksums(folder: Path, stats: tuple) -> list[int]:
     """crc32 of each file of a cache, as it was at `stats`."""
-    found = []
-    for name in FILES:
-        checksum = 0
-        with open(folder / name, "rb") as stream:
-            while block := stream.read(1 << 22):
-                checksum = zlib.crc32(block, checksum)
-        found.append(checksum)
-    return found
+    return [file_checksum(folder / name) for name in FILES]
 
 
 def _drop(folder: Path) -> None:
@@ -961,8 +934,11 @@ def _drop(folder: Path) -> None:
         folder.rmdir()
 
 
-def _build(folder, files, tokenizer, name, skip_bad, log) -> dict:
-    """Tokenise into folder.part, shard by shard; rename when done. Returns the description."""
+def _build(folder, files, tokenizer, name, skip_bad, log, held) -> dict:
+    """Tokenise into folder.part, shard by shard; rename when done. Returns the description.
+
+    held(): whether the cache's lock is still ours.
+    """
     part, began = Path(f"{folder}.part"), time.perf_counter()
     part.mkdir(exist_ok=True)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
@@ -982,7 +958,9 @@ def _build(folder, files, tokenizer, name, skip_bad, log) -> dict:
             for stream in streams.values():
                 stream.flush()
                 os.fsync(stream.fileno())
-            _write_atomic(part / "meta.json", state)
+            if not held():
+                raise ValueError(f"{name}: {folder}.lock was removed at work: run again")
+            write_json(part / "meta.json", signed(state))
 
         # What was tokenised is read again and dropped, plain text 100 times as fast as one core
         # tokenises it.
@@ -1004,13 +982,7 @@ def _build(folder, files, tokenizer, name, skip_bad, log) -> dict:
             raise ValueError(f"{file.path} changed while it was read: run again")
     if not state[FILES[0]]:
         raise ValueError(f"{name}: no text in {len(files)} files; name files that hold some")
-    _drop(folder)  # a damaged one
-    if folder.exists():  # somebody's files are in it
-        for file in (*FILES, "meta.json"):
-            os.replace(part / file, folder / file)
-        _drop(part)
-    else:
-        os.replace(part, folder)
+    publish(part, folder, _drop)
     size, seconds = size / 1e6, time.perf_counter() - began
     log(f"{name}: tokenised {size:,.1f}M characters in {seconds:,.1f} s, {size / seconds:,.2f}M/s")
     return state
@@ -1021,20 +993,14 @@ def _unfinished(part: Path, fresh: dict) -> dict:
 
     Of what it wrote the checksum is compared too.
     """
-    try:
-        state = json.loads((part / "meta.json").read_text())
-        if _kinds(state) != _kinds(fresh):
-            return fresh
-        for file, checksum in zip(FILES, state["checksums"], strict=True):
-            left, found = state[file], 0
-            with open(part / file, "rb") as stream:
-                while left and (block := stream.read(min(left, 1 << 22))):
-                    left, found = left - len(block), zlib.crc32(block, found)
-            if left or found != checksum:
-                return fresh
-        return state if state["dtype"] == fresh["dtype"] else fresh
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
-        return fresh
+    state = read_signed(part / "meta.json")
+    if state and state.keys() - {"checksum"} == fresh.keys():
+        del state["checksum"]
+        sums = [file_checksum(part / file, state[file]) for file in FILES]
+        whole = all(os.path.getsize(part / file) >= state[file] for file in FILES)
+        if whole and sums == state["checksums"] and state["dtype"] == fresh["dtype"]:
+            return state
+    return fresh
 
 
 def _append(batch, ids, tokenizer, state, tokens, records) -> None:

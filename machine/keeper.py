@@ -19,13 +19,23 @@ import torch
 from torch import nn
 
 from machine import states
-from machine.checkpoints import checkpoint_files, drop_checkpoint, unfinished
+from machine.checkpoints import checkpoint_files, drop_checkpoint
+from machine.files import free_name, lock_folder, unfinished
 from machine.many import Processes
 
-try:
-    import fcntl
-except ImportError:  # Windows: two runs in one OUT_DIR are not noticed there
-    fcntl = None
+
+def interrupt(number, frame) -> None:
+    """Handle Ctrl-C for a command: this one ends it, and another does so at once.
+
+    An exception for the second one would be lost, or printed, where it met a clean-up: a join, a
+    flush, a close. What a process leaves that ends here, a kill leaves too.
+    """
+    signal.signal(number, end_at_once)
+    raise KeyboardInterrupt
+
+
+def end_at_once(number, frame) -> None:
+    os._exit(128 + number)
 
 
 class StopSignal:
@@ -33,7 +43,7 @@ class StopSignal:
 
     Launchers send SIGTERM more than once: another one changes nothing. A second Ctrl-C gives up at
     once; what was saved stays. A SIGHUP that was ignored at the start (nohup) stays so. `number` is
-    None, or the signal that asked for the stop.
+    None, or the signal that asked for the stop; a command keeps these handlers to its end then.
     """
 
     def __init__(self):
@@ -55,35 +65,18 @@ class StopSignal:
         if number == signal.SIGINT == self.number:
             raise KeyboardInterrupt
         self.number = self.number or number
+        if number == signal.SIGINT and self.in_command:
+            signal.signal(number, end_at_once)
+
+    @property
+    def in_command(self) -> bool:
+        """Whether the process is a command of ours, not somebody's program that calls train."""
+        return self.previous.get(signal.SIGINT) is interrupt
 
     def __exit__(self, *exc):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-
-def lock(folder: Path, what: str):
-    """The lock of a folder that one command at a time may write in; held until it is closed.
-
-    It goes with the process, however that ends. Raises ValueError where another holds it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / "lock", "a")
-    except OSError as e:
-        raise ValueError(f"cannot write to {what} {folder}: {e.strerror}; pass another") from None
-    try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        handle.close()
-        raise ValueError(
-            f"another process is at work in {folder}; wait for it, or pass another {what}"
-        ) from None
-    except OSError as e:
-        handle.close()  # some network disks have no locks: better none than no run
-        print(f"warning: {folder} cannot be locked ({e.strerror}): let nothing else work there")
-        return open(os.devnull)
-    return handle
+        if not (self.number and self.in_command):
+            for number, handler in self.previous.items():
+                signal.signal(number, handler)
 
 
 # What a run makes in its OUT_DIR, beside the states and the lock.
@@ -97,8 +90,7 @@ def clear_run(out_dir: Path, ckpt: str) -> None:
     Raises ValueError, with all left as it was, for a run at work or of another checkpoint, and for
     files that are no run's.
     """
-    holder = lock(out_dir, "--out_dir")
-    try:
+    with lock_folder(out_dir, "--out_dir"):
         record = out_dir / "longred.json"
         if record.exists() and not same_place(states.read_run(out_dir)["config"], out_dir, ckpt):
             raise ValueError(f"{out_dir} holds another run, which stays: pass another --out_dir")
@@ -120,8 +112,6 @@ def clear_run(out_dir: Path, ckpt: str) -> None:
             drop_checkpoint(export)
         for path in files:
             path.unlink()
-    finally:
-        holder.close()
 
 
 def same_place(config: dict, out_dir: Path, ckpt: str) -> bool:
@@ -206,7 +196,7 @@ class Keeper:
         self.out_dir = out_dir
 
         def take():
-            self.lock = lock(out_dir, "--out_dir")
+            self.lock = lock_folder(out_dir, "--out_dir")
             if not resumed:
                 refuse_taken(out_dir)
 
@@ -287,8 +277,8 @@ class Keeper:
         Raises ValueError in every process where one cannot write; the older ones are as they were.
         """
         step, rank = self.saved_step, self.processes.rank
-        folder = self.out_dir / "checkpoints"
-        partial, name = folder / f"step-{step:06d}.partial", f"shard-{rank:05d}.safetensors"
+        folder, name = self.out_dir / "checkpoints", f"shard-{rank:05d}.safetensors"
+        wished = folder / f"step-{step:06d}.partial"
 
         def attempt(write):  # the others must not wait for one that failed
             try:
@@ -296,15 +286,18 @@ class Keeper:
             except (OSError, ValueError) as e:
                 return e.__cause__ if isinstance(e.__cause__, OSError) else e
 
-        def prepare():
-            states.drop(partial)
-            partial.mkdir(parents=True, exist_ok=True)
+        def prepare() -> Path:
+            states.drop(wished)
+            free = free_name(wished)  # somebody's files may be in the other
+            free.mkdir(parents=True)
+            return free
 
         def finish(files: dict):
             manifest = {"step": step, "config": self.config, "optimizer": words, "files": files}
             states.publish(partial, manifest, self.c.keep)
 
-        failed = self.processes.from_rank_0(lambda: attempt(prepare))
+        partial = self.processes.from_rank_0(lambda: attempt(prepare))
+        failed = partial if isinstance(partial, Exception) else None
         if not failed:
             mine = attempt(lambda: {name: states.write_shard(partial / name, tensors)})
             files = {}
@@ -316,7 +309,7 @@ class Keeper:
         if not failed:
             failed = self.processes.from_rank_0(lambda: attempt(lambda: finish(files)))
         if failed:
-            if rank == 0:
+            if rank == 0 and isinstance(partial, Path):
                 states.drop(partial)
             raise states.cannot_save(folder, step, sum(t.nbytes for t in tensors.values()), failed)
         self.save_seconds = time.monotonic() - self.saved_at

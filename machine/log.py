@@ -3,17 +3,17 @@
 import json
 import math
 import os
-import select
 import shlex
 import statistics
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
 
 import torch
 
+from machine.files import finite
 from model import Llama
 from rope_kernels import rope_backend
 
@@ -27,81 +27,40 @@ def command(script: str, *arguments) -> str:
 # ----------------------------------------------------------------------------- who may be gone
 
 
-class Voice:
-    """stdout or stderr of a run that goes on when its reader is gone, stuck, or was never there.
-
-    A write that fails is the last: from then on the text is dropped. One that would block for
-    PATIENCE seconds (a stopped pager, Ctrl-S) is dropped too, and is tried again later. `lost` says
-    what happened, until `unheard` is asked.
-    """
-
-    PATIENCE, PIECE = 2.0, 4096  # seconds; bytes that a pipe takes at once when it takes any
-
-    def __init__(self, stream):
-        self.stream, self.number, self.lost, self.deaf = stream, stream.fileno(), None, False
-
-    def write(self, text: str) -> int:
-        raw = text.encode(self.stream.encoding or "utf-8", "backslashreplace")
-        try:
-            for start in range(0, len(raw), self.PIECE):
-                if select.select([], [self.number], [], 0 if self.deaf else self.PATIENCE)[1]:
-                    self.deaf = False
-                    rest = memoryview(raw)[start : start + self.PIECE]
-                    while rest:
-                        rest = rest[os.write(self.number, rest) :]
-                elif not self.deaf:
-                    self.deaf = True
-                    self.lost = f"{self.stream.name} is not read: lines were left out"
-        except (OSError, ValueError) as e:
-            reason = getattr(e, "strerror", None) or e
-            self.lost = f"{self.stream.name} is closed ({reason}): nothing more is printed there"
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.number)  # for libraries that write too
-        return len(text)
-
-    def flush(self) -> None:
-        pass  # nothing is held back
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-
 def outlive_readers() -> None:
-    """From here on no reader of stdout or stderr can end or stop the run by going away."""
+    """From here on the run continues when whoever reads stdout or stderr has gone away.
+
+    A write that fails is the last: from then on the text is dropped.
+    """
     for number in range(3):  # 2>&- would give its number to the next file that is opened
         try:
             os.fstat(number)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name) or open(number, "w", closefd=False)
+        setattr(sys, name, stream)
+        with suppress(OSError, ValueError, AttributeError):  # no file: a caller's own object
+            if stream.fileno() == number and not hasattr(stream, "outlives"):
+                stream.reconfigure(errors="backslashreplace")
+                stream.outlives = True
+                stream.write = drop_if_closed(number, stream.write)
+                stream.flush = drop_if_closed(number, stream.flush)
+
+
+def drop_if_closed(number: int, call):
+    """Wrap a stream's method: if it fails, /dev/null takes the place of file `number`."""
+
+    def attempt(*args):
         try:
-            if not isinstance(stream, Voice) and os.name == "posix":
-                stream = stream or open(os.devnull, "w")
-                stream.flush()
-                setattr(sys, name, Voice(stream))
-        except (OSError, ValueError, AttributeError):  # not a file: a caller's own object
-            pass
+            return call(*args)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
-
-def unheard() -> str | None:
-    """What became of stdout and stderr since this was last asked."""
-    voices = [v for v in (sys.stdout, sys.stderr) if isinstance(v, Voice) and v.lost]
-    said = "; ".join(v.lost for v in voices)
-    for voice in voices:
-        voice.lost = None
-    return said or None
+    return attempt
 
 
 # --------------------------------------------------------------------------------- the lines
-
-
-def finite(content):
-    """JSON's content with null for every number that is not finite: JSON has no name for those."""
-    if isinstance(content, dict):
-        return {key: finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def json_line(line: dict) -> str:

@@ -29,8 +29,8 @@ class Processes:
     """The processes of a run as one of them sees them; `rank` 0 speaks and writes."""
 
     def __init__(self):
-        self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0)) if self.size > 1 else 0
         self.mesh = self.groups = None  # all of them; (groups, processes that share sequences)
 
     def join(self, device: str | None, context: int) -> None:
@@ -45,6 +45,12 @@ class Processes:
             raise ValueError(
                 f"--context {context} does not divide torchrun's {self.size} processes"
             )
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise ValueError(
+                    f"WORLD_SIZE is {self.size} in the environment, and {name} is missing: start "
+                    "with torchrun, or unset WORLD_SIZE for one process"
+                )
         from torch.distributed.device_mesh import init_device_mesh  # here: --help need not wait
 
         cuda = torch.cuda.is_available() and device != "cpu"
@@ -167,6 +173,11 @@ def exchange(group, x: Tensor, spread: int, gathered: int) -> Tensor:
     parts = torch.stack(x.chunk(group.size(), spread))
     received = all_to_all_single(torch.empty_like(parts), parts, group=group)
     return torch.cat(received.unbind(), gathered)
+
+
+def is_silent() -> bool:
+    """Return whether another process of this machine says what all of them have to say."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def after_restart(config):

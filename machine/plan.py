@@ -756,17 +756,21 @@ def why(error: Exception) -> str:
     return (said.splitlines() or [""])[0][:300]
 
 
-def preflight(c, model: ModelConfig, streams, units: list[Unit], processes: int) -> None:
+def preflight(
+    c, model: ModelConfig, streams, units: list[Unit], *, processes: int, freed: int
+) -> None:
     """Refuse what would fail after hours: a run that its disk or its memory cannot hold.
 
-    c: the run's settings. units: the passes of its streams. processes: torchrun's.
+    c: the run's settings. units: the passes of its streams. processes: torchrun's. freed: bytes of
+    the older states in its OUT_DIR, which new ones replace.
     """
     alone = processes == 1
     n = parameter_count(model)
     export = n * (stored_dtype(model) or torch.float32).itemsize
     # A state: fp32 weights (on a GPU bf16 and a remainder) and AdamW's two moments.
     bf16 = c.device.startswith("cuda") and c.moments == "bf16" and alone
-    check_disk(Path(c.out_dir), export, c.keep and (c.keep + 1) * n * (8 if bf16 else 12))
+    states = c.keep and (c.keep + 1) * n * (8 if bf16 else 12)
+    check_disk(Path(c.out_dir), export=export, states=states, freed=freed)
     if not alone and (c.gpu_gib or c.host_gib or c.compile or c.moments != "fp32"):
         raise ValueError(
             "--gpu_gib, --host_gib, --moments and --compile are one GPU's: drop them with torchrun"
@@ -821,16 +825,12 @@ def forecast(c, config: ModelConfig, streams, processes: int = 1) -> float:
     return sum(u.count * model_flops(config, u) for u in units) / speed * 2 / processes
 
 
-def check_disk(out_dir: Path, export: int, states: int) -> None:
+def check_disk(out_dir: Path, *, export: int, states: int, freed: int) -> None:
     """ValueError unless out_dir's disk has room for the export and the states, in bytes."""
     there = out_dir.absolute()
     while not there.is_dir():
         there = there.parent
-    free = shutil.disk_usage(there).free
-    from machine.states import parts_of, states_in  # which imports this file
-
-    for state in states_in(out_dir / "checkpoints"):
-        free += sum(p.stat().st_size for p in parts_of(state))  # these will go
+    free = shutil.disk_usage(there).free + freed
     if export + states > free:
         raise ValueError(
             f"--out_dir {out_dir} needs {_gb(export + states)} (export {_gb(export)}, --keep + 1 "

@@ -6,7 +6,8 @@ how, is in longred.py.
     settings.py     the machine's flags, and what is refused
     plan.py         what fits: disk, memory, the fastest plan for one GPU
     memory.py       that plan at work: AdamW in host memory, recomputing, tiles, a visiting teacher
-    states.py       states on disk;  keeper.py: when they are saved, signals, the lock;  log.py
+    files.py        files and folders written whole, locks, checksums, checked caches
+    states.py       states on disk;  keeper.py: when they are saved, signals;  log.py
     many.py         torchrun: weights in shards, sequences shared out
     corpus.py       text of any kind -> token files;  mixture.py: shares of several sources
     samples.py      text sampled from the checkpoint itself
@@ -15,6 +16,7 @@ how, is in longred.py.
 
 import os
 import platform
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -28,12 +30,12 @@ from torch import Tensor
 import data
 import longred
 from longred import Config, parse_args
-from machine import checkpoints, corpus, log, memory, plan, samples, states
+from machine import checkpoints, corpus, files, log, memory, plan, samples, states
 from machine.checkpoints import open_tensors, resolve_checkpoint
 from machine.corpus import beginnings
 from machine.formats import load_checkpoint, load_config, save_checkpoint
-from machine.keeper import Keeper, refuse_in_the_way, refuse_taken
-from machine.many import Processes, after_restart, whole_number
+from machine.keeper import Keeper, interrupt, refuse_in_the_way, refuse_taken
+from machine.many import Processes, after_restart, is_silent, whole_number
 from machine.mixture import Mixture, choose_documents
 from machine.settings import (
     HARMLESS,
@@ -41,7 +43,6 @@ from machine.settings import (
     MachineConfig,
     check_flags,
     is_path,
-    of_today,
     resolve,
     resumed_config,
     source_shares,
@@ -52,7 +53,7 @@ from model import Llama, export_dtype, hf_name, merge_weights
 
 def last_words(error: Exception) -> str | int:
     """How a user's error ends: one line, said by one process of each machine."""
-    if int(os.environ.get("LOCAL_RANK", 0)):
+    if is_silent():
         return 1
     line = " ".join(str(error).split())
     if isinstance(error, OSError) and not error.filename:
@@ -74,14 +75,19 @@ class Run(longred.Run):
         self.own = {}  # the source self:N -> its file and cost
         self.sequences = {}  # stream -> how many of its sequences go into one forward pass
         self.texts = {}  # stream -> its data.Stream or mixture.Mixture
+        self.stepping = None  # the generator of the steps
         self.whole = False  # whether `load` takes the weights whole, not this process's shards
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self.keeper.close(error)
-        self.processes.leave()
+        try:
+            if self.stepping:  # a generator's own clean-up would swallow what interrupts it
+                self.stepping.close()
+        finally:
+            self.keeper.close(error)
+            self.processes.leave()
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise ValueError(
                 f"the host's memory ran out ({str(error).splitlines()[-1:]!r:.150}); a smaller "
@@ -102,8 +108,6 @@ class Run(longred.Run):
         config = after_restart(config)
         if config.resume:
             self.resumed = states.read_run(config.resume)
-            states.refuse_older(Path(config.resume))
-            self.resumed["config"] = of_today(self.resumed["config"], config.resume)
             config = resumed_config(self.resumed["config"], config)
         self.processes.join(config.device, config.context or 1)
         if self.resumed:
@@ -148,7 +152,12 @@ class Run(longred.Run):
         c, size = self.c, self.processes.size
         self.streams = streams
         self.units = [plan.Unit.of(s, c, c.unit_tokens // s.seq_len) for s in streams.values()]
-        self.once(lambda: plan.preflight(c, self.original, streams.values(), self.units, size))
+        freed = states.bytes_in(self.out_dir / "checkpoints")
+        self.once(
+            lambda: plan.preflight(
+                c, self.original, streams.values(), self.units, processes=size, freed=freed
+            )
+        )
         self.take_plan(self.plan_memory() if c.device.startswith("cuda") else None)
 
     def take_plan(self, found: plan.Plan | None) -> None:
@@ -230,7 +239,7 @@ class Run(longred.Run):
         self.is_end = data.sentence_ends(tokenizer) if skips_at_sentences else ()
         self.record = {
             "data": {name: text.corpus.fingerprint for name, text in self.texts.items()},
-            "weights": states.weight_fingerprints(self.source),
+            "weights": self.once(lambda: states.weight_fingerprints(self.source)),
         }
         if self.resumed:
             states.check_same(self.resumed, self.record, self.out_dir, c.resume_anyway)
@@ -333,8 +342,12 @@ class Run(longred.Run):
 
     # ------------------------------------------------------------------------------- the steps
 
-    def steps(self, last: int):
+    def steps(self, last: int) -> Iterator[int]:
         """Yield the number of each step from the newest state on; between them log, save, stop."""
+        self.stepping = self.run_steps(last)
+        return self.stepping
+
+    def run_steps(self, last: int) -> Iterator[int]:
         c, keeper = self.c, self.keeper
         if not self.resumed:  # from here on OUT_DIR is ours
             keeper.claim(self.out_dir, resumed=False)
@@ -360,9 +373,7 @@ class Run(longred.Run):
                 seconds = time.monotonic() - step_began
                 line = {"step": step + 1, **self.line, "seconds": round(seconds, 3)}
                 line["data_share"] = round(self.data_seconds / seconds, 4)
-                if said := log.unheard():
-                    line["note"] = said
-                with states.writing(path):
+                with files.writing(path):
                     lines.write(log.json_line(line))
                     lines.flush()
                 keeper.step_done(step + 1, lines, last, self.watch.bad)
@@ -385,11 +396,12 @@ class Run(longred.Run):
         old = self.resumed or {}
         self.record["code_changes"] = old.get("code_changes", [])
         if old and (files := states.changed_code(old.get("code", {}), self.record["code"])):
-            self.record["code_changes"].append({"after_step": first, "files": files})
+            words = f"After step {first} the run went on with other code in {', '.join(files)}."
+            self.record["code_changes"].append(words)
 
     def write_record(self) -> None:
         if self.processes.rank == 0:
-            states.write_json(self.out_dir / "longred.json", self.record)
+            files.write_json(self.out_dir / "longred.json", self.record)
 
     def batches(self, stream, step: int) -> Iterator[data.Batch]:
         """This process's part of what a step reads of a stream, as data.Batch, one a forward pass.
@@ -482,7 +494,7 @@ class Run(longred.Run):
         if c.merge:
             merge_weights(student, teacher, c.merge)
         student.to(export_dtype(student, self.original))
-        with states.writing(exported):
+        with files.writing(exported):
             save_checkpoint(student, exported, tokenizer_from=self.source)
         print(f"extended checkpoint: {exported}")
         for line in checkpoints.client_notes(exported):
@@ -505,8 +517,6 @@ class Run(longred.Run):
                 code_changes=self.record["code_changes"],
                 own_samples=self.own,
             )
-        if said := log.unheard():  # after the last line of log.jsonl
-            self.record["notes"] = [said]
         self.write_record()
         evaluation = ("measure/evaluate.py", "--base", c.ckpt, "--ckpt", self.out_dir)
         print("more:", log.command(*evaluation))
@@ -521,6 +531,8 @@ def train(config: Config) -> Path:
 def main(argv: list[str] | None = None) -> None:
     """The command line. An error that the user can correct ends it with a message of one line."""
     log.outlive_readers()
+    if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     config = parse_args(argv, MachineConfig)
     check_flags(config)
     try:

@@ -8,7 +8,6 @@ What is kept and read is the sampled ids themselves. Text would not do: a specia
 is a dozen ordinary ones, and the tokens of a text are not always those that it was made of.
 """
 
-import hashlib
 import json
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 from machine import plan, states
 from machine.corpus import ids_header
+from machine.files import digest, read_signed, signed, whole_file, write_json
 from machine.tokenizer import Tokenizer
 from model import Llama
 
@@ -73,10 +73,10 @@ def own_samples(
     each = max(1, min(64, PART_TOKENS // length))
     key = [states.weight_fingerprints(source), tokenizer.fingerprint, c.seed, length, each]
     key += ["T=1, ids"]
-    folder = Path(c.cache_dir) / ("samples-" + _digest(key))
+    folder = Path(c.cache_dir) / ("samples-" + digest(key))
     folder.mkdir(parents=True, exist_ok=True)
     parts = [folder / f"part-{i:05d}.json" for i in range(-(-n // each))]
-    left = [path for path in parts if _read_part(path, each) is None]
+    left = [path for path in parts if read_signed(path) is None]
     print(
         f"own samples: {n:,} texts of up to {length:,} tokens, at most {n * length:,} tokens, read "
         f"{asked / (n * length):.2f} times over or more; {len(left)} of {len(parts)} parts to "
@@ -87,40 +87,27 @@ def own_samples(
     model = load() if left else None
     began = time.monotonic()
     for done, path in enumerate(left):
-        seed = int(_digest([c.seed, path.name])[:12], 16)
+        seed = int(digest([c.seed, path.name])[:12], 16)
         generator = torch.Generator(c.device).manual_seed(seed)
         part_began = time.monotonic()
         texts = sample_ids(model, tokenizer, each, length, generator)
         found = {"texts": texts, "seconds": time.monotonic() - part_began}
-        states.write_json(path, states.signed(found))
+        write_json(path, signed(found), indent=None)
         to_go = (time.monotonic() - began) / (done + 1) * (len(left) - done - 1)
         print(
             f"own samples: part {done + 1}/{len(left)}  {each * length / found['seconds']:,.0f} "
             f"tok/s  ETA {to_go // 60:.0f}:{to_go % 60:02.0f}",
             flush=True,
         )
-    made = [_read_part(path, each) for path in parts]
+    made = [read_signed(path) for path in parts]
     texts = [ids for part in made for ids in part["texts"]][:n]
     whole, lines = folder / f"{n}.ids", "".join(f"{json.dumps(ids)}\n" for ids in texts)
     lines = ids_header(tokenizer.fingerprint) + lines
     if not whole.is_file() or whole.read_bytes() != lines.encode():
-        with states.whole_file(whole) as f:  # under torchrun the first process does it
+        with whole_file(whole) as f:  # under torchrun the first process does it
             f.write(lines)
     cost = {"texts": n, "tokens": sum(map(len, texts))}
     return str(whole), cost | {"seconds": round(sum(part["seconds"] for part in made), 1)}
-
-
-def _read_part(path: Path, n: int) -> dict | None:
-    """A part of n texts, as its checksum says; None: it is missing or damaged, and to be made."""
-    try:
-        part = json.loads(path.read_bytes())
-        return part if part == states.signed(part) and len(part["texts"]) == n else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def _digest(key) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _hours(config, each: int, length: int, device: str) -> float:

@@ -7,15 +7,14 @@ import glob
 import math
 import os
 import re
-import types
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, Union, get_args, get_origin
+from typing import Literal
 
 import torch
 
 import longred
-from longred import Config, fill, opt
+from longred import Config, fill, opt, parse_args
 from machine import corpus, plan, samples
 from machine.hf_config import original_window
 from model import ModelConfig
@@ -234,61 +233,27 @@ def is_path(spec: str) -> bool:
     return not spec.startswith("hf:") and samples.count(spec) is None
 
 
-# Flags that were removed, and the values with which a run that has them in its record can go on.
-REMOVED = {"short_rope": "new", "export_longrope": False}
-
-
-def of_today(saved: dict, where: str) -> dict:
-    """The settings of a run's record, which an earlier version may have written, as of today.
-
-    Raises ValueError for a removed flag that made a difference. where: OUT_DIR, for the message.
-    """
-    saved = dict(saved)
-    old = saved.keys() & REMOVED.keys()
-    for name in old:
-        if saved.pop(name) != REMOVED[name]:
-            raise ValueError(f"--resume {where}: --{name} was removed; resume it with its version")
-    method = saved.get("method")
-    if old and method == "mix_cpt":  # these were recorded, and did nothing
-        saved |= {"alpha_short": 1.0, "alpha_s2l": 1.0}
-    unread = longred.UNREAD.get(method, ())
-    return saved | {name: None for name in unread if name in saved}
-
-
-def moved(path: str, old_dir: str, new_dir: str) -> str:
-    """A run's path, or where it lies now if it moved together with OUT_DIR; checked by content."""
-    plain = path.rpartition("#")[0] if "#" in path and not os.path.exists(path) else path
-    if not is_path(path) or not os.path.isabs(old_dir) or glob.glob(plain):
-        return path
-    there = os.path.normpath(os.path.join(new_dir, os.path.relpath(plain, old_dir)))
-    if os.path.isabs(plain) and glob.glob(there):
-        print(f"{path} is gone; going on with {there}")
-        return there + path.removeprefix(plain)
-    return path
-
-
 def resumed_config(saved: dict, given: MachineConfig) -> MachineConfig:
-    """The config a run began with, for the OUT_DIR it lies in now."""
+    """Return the config that a run began with, with the flags that may be given when it resumes.
+
+    saved: from OUT_DIR/longred.json. Raises ValueError where it is damaged or another version's,
+    and for a path that is gone and was not named anew.
+    """
     names = {f.name for f in fields(given)}
     if unknown := saved.keys() - names:
         raise ValueError(
             f"--resume {given.resume}: its setting {min(unknown)} is not known here; resume it "
             "with the version of longred that began it"
         )
-    out_dir, old_dir = whole_path(given.resume, "resume"), str(saved.get("out_dir"))
-    saved = dict(saved)
-    for name in ("ckpt", "cache_dir", *TEXTS):
-        value = saved.get(name)
-        if isinstance(value, str):
-            saved[name] = moved(value, old_dir, out_dir)
-        elif isinstance(value, list):
-            saved[name] = [moved(str(path), old_dir, out_dir) for path in value]
+    if not is_sound(saved, type(given)):
+        path = Path(given.resume) / "longred.json"
+        raise ValueError(f"{path} is damaged, in its config; take it from a backup")
+    saved, out_dir = dict(saved), whole_path(given.resume, "resume")
     now = {"out_dir": out_dir, "resume": out_dir, "resume_anyway": given.resume_anyway}
     for f in fields(given):
         if f.name in HARMLESS or given.resume_anyway:
             if f.name not in now and getattr(given, f.name) != f.default:
                 now[f.name] = getattr(given, f.name)
-    check_kinds(given, saved)
     # A source that was named anew is so wherever else it is named.
     pairs = (zip(saved.get(name) or (), now.get(name) or (), strict=False) for name in TEXTS)
     renamed = {old: str(new) for pair in pairs for old, new in pair}
@@ -298,28 +263,32 @@ def resumed_config(saved: dict, given: MachineConfig) -> MachineConfig:
     if shares := saved.get("source_weights"):
         shares = (text.rpartition("=") for text in shares)
         saved["source_weights"] = [f"{renamed.get(s, s)}={share}" for s, _, share in shares]
-    return type(given)(**(saved | now))
+    c = type(given)(**(saved | now))
+    for name in ("ckpt", *TEXTS):
+        value = getattr(c, name) or []
+        for path in map(str, value if isinstance(value, list) else [value]):
+            plain = path.rpartition("#")[0] if "#" in path and not os.path.exists(path) else path
+            if os.path.isabs(plain) and not glob.glob(plain) and not os.path.exists(plain):
+                raise ValueError(
+                    f"--resume {given.resume}: {plain} is gone; if it was moved, name it anew (of "
+                    f"several, all): --{name} PATH"
+                )
+    return c
 
 
-def check_kinds(given: MachineConfig, saved: dict) -> None:
-    """ValueError where longred.json has a setting of another kind than the flag's."""
-    for f in fields(given):
-        if f.name in saved and not any(fits(saved[f.name], kind) for kind in kinds(f.type)):
-            raise ValueError(
-                f"--resume {given.resume}: longred.json is damaged: its {f.name} is "
-                f"{saved[f.name]!r:.60}; take it from a backup"
-            )
-
-
-def kinds(annotation) -> tuple:
-    either = get_origin(annotation) in (Union, types.UnionType)
-    return get_args(annotation) if either else (annotation,)
-
-
-def fits(value, kind) -> bool:
-    """Whether a value from JSON is of the kind that a field's annotation names."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(fits(v, get_args(kind)[0]) for v in value)
-    return type(value) is kind or (kind is float and type(value) is int)
+def is_sound(saved: dict, kind: type[MachineConfig]) -> bool:
+    """Return whether every setting has a value that its flag can have."""
+    flags = []
+    for f in fields(kind):
+        value = saved.get(f.name)
+        if isinstance(value, bool):
+            flags.append(f"--{'' if value else 'no-'}{f.name}")
+        elif isinstance(value, list):
+            flags += [f"--{f.name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{f.name}={value}")
+    try:
+        parsed = vars(parse_args(flags, kind))
+    except SystemExit:
+        return False
+    return all(parsed[name] == value for name, value in saved.items())

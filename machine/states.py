@@ -14,84 +14,26 @@ any other number. When a state is written, and what a signal does: machine/keepe
 """
 
 import ast
-import errno
-import hashlib
 import json
 import os
 import re
 import shutil
 import sys
 import zlib
-from collections.abc import Iterable
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from machine import memory
-from machine.checkpoints import free_name, read_json
-from machine.log import finite, json_line, read_line
+from machine import files, memory
+from machine.files import digest, file_checksum, read_json, signed, whole_file
+from machine.formats import load_config
+from machine.log import json_line, read_line
 from machine.plan import GIB
 
-# ----------------------------------------------------------------------------------- small files
-
-
-@contextmanager
-def writing(path: Path):
-    """What fails in here is a ValueError that names the file, the cause and the cure."""
-    try:
-        yield
-    except OSError as e:
-        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        cure = "make room" if full else "mend that"
-        raise ValueError(f"cannot write {path}: {e.strerror or e}; {cure} and go on") from e
-
-
-@contextmanager
-def whole_file(path: str | Path):
-    """A text file to write, which takes its name when it is complete and on disk.
-
-    Readers see the old or the new file. Until then it has a name that was free.
-    """
-    path = Path(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = free_name(path.with_name(f"{path.name}.{os.getpid()}.partial"))
-        with open(partial, "x", encoding="utf-8") as f:
-            try:
-                yield f
-                f.flush()
-                os.fsync(f.fileno())
-            except BaseException:
-                partial.unlink()
-                raise
-        partial.replace(path)
-        sync_folder(path.parent)
-
-
-def write_json(path: Path, content: dict) -> None:
-    with whole_file(path) as f:
-        json.dump(finite(content), f, indent=2, allow_nan=False)
-
-
-def refuse_foreign(path: Path, keys: set[str], maker: str, beside: Iterable[Path] = ()) -> None:
-    """ValueError where `path` or a file beside it is there, and no `maker` wrote it.
-
-    path: of JSON that holds these keys where it is the maker's; beside: what is written with it.
-    """
-    there = [p for p in (path, *beside) if os.path.lexists(p)]
-    if not there:
-        return
-    try:
-        ours = keys <= json.loads(path.read_bytes()).keys()
-    except (OSError, ValueError, AttributeError, RecursionError):
-        ours = False
-    if not ours:
-        raise ValueError(
-            f"{there[0]} is in the way, and no {maker} wrote it: pass another --out_dir"
-        )
+# ----------------------------------------------------------------------------- the run's own files
 
 
 def trim_log(path: Path, steps: int) -> list[dict]:
@@ -113,29 +55,15 @@ def trim_log(path: Path, steps: int) -> list[dict]:
     return lines
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside it last through a power failure."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
 def read_run(out_dir: str | os.PathLike) -> dict:
-    """OUT_DIR/longred.json. Raises ValueError where there is no run to resume."""
+    """Return OUT_DIR/longred.json. Raises ValueError where there is no run to resume."""
     path = Path(out_dir) / "longred.json"
     if not path.exists():
         raise ValueError(f"--resume {out_dir}: no {path.name} there, so no run to resume")
-    record = read_json(path)
-    parts = {name: kind() for name, kind in RECORD.items()} | record
+    record = {name: kind() for name, kind in RECORD.items()} | read_json(path)
     for name, kind in {"config": dict, **RECORD}.items():
-        sound = isinstance(parts.get(name), kind)
-        if sound and name == "own_samples":
-            sound = all(type(own) is dict and "file" in own for own in parts[name].values())
-        if not sound:
-            raise ValueError(
-                f"{path} is damaged: {name} is missing or wrong; take it from a backup"
-            )
+        if not isinstance(record.get(name), kind):
+            raise ValueError(f"{path} is damaged, in its {name}; take it from a backup")
     return record
 
 
@@ -154,25 +82,18 @@ def code_fingerprints() -> dict[str, str]:
         for node in ast.walk(tree):
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
                 node.value.value = ""  # a docstring
-        found[name] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+        found[name] = digest(ast.dump(tree).encode())
     return found
 
 
 def weight_fingerprints(folder: Path) -> dict[str, str]:
-    """{file: size and checksum of its first and last MiB} of a checkpoint's weights and config."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        named = path.suffix in (".safetensors", ".pth") or path.name in (
-            "config.json",
-            "params.json",
-        )
-        if named and path.is_file():
-            size = path.stat().st_size
-            with open(path, "rb") as f:
-                checksum = zlib.crc32(f.read(2**20))
-                f.seek(max(0, size - 2**20))
-                found[path.name] = f"{size}-{zlib.crc32(f.read(), checksum):08x}"
-    return found
+    """Return {file: checksum of every byte} of a checkpoint's weights, and one of its config.
+
+    The config counts by what a model is made of, not by how its file is written.
+    """
+    paths = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".pth")]
+    found = {p.name: f"{p.stat().st_size}-{file_checksum(p):08x}" for p in paths if p.is_file()}
+    return found | {"config": digest(vars(load_config(folder)))}
 
 
 def check_same(saved: dict, now: dict, out_dir: Path, anyway: bool) -> None:
@@ -244,30 +165,16 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> list[int]:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
-    checksum = zlib.crc32(head)
+    written = zlib.crc32(head)
     with open(path, "wb") as f:
         f.write(head)
         for part in parts.values():
             raw = part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
             f.write(raw)
-            checksum = zlib.crc32(raw, checksum)
+            written = zlib.crc32(raw, written)
         f.flush()
         os.fsync(f.fileno())
-    return [len(head) + end, checksum]
-
-
-def file_checksum(path: Path) -> int:
-    checksum = 0
-    with open(path, "rb") as f:
-        while block := f.read(2**24):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
-
-
-def signed(manifest: dict) -> dict:
-    """With its own checksum in it."""
-    content = {key: value for key, value in manifest.items() if key != "checksum"}
-    return content | {"checksum": zlib.crc32(json.dumps(content, sort_keys=True).encode())}
+    return [len(head) + end, written]
 
 
 def publish(partial: Path, manifest: dict, keep: int) -> None:
@@ -275,23 +182,16 @@ def publish(partial: Path, manifest: dict, keep: int) -> None:
 
     manifest: with "files": {name: [size, checksum]}, all that was written into `partial`.
     """
-    write_json(partial / "manifest.json", signed(manifest))
+    files.write_json(partial / "manifest.json", signed(manifest))
     final = partial.with_suffix("")
-    drop(final)
-    if final.exists():  # somebody's files lie in a folder of this name: beside them
-        for path in sorted(parts_of(partial), key=lambda p: p.name == "manifest.json"):
-            path.replace(final / path.name)
-        drop(partial)
-    else:
-        partial.rename(final)
-    sync_folder(final.parent)
+    files.publish(partial, final, drop)
     newest = states_in(final.parent)[-keep:]
     for old in final.parent.iterdir():
         if STATE.fullmatch(old.name) and old not in newest and not is_copy(old):
             drop(old)
 
 
-STATE = re.compile(r"step-\d{6,}(\.partial|\.damaged)?")
+STATE = re.compile(r"step-\d{6,}(\.partial\d*|\.damaged|\.\d+\.previous\d*)?")
 PART = re.compile(r"shard-\d{5}\.safetensors|manifest\.json(\.\d+\.partial\d*)?")
 
 
@@ -319,6 +219,11 @@ def states_in(folder: Path, copies: bool = False) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
+def bytes_in(folder: Path) -> int:
+    """Return the bytes of the saved states in it, which will go as new ones come."""
+    return sum(p.stat().st_size for state in states_in(folder) for p in parts_of(state))
+
+
 def is_copy(folder: Path) -> bool:
     """Whether somebody put a state there under the number of another: it is theirs, and stays."""
     try:
@@ -331,12 +236,10 @@ def is_copy(folder: Path) -> bool:
 
 def cannot_save(folder: Path, step: int, need: int, e: OSError) -> ValueError:
     free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
-    full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    reason = "make room" if full else "mend that"
     return ValueError(
         f"cannot save the state after step {step} in {folder}: {getattr(e, 'strerror', e)}; it "
         f"takes {need / GIB:.3g} GiB, {free / GIB:.3g} GiB are free; older states are untouched: "
-        f"{reason} and continue with: python longred.py --resume {folder.parent}"
+        f"{files.remedy(e)} and continue with: python longred.py --resume {folder.parent}"
     )
 
 
@@ -344,17 +247,17 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a saved state; None: every file has its size and checksum."""
     try:
         manifest = read_json(folder / "manifest.json")
-        files = {str(name): found for name, found in manifest["files"].items()}
-        if not files or not all(PART.fullmatch(name) for name in files):
+        shards = {str(name): found for name, found in manifest["files"].items()}
+        if not shards or not all(PART.fullmatch(name) for name in shards):
             return "its files are not a state's"
-        if shards := set(files) ^ {p.name for p in folder.glob("shard-*")}:
-            return f"{min(shards)} is missing, or not of this state"
+        if missing := set(shards) ^ {p.name for p in folder.glob("shard-*")}:
+            return f"{min(missing)} is missing, or not of this state"
         if manifest != signed(manifest) or f"step-{manifest['step']:06d}" != folder.name:
             return "manifest.json has not its checksum"
-        for name, (size, checksum) in files.items():
+        for name, (size, written) in shards.items():
             if (folder / name).stat().st_size != size:
                 return f"{name} has not its {size:,} bytes"
-            if file_checksum(folder / name) != checksum:
+            if file_checksum(folder / name) != written:
                 return f"{name} has not its checksum"
         if not isinstance(manifest["config"], dict) or not isinstance(manifest["optimizer"], dict):
             return "manifest.json has not the entries of a state's"
@@ -383,28 +286,11 @@ def newest_state(out_dir: Path) -> Path | None:
             folder.rename(aside)  # the next save drops it
     if saved:
         raise ValueError(
-            f"--resume {out_dir}: none of the {len(saved)} saved states is sound; remove the "
-            f"step-* folders in {out_dir / 'checkpoints'} to begin again at step 1"
+            f"--resume {out_dir}: none of the {len(saved)} saved states is sound and of this "
+            "version of longred (another's: resume with that one); to begin again at step 1, "
+            f"remove the step-* folders in {out_dir / 'checkpoints'}"
         )
     return None
-
-
-OLDER = "state.pt", ".metadata"  # beside a manifest.json, up to the version before this format
-
-
-def refuse_older(out_dir: Path) -> None:
-    """ValueError where all states of a run are of a format that this version does not read."""
-    saved = states_in(out_dir / "checkpoints", copies=True)
-    if any(path for folder in saved for path in folder.glob("shard-*")):
-        return
-    for folder in reversed(saved):
-        if older := [name for name in OLDER if (folder / name).is_file()]:
-            raise ValueError(
-                f"--resume {out_dir}: {folder.name} is of an older format ({older[0]}) that this "
-                "version cannot resume: go on with the version of longred that wrote it, evaluate "
-                f"its export in {out_dir / 'hf'} if there is one, or train anew into another "
-                "--out_dir"
-            )
 
 
 def read_manifest(folder: Path) -> dict:
@@ -432,8 +318,8 @@ def read_state(folder: Path, student: nn.Module, optimizer) -> None:
 def _read_state(folder: Path, student: nn.Module, optimizer) -> None:
     tensors, _ = run_state(student, optimizer)
     shards = {name: [] for name in tensors}
-    files = sorted(read_manifest(folder)["files"])  # by rank: in the order of their rows
-    for path in (folder / name for name in files):
+    names = sorted(read_manifest(folder)["files"])  # by rank: in the order of their rows
+    for path in (folder / name for name in names):
         with safe_open(path, framework="pt") as f:  # memory-mapped: nothing is read yet
             for name in f.keys():
                 shards.setdefault(name, []).append(f.get_tensor(name))

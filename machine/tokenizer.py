@@ -6,7 +6,6 @@ an export has as a tokenizer.json that encodes alike. Sentencepiece's tokenizer.
 
 import base64
 import functools
-import hashlib
 import importlib
 import itertools
 import json
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import END_OF_TEXT, END_OF_TURN
-from machine.checkpoints import LFS_REMEDY, is_lfs_pointer, read_json, write_json
+from machine.files import LFS_REMEDY, digest, is_lfs_pointer, read_json, write_json
 from machine.hf_config import say_once
 from model import TOKENIZER_FILES
 
@@ -242,10 +241,6 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(tokens, reverse=True))) or r"(?!)")
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
 def _named_alone(tk, config: dict) -> dict[int, str]:
     """Special tokens that only tokenizer_config.json names: transformers adds them, and no text
     becomes one."""
@@ -319,7 +314,7 @@ def _load_json(path: Path, config: dict) -> Tokenizer:
         encode,
         lambda ids: tk.decode([int(i) for i in ids], skip_special_tokens=False),
         max(*vocab, *specials, 0) + 1,
-        *(bos_id, eos_id, bool(add_bos), final, _sha256(path.read_bytes())),
+        *(bos_id, eos_id, bool(add_bos), final, digest(path.read_bytes())),
         frozenset(i for i in vocab if i not in specials),
         _any_of(specials.values()),
         (added["bos"], added["eos"]),
@@ -371,7 +366,7 @@ def _load_ranks(path: Path, config: dict) -> Tokenizer:
         eos_id=special["<|end_of_text|>"],
         add_bos=bool(config.get("add_bos_token", True)),
         add_eos=True,
-        fingerprint=_sha256(path.read_bytes()),
+        fingerprint=digest(path.read_bytes()),
         ordinary=frozenset(ranks.values()),
         spelled=_any_of(special),
         template=([special["<|begin_of_text|>"]], []),

@@ -21,7 +21,7 @@ import torch
 
 from longred import whole_number
 from machine import plan as planner
-from machine.states import refuse_foreign
+from machine.files import refuse_foreign
 from measure.prove import PARTS, prove
 from measure.timing import (
     MOMENTS,

@@ -15,15 +15,15 @@ from tqdm import tqdm
 
 import data
 from longred import cross_entropy
-from machine.checkpoints import read_json
 from machine.corpus import tokenize
+from machine.files import lock_folder, read_json, whole_file, write_json
 from machine.formats import save_checkpoint
-from machine.keeper import clear_run, lock
+from machine.keeper import clear_run
 from machine.log import command
 from machine.run import train
 from machine.settings import MachineConfig as Config
 from machine.settings import check_device, whole_path
-from machine.states import read_run, write_json
+from machine.states import read_run
 from machine.tokenizer import load_tokenizer
 from measure import evaluate
 from model import Llama, ModelConfig
@@ -39,7 +39,7 @@ def demo(config: Config) -> Path:
     out_dir = Path(whole_path(config.out_dir or "out/demo", "out_dir"))
     device = config.device
     check_device(config, 0)
-    with lock(out_dir, "--out_dir"):
+    with lock_folder(out_dir, "--out_dir"):
         return run_demo(out_dir, config.seed, device)
 
 
@@ -115,10 +115,10 @@ def prose_lines() -> str:
 
 def write_demo_text(prose: Path, code: Path) -> None:
     """Write two .jsonl files: Python's help topics, and the sources of its standard library."""
-    prose.parent.mkdir(parents=True, exist_ok=True)
-    prose.write_text(prose_lines(), encoding="utf-8")
+    with whole_file(prose) as f:
+        f.write(prose_lines())
     stdlib = Path(sysconfig.get_paths()["stdlib"])
-    with open(code, "w", encoding="utf-8") as f:
+    with whole_file(code) as f:
         for path in sorted(stdlib.rglob("*.py")):
             parts = path.relative_to(stdlib).parts
             if not {"site-packages", "test", "tests", "idlelib", "pydoc_data"} & set(parts):

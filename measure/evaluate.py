@@ -28,7 +28,6 @@ settings: a stopped command continues with the next row, and one more --ckpt cos
 
 import argparse
 import functools
-import hashlib
 import json
 import math
 import re
@@ -54,13 +53,13 @@ import data
 from longred import whole_number
 from machine.checkpoints import open_tensors, resolve_checkpoint
 from machine.corpus import tokenize
+from machine.files import digest, finite, lock_folder, refuse_foreign, remember, whole_file
 from machine.formats import load_checkpoint, load_config
-from machine.keeper import lock
-from machine.log import command, finite, outlive_readers
+from machine.log import command, outlive_readers
 from machine.plan import available_memory, expand_segments, parameter_count
 from machine.samples import sample_ids
-from machine.settings import check_device, fits
-from machine.states import read_run, refuse_foreign, whole_file
+from machine.settings import check_device
+from machine.states import read_run, weight_fingerprints
 from machine.tokenizer import Tokenizer, load_tokenizer
 from measure.far_context import columns, far_losses, other_documents, shuffled
 from measure.losses import (
@@ -347,35 +346,6 @@ def find_run(spec: str) -> tuple[str, Path | None, str]:
     return name or (own.name if Path(path).is_dir() else Path(path).name), folder, ""
 
 
-def fingerprint(folder: Path) -> str:
-    """Return a checksum of a checkpoint's config and of every byte of its weights."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".pth") or path.name in ("config.json", "params.json"):
-            with open(path, "rb") as f:
-                digest.update(hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest()[:24]
-
-
-def remember(folder: Path, key: dict, compute: Callable[[], dict]) -> dict:
-    """Return compute(), or what it returned when it was last called under this key."""
-    text = json.dumps({"format": FORMAT, **key}, sort_keys=True)
-    path = folder / f"{key['task']}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
-    try:
-        content = json.loads(path.read_bytes())
-        value, checksum = content["value"], content["checksum"]
-        if zlib.crc32(json.dumps(value, sort_keys=True).encode()) == checksum:
-            return value
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass  # not there, cut short by a crash, or damaged
-    value = compute()
-    if finite(value) == value:  # what is not finite has no place in JSON
-        checksum = zlib.crc32(json.dumps(value, sort_keys=True).encode())
-        with whole_file(path) as f:
-            json.dump({"key": key, "value": value, "checksum": checksum}, f)
-    return value
-
-
 @dataclass
 class Texts:
     """The text that all checkpoints are measured on."""
@@ -406,7 +376,8 @@ def row(
     share: of the original, averaged into the weights (model.merge_weights).
     """
     far = {name: _digest(ids) for name, ids in texts.far.items()} if texts.has_far else None
-    key = {"task": "row", "checkpoint": fingerprint(folder), "base": fingerprint(base)}
+    key = {"format": FORMAT, "task": "row", "checkpoint": weight_fingerprints(folder)}
+    key |= {"base": weight_fingerprints(base)}
     key |= {"share": share, "pcd": pcd, "dtype": str(a.dtype), "tasks": sorted({*a.tasks})}
     key |= {"short": _digest(texts.short), "long": _digest(texts.long), "far": far}
     key |= {"original_len": texts.original_len, "lengths": texts.lengths}
@@ -465,7 +436,7 @@ def _edges(original_len: int, lengths: list[int]) -> list[int]:
 
 
 def _digest(ids: Tensor) -> str:
-    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
+    return digest(ids.numpy().tobytes())
 
 
 def summarize(result: dict, original_len: int, lengths: list[int], asked: dict) -> dict:
@@ -864,17 +835,18 @@ def compare(a: Namespace) -> None:
         run = folder and folder.parent / "longred.json"
         if run and run.is_file() and not a.data:
             record = read_run(run.parent)
-            config, own = record["config"], record.get("own_samples", {})
-            for name in ("long_data", "short_data"):
-                if not fits(config.get(name) or [], list[str]):
-                    raise ValueError(f"{run} is damaged: its {name} is no list; pass --data")
-            files = [own.get(s, {"file": s})["file"] for s in config.get("short_data") or ()]
-            a.data, a.short_data = config.get("long_data"), a.short_data or files or None
+            config, own = record["config"], record["own_samples"]
+            try:
+                files = [own.get(s, {"file": s})["file"] for s in config.get("short_data") or ()]
+                a.data = [str(spec) for spec in config.get("long_data") or ()] or None
+            except (TypeError, KeyError, AttributeError):
+                raise ValueError(f"{run} is damaged, in its texts; pass --data") from None
+            a.short_data = a.short_data or [str(file) for file in files] or None
             a.add_eos = config.get("add_eos") if a.add_eos is None else a.add_eos
     runs = [("original", base)] + [(name, folder) for name, folder, _ in found if folder]
     unfinished = [(name, why) for name, folder, why in found if not folder]
     texts = open_texts(a, base, [folder for _, folder in runs[1:]])
-    with lock(Path(a.out_dir), "--out_dir"):  # two at work there would mix their results
+    with lock_folder(Path(a.out_dir), "--out_dir"):  # two at work there would mix their results
         measure_all(a, texts, runs, base, unfinished)
 
 

@@ -32,9 +32,9 @@ import numpy as np
 import torch
 
 from machine.corpus import tokenize
+from machine.files import whole_file
 from machine.formats import load_checkpoint
 from machine.samples import sample_ids
-from machine.states import whole_file
 from machine.tokenizer import load_tokenizer
 from measure.demo import prose_lines
 from measure.far_context import interval, tail_losses

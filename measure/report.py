@@ -8,8 +8,7 @@ from tqdm import tqdm
 
 import data
 from machine.corpus import DEFAULT_SHORT, tokenize
-from machine.log import finite
-from machine.states import writing
+from machine.files import finite, whole_file
 from machine.tokenizer import load_tokenizer
 from measure.evaluate import table
 from measure.losses import losses_by_sequence, short_text_drift, standard_error
@@ -29,7 +28,7 @@ def report(
     """Measure both models, print the table, write OUT_DIR/report.md and return the numbers.
 
     c: the run's Config. streams: of longred.plan_streams. corpora: the data.Corpus of each stream.
-    code_changes: {"after_step", "files"} for each time that the run continued with changed code.
+    code_changes: a sentence for each time that the run continued with changed code.
     own_samples: {source: cost} of short text sampled from the checkpoint.
     """
     texts = held_out_texts(c, corpora)
@@ -44,11 +43,7 @@ def report(
     trained = ", ".join(f"{n:,} {name} tokens" for name, n in tokens.items())
     texts.pop("beyond", None)  # more of the same text
     held_out = ", ".join(f"{len(ids)} {name} sequences" for name, ids in texts.items())
-    changes = "".join(
-        f"After step {change['after_step']} the run went on with other code in "
-        f"{', '.join(change['files'])}.\n\n"
-        for change in code_changes
-    )
+    changes = "".join(f"{change}\n\n" for change in code_changes)
     changes += "".join(
         f"{spec}: {cost['texts']:,} of the checkpoint's own texts, {cost['tokens']:,} tokens, "
         f"sampled in {cost['seconds']:,.0f} s.\n\n"
@@ -60,9 +55,8 @@ def report(
         "short, KL(original, it) and drift of the last hidden state: "
         f"{held_out}. After +-: standard error over sequences.\n\n{changes}{table(rows, errors)}"
     )
-    path = Path(c.out_dir) / "report.md"
-    with writing(path):
-        path.write_text(text + "\n", encoding="utf-8")
+    with whole_file(Path(c.out_dir) / "report.md") as f:
+        f.write(text + "\n")
     print(text, flush=True)
     if finite(rows) != rows:
         print("warning: the report holds numbers that are not finite: weights or training broke")

@@ -19,8 +19,8 @@ from tqdm import tqdm
 import data
 from machine.checkpoints import resolve_checkpoint
 from machine.corpus import tokenize
+from machine.files import whole_file
 from machine.formats import load_checkpoint
-from machine.states import whole_file
 from machine.tokenizer import Tokenizer, load_tokenizer
 from measure.losses import read
 from model import Llama

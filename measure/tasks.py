@@ -28,11 +28,12 @@ import torch
 from tqdm import tqdm
 
 from machine.checkpoints import resolve_checkpoint
+from machine.files import remember, whole_file
 from machine.formats import load_checkpoint, load_config
 from machine.plan import expand_segments
-from machine.states import whole_file
+from machine.states import weight_fingerprints
 from machine.tokenizer import Tokenizer, load_tokenizer
-from measure.evaluate import find_run, fingerprint, remember
+from measure.evaluate import FORMAT, find_run
 from measure.far_context import interval
 from measure.frontier import refuse_foreign, write_scores
 from measure.losses import CHUNK, token_losses
@@ -197,7 +198,8 @@ def compare(a) -> tuple[list[str], dict]:
         model, scores[name] = load_checkpoint(folder, device=a.device, dtype=a.dtype), {}
         for task, items in tasks.items():
             print(f"{name}: {task}, {len(items):,} items", flush=True)
-            key = {"task": f"short-{task}", "checkpoint": fingerprint(folder), "items": a.items}
+            key = {"task": f"short-{task}", "format": FORMAT, "items": a.items}
+            key |= {"checkpoint": weight_fingerprints(folder)}
             key |= {"dtype": str(a.dtype), "right_only": a.right_only, "package": PACKAGE}
             key |= {"tokenizer": tokenizer.fingerprint}
             scores[name][task] = remember(

@@ -24,8 +24,8 @@ import data
 from longred import StepStream, fill_defaults, plan_streams
 from machine import memory
 from machine import plan as planner
+from machine.files import whole_file
 from machine.settings import MachineConfig as Config
-from machine.states import whole_file
 from model import LOSS_ROWS, Llama, ModelConfig, config_to_hf, next_token_kl, next_token_loss
 from rope_kernels import apply_rope, rope_backend, rope_frequencies
 

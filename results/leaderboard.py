@@ -32,11 +32,11 @@ import data
 from longred import plan_streams
 from machine import plan
 from machine.corpus import tokenize
+from machine.files import refuse_foreign, remember, whole_file
 from machine.formats import load_checkpoint
 from machine.settings import MachineConfig as Config
-from machine.states import refuse_foreign, whole_file
 from machine.tokenizer import load_tokenizer
-from measure.evaluate import remember, short_text_drift
+from measure.evaluate import short_text_drift
 from measure.far_context import (
     brings,
     far_losses,

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from machine import checkpoints, hf_config
+from machine import checkpoints, files, hf_config
 from machine.checkpoints import resolve_checkpoint
 from machine.formats import (
     config_from_hf,
@@ -862,7 +862,7 @@ def hostile(root):
         os.mkfifo(folder / name)
         cases[folder.name] = folder, "holds no config.json|holds neither|it is no plain file"
         folder = shutil.copytree(good, root / f"{name} pointer")
-        (folder / "model.safetensors").write_bytes(checkpoints.LFS + b"\noid sha256:0\nsize 9\n")
+        (folder / "model.safetensors").write_bytes(files.LFS + b"\noid sha256:0\nsize 9\n")
         cases[folder.name] = folder, "Git LFS pointer.*git lfs pull"
     (root / "loop").symlink_to("loop")
     cases["loop"] = root / "loop", "no checkpoint .*loop"

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from longred import main
+from machine.files import lock_folder, write_json
 from machine.formats import load_checkpoint
-from machine.keeper import clear_run, lock
+from machine.keeper import clear_run
 from machine.run import train
-from machine.states import write_json
 from measure import demo, evaluate
 
 
@@ -93,7 +93,7 @@ def test_a_demo_clears_its_own_run_but_not_around_somebodys_file(whole, tmp_path
 
 
 def test_two_demos_in_one_folder_do_not_meet(tmp_path):
-    with lock(tmp_path, "--out_dir"):
+    with lock_folder(tmp_path, "--out_dir"):
         with pytest.raises(SystemExit, match="another process is at work in"):
             main(["--out_dir", str(tmp_path)])
     assert [p.name for p in tmp_path.iterdir()] == ["lock"]

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 import data
 import model as model_module
+from machine.files import lock_folder
 from machine.formats import load_checkpoint, save_checkpoint
-from machine.keeper import lock
 from machine.run import train
 from machine.tokenizer import load_tokenizer
 from measure import evaluate, losses, pcd, select_corpus
@@ -498,7 +498,7 @@ def test_results_that_are_not_finite_are_null_and_end_the_command_by_1(
 def test_evaluations_wait_for_no_other_and_overwrite_nobodys_report(comparison):
     argv, out = comparison
     out.mkdir()
-    with lock(out, "--out_dir"):
+    with lock_folder(out, "--out_dir"):
         with pytest.raises(SystemExit, match="another process is at work in"):
             evaluate.main([*argv, "--tasks", "kept"])
     (out / "report.md").write_text("mine")

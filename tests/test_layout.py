@@ -106,6 +106,14 @@ def test_imports_keep_the_order_of_the_house(name):
         assert other.split(".")[0] in allowed, f"{name} imports {other}"
 
 
+def test_no_two_files_need_each_other():
+    after = {module(name): imported(name) - {module(name)} for name in SOURCES}
+    while ready := [name for name, others in after.items() if not others & after.keys()]:
+        for name in ready:
+            del after[name]
+    assert not after, f"a circle of imports: {after}"
+
+
 def test_every_exception_to_the_order_is_in_use():
     for name, other in EXCEPTIONS:
         assert other in re.findall(r"from ([\w.]+) import", FILES[name.replace(".", "/") + ".py"])

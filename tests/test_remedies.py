@@ -19,8 +19,8 @@ import zipfile
 
 import pytest
 
-from machine.checkpoints import LFS
 from machine.corpus import MAGIC, tokenize
+from machine.files import LFS
 from tests.conftest import byte_tokenizer, documents
 
 TEXT = "caf\u00e9 text, \u201cquoted\u201d"

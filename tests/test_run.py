@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import errno
 import functools
 import json
 import math
@@ -13,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -25,6 +27,7 @@ import longred
 from longred import cross_entropy, main, short_to_long_distillation
 from machine import log, plan, states
 from machine.corpus import tokenize
+from machine.files import file_checksum, lock_folder, signed
 from machine.formats import load_checkpoint
 from machine.keeper import Keeper, StopSignal
 from machine.log import Watch
@@ -33,7 +36,7 @@ from machine.memory import AdamW
 from machine.run import train
 from machine.settings import MachineConfig as Config
 from machine.tokenizer import load_tokenizer
-from tests.conftest import HERE, read_log, same_run, tiny_run
+from tests.conftest import HERE, read_log, run_python, same_run, tiny_run
 
 # ------------------------------------------------------------------------------------------- resume
 
@@ -87,27 +90,94 @@ def test_a_damaged_state_is_skipped_and_the_one_before_it_taken(
     assert states.newest_state(out).name == "step-000002"
     assert "step-000004 is damaged" in capsys.readouterr().err
     (out / "checkpoints" / "step-000002" / "manifest.json").write_text("{}")
-    with pytest.raises(ValueError, match="none of the 1 saved states is sound; remove"):
+    with pytest.raises(ValueError, match="none of the 1 saved states is sound and of this version"):
         states.newest_state(out)
 
 
 def test_an_update_waits_for_the_state_being_saved(whole, ckpt, tmp_path, monkeypatch):
     write_shard = states.write_shard
-    slow = lambda *args: time.sleep(0.3) or write_shard(*args)  # noqa: E731
-    monkeypatch.setattr(states, "write_shard", slow)
+    save, wait, step = Keeper.save, Keeper.wait, torch.optim.AdamW.step
+    going_on, order = [], []  # of each save: whether training came to the next wait, or update
+
+    def save_and_say(keeper):
+        keeper.wait()
+        going_on.append(threading.Event())
+        save(keeper)
+
+    def wait_and_say(keeper):
+        if keeper.thread:
+            going_on[-1].set()
+        wait(keeper)
+
+    def update_and_say(*args, **kwargs):
+        order.append("update")
+        if going_on:
+            going_on[-1].set()
+        return step(*args, **kwargs)
+
+    def write_late(*args):
+        order.append("write")
+        assert going_on[-1].wait(60)
+        found = write_shard(*args)
+        order.append("written")
+        return found
+
+    for owner, name, call in (
+        (Keeper, "save", save_and_say),
+        (Keeper, "wait", wait_and_say),
+        (torch.optim.AdamW, "step", update_and_say),
+        (states, "write_shard", write_late),
+    ):
+        monkeypatch.setattr(owner, name, call)
     out = tmp_path / "run"
     train(tiny_run(ckpt, out, save_every=2))
+    assert order == ["update"] * 2 + ["write", "written"] + ["update"] * 2 + ["write", "written"]
     shutil.rmtree(out / "checkpoints" / "step-000004")
     main(["--resume", str(out)])
     assert same_run(whole, out)
 
 
-def test_a_full_disk_ends_the_run_but_not_its_older_states(whole, at_two, capsys):
+def test_an_error_inside_an_update_saves_nothing_of_it(whole, ckpt, tmp_path, monkeypatch):
+    step, out = torch.optim.AdamW.step, tmp_path / "run"
+
+    def fail_half_way(optimizer):
+        if len(read_log(out)) == 2:
+            optimizer.param_groups[0]["params"][0].data += 1.0
+            raise RuntimeError("a kernel failed")
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", fail_half_way)
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        train(tiny_run(ckpt, out, save_every=100))
+    assert states.newest_state(out) is None
+    monkeypatch.undo()
+    main(["--resume", str(out)])
+    assert same_run(whole, out)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_full_disk_ends_the_run_but_not_its_older_states(whole, at_two, monkeypatch, code):
+    def fail(path, tensors):
+        path.write_bytes(b"half of it")
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(states, "write_shard", fail)
+    remedy = "mend that" if code == errno.EIO else "make room"
+    said = rf"after step 4 .*takes 0.\d+ GiB, .* GiB are free.*: {remedy} and continue"
+    with pytest.raises(SystemExit, match=said):
+        main(["--resume", str(at_two)])
+    assert [p.name for p in (at_two / "checkpoints").iterdir()] == ["step-000002"]
+    monkeypatch.undo()
+    main(["--resume", str(at_two)])
+    assert same_run(whole, at_two)
+
+
+def test_a_limit_on_the_size_of_a_file_is_called_so_and_nothing_is_lost(whole, at_two):
     size = (at_two / "checkpoints" / "step-000002" / SHARD).stat().st_size
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limit[1]))
     try:
-        with pytest.raises(SystemExit, match=r"after step 4 .*takes 0.\d+ GiB, .* GiB are free"):
+        with pytest.raises(SystemExit, match=r"after step 4 .*: raise the limit .*ulimit -f"):
             main(["--resume", str(at_two)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -257,6 +327,15 @@ def test_spikes_are_flagged_against_the_median_before_them():
     assert flags == [None] * 8 + ["spike", "spike", None] and watch.bad == 0
 
 
+def test_skipped_steps_do_not_count_in_the_median_of_a_spike():
+    watch = Watch([], max_bad=20)
+    skipped = [dict(loss=math.nan, grad_norm=99.0)] * 9
+    steps = [dict(loss=1.0, grad_norm=1.0)] * 7 + skipped + [dict(loss=1.0, grad_norm=1.0)]
+    steps += [dict(loss=1.0, grad_norm=4.0)]
+    flags = [watch.flag(line) for line in steps]
+    assert flags == [None] * 7 + ["skipped"] * 9 + [None, "spike"]
+
+
 # --------------------------------------------------------------------------------------- the report
 
 
@@ -284,29 +363,29 @@ def test_the_report_has_a_column_at_twice_the_window(ckpt, tmp_path):
 # ----------------------------------------------------------------- nobody listens, nothing is taken
 
 
-def run_in_shell(ckpt, out, shell, **more):
+def run_in_shell(ckpt, out, shell, python="", **more):
     """longred.py with its flags in place of $RUN in a line of shell; (exit status, stderr)."""
     default, given = dataclasses.asdict(Config()), dataclasses.asdict(tiny_run(ckpt, out, **more))
     given = {k: v for k, v in given.items() if v != default[k]}
     flags = [
         f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in given.items()
     ]
-    run = f"{sys.executable} {HERE}/longred.py {' '.join(flags)}"
+    run = f"{sys.executable} {python} {HERE}/longred.py {' '.join(flags)}"
     command = ["bash", "-c", shell.replace("$RUN", run)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     return done.returncode, done.stderr
 
 
 @pytest.mark.parametrize(
-    "shell, noted",
+    "shell",
     [
-        ("$RUN 2>&1 | true; exit ${PIPESTATUS[0]}", "stdout"),
-        ("$RUN >/dev/full 2>/dev/full", "stdout"),
-        ("$RUN >&- 2>&-", None),
-        ("($RUN; echo $? >$0.code) 2>&1 | (head -n 1 >/dev/null)", "stdout"),
+        "$RUN 2>&1 | true; exit ${PIPESTATUS[0]}",
+        "$RUN >/dev/full 2>/dev/full",
+        "$RUN >&- 2>&-",
+        "($RUN; echo $? >$0.code) 2>&1 | (head -n 1 >/dev/null)",
     ],
 )
-def test_a_run_outlives_whoever_reads_what_it_prints(ckpt, whole, tmp_path, shell, noted):
+def test_a_run_outlives_whoever_reads_what_it_prints(ckpt, whole, tmp_path, shell):
     code, said = run_in_shell(
         ckpt, tmp_path / "run", shell.replace("$0", str(tmp_path / "x")), save_every=2
     )
@@ -314,23 +393,6 @@ def test_a_run_outlives_whoever_reads_what_it_prints(ckpt, whole, tmp_path, shel
     if "code" in shell:
         assert (tmp_path / "x.code").read_text() == "0\n"
     assert same_run(whole, tmp_path / "run")
-    notes = [line.get("note", "") for line in read_log(tmp_path / "run")]
-    assert any(notes) == bool(noted) and (not noted or noted in "".join(notes))
-
-
-def test_a_reader_that_is_stuck_costs_lines_and_no_time(monkeypatch):
-    reader, writer = os.pipe()
-    monkeypatch.setattr(log.Voice, "PATIENCE", 0.05)
-    with open(writer, "w") as stream:
-        voice, began = log.Voice(stream), time.monotonic()
-        for _ in range(1000):
-            print("x" * 999, file=voice)
-        assert time.monotonic() - began < 5 and "not read" in voice.lost
-        while len(os.read(reader, 1 << 20)) == 1 << 20:
-            pass
-        print("now", file=voice)
-        assert os.read(reader, 1 << 20).endswith(b"now\n")
-    os.close(reader)
 
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["terminal", "nohup"])
@@ -366,6 +428,109 @@ def test_a_second_ctrl_c_gives_up_at_once_and_another_sigterm_changes_nothing():
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
         assert stop.number == signal.SIGINT
+
+
+SECOND_CTRL_C = """
+import json, os, pathlib, signal, sys, threading
+from contextlib import ExitStack
+import torch._dynamo, torch.distributed.tensor
+import longred
+from machine import log, states
+
+out, *flags = sys.argv[1:]
+PLACES = {"join": (threading.Thread, "join"), "set": (threading.Event, "set")}
+PLACES |= {"flush": (os, "fsync"), "rename": (pathlib.Path, "rename")}
+PLACES |= {"close": (ExitStack, "close"), "write": (states, "write_shard")}
+
+def run(place):
+    stopped, print_step, (owner, name) = [], log.print_step, PLACES[place]
+    call = getattr(owner, name)
+
+    def second(*args, **kwargs):
+        if stopped:
+            os.kill(os.getpid(), signal.SIGINT)
+        return call(*args, **kwargs)
+
+    def first(line, *args):
+        print_step(line, *args)
+        if line["step"] == 3:
+            stopped.append(os.kill(os.getpid(), signal.SIGINT))
+
+    log.print_step = first
+    setattr(owner, name, second)
+    sys.argv = ["longred.py", "--out_dir", f"{out}-{place}", *flags]
+    longred.main()
+
+for place in PLACES:
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.exit(run(place))
+    print(json.dumps({place: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}), flush=True)
+"""
+
+
+def test_a_second_ctrl_c_in_any_clean_up_ends_by_its_code_without_a_traceback(
+    ckpt, whole, tmp_path
+):
+    default = dataclasses.asdict(Config())
+    given = dataclasses.asdict(tiny_run(ckpt, tmp_path / "run", save_every=2))
+    given = {k: v for k, v in given.items() if v != default[k] and k != "out_dir"}
+    flags = [(f"--{k}", *(v if isinstance(v, list) else [v])) for k, v in given.items()]
+    flags = [str(x) for flag in flags for x in flag]
+    said, _ = run_python(SECOND_CTRL_C, tmp_path / "run", *flags, OMP_NUM_THREADS="1").communicate()
+    said = said.decode()
+    codes = [json.loads(line) for line in said.splitlines() if line.startswith('{"')]
+    places = "join", "set", "flush", "rename", "close", "write"
+    assert codes == [{place: 130} for place in places] and "Traceback" not in said, said[-2000:]
+    for place in places:
+        main(["--resume", str(tmp_path / f"run-{place}")])
+        assert same_run(whole, tmp_path / f"run-{place}"), place
+
+
+def test_a_second_ctrl_c_in_a_join_reaches_whoever_called_main(at_two, monkeypatch):
+    join, print_step, interrupted = threading.Thread.join, log.print_step, []
+
+    def second(thread, *args):
+        if thread.daemon:  # that which prints progress, not that which writes a state
+            interrupted.append(thread)
+            os.kill(os.getpid(), signal.SIGINT)
+        join(thread, *args)
+
+    def first(*args):
+        print_step(*args)
+        monkeypatch.setattr(threading.Thread, "join", second)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(log, "print_step", first)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as end:
+        main(["--resume", str(at_two)])
+    assert end.value.code == 130 and interrupted  # not later, in some finalizer
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_run_started_oddly_works_or_says_why(ckpt, whole, tmp_path):
+    code, said = run_in_shell(ckpt, tmp_path / "run", "$RUN", python="-OO", save_every=2)
+    assert code == 0 and same_run(whole, tmp_path / "run"), said
+    for env, line in {
+        "LOCAL_RANK=1": "already holds a run",
+        "RANK=3 LOCAL_RANK=3": "already holds a run",
+        "WORLD_SIZE=4": "RANK is missing: start with torchrun",
+    }.items():
+        code, said = run_in_shell(ckpt, tmp_path / "run", f"{env} $RUN")
+        assert code == 1 and line in said and said.count("\n") == 1, said
+
+
+def test_a_lock_file_that_is_removed_lets_no_second_run_in(at_two):
+    keeper = Keeper(Processes())
+    keeper.claim(at_two, resumed=True)
+    (at_two / "lock").unlink()
+    with pytest.raises(SystemExit, match="another process is at work in"):
+        main(["--resume", str(at_two)])
+    keeper.close(None)
+    lock_folder(at_two, "--out_dir").close()
 
 
 @pytest.mark.parametrize("name", ["hf/notes", "report.md"])
@@ -500,13 +665,12 @@ def test_a_file_that_its_user_put_beside_an_export_stays_there(at_two, whole, tm
     assert not (at_two / "hf" / "model-00001-of-00002.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["state.pt", ".metadata"])
-def test_a_state_of_an_older_format_is_named_before_anything_is_done(at_two, name, capsys):
+def test_a_state_of_another_version_is_refused_in_one_line_and_stays(at_two):
     folder = at_two / "checkpoints" / "step-000002"
-    (folder / SHARD).rename(folder / name)
-    with pytest.raises(SystemExit, match=f"step-000002 is of an older format .{name}.*evaluate "):
+    (folder / SHARD).rename(folder / "state.pt")
+    with pytest.raises(SystemExit, match=r"none .* sound and of this version .*another's: resume"):
         main(["--resume", str(at_two)])
-    assert (folder / name).is_file() and not capsys.readouterr().out
+    assert (folder / "state.pt").is_file()
 
 
 FORGED = {
@@ -533,9 +697,9 @@ def test_a_forged_state_is_refused_in_one_line_and_nothing_in_it_runs(at_two, fo
     content = json.loads((folder / "manifest.json").read_text())
     content["files"][SHARD] = [
         (folder / SHARD).stat().st_size,
-        states.file_checksum(folder / SHARD),
+        file_checksum(folder / SHARD),
     ]
-    (folder / "manifest.json").write_text(json.dumps(states.signed(content)))
+    (folder / "manifest.json").write_text(json.dumps(signed(content)))
     monkeypatch.setattr(pickle, "Unpickler", None)
     with pytest.raises(SystemExit, match="step-000002 does not hold a state of this run") as end:
         main(["--resume", str(at_two)])
@@ -579,8 +743,14 @@ def test_a_run_resumes_from_anywhere_and_after_a_move(ckpt, whole, tmp_path, mon
     main(["--resume", str(home / "run")])
     assert same_run(whole, home / "run")
     shutil.rmtree(home)
-    main(["--resume", str(tmp_path / "copied" / "run")])
-    assert same_run(whole, tmp_path / "copied" / "run")
+    moved = tmp_path / "copied"
+    given = ["--resume", str(moved / "run"), "--cache_dir", str(moved / "cache")]
+    for name, path in {"ckpt": "tiny", "long_data": "long.txt", "short_data": "short.txt"}.items():
+        with pytest.raises(SystemExit, match=f"home/{path} is gone; .* anew .*: --{name} PATH"):
+            main(given)
+        given += [f"--{name}", str(moved / path)]
+    main(given)
+    assert same_run(whole, moved / "run")
 
 
 def test_fewer_steps_than_were_done_are_refused(whole, tmp_path):

@@ -88,7 +88,7 @@ def test_texts_are_those_that_generate_draws_and_a_stopped_run_goes_on(
     (part,) = (tmp_path / "other").glob("samples-*/part-00000.json")
     texts = json.loads(part.read_text())["texts"]
     model, tokenizer, length = made[0][0], made[0][1], made[0][3]
-    seed = int(samples._digest([fresh.seed, part.name])[:12], 16)
+    seed = int(samples.digest([fresh.seed, part.name])[:12], 16)
     generator = torch.Generator().manual_seed(seed)
     first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     ids = load_checkpoint(ckpt[0]).generate(
@@ -131,7 +131,7 @@ DAMAGES = {
     "half of its texts": lambda raw: json.dumps(
         (part := json.loads(raw)) | {"texts": part["texts"][:8]}
     ),
-    "one id changed": lambda raw: raw.replace("[\n      ", "[\n      1", 1),
+    "one id changed": lambda raw: raw.replace("[[", "[[1", 1),
     "a list": lambda raw: "[]",
     "no text": lambda raw: "",
 }

@@ -20,6 +20,7 @@ from machine.formats import load_checkpoint, load_config
 from machine.run import train
 from machine.settings import MachineConfig as Config
 from machine.settings import resolve
+from machine.states import bytes_in
 from model import ModelConfig
 from tests.conftest import HERE, tiny_run
 
@@ -49,7 +50,8 @@ def test_the_disk_must_hold_the_export_and_keep_and_one_more_states(
         refused = contextlib.nullcontext() if enough else pytest.raises(ValueError, match="--keep")
         with refused:
             streams = plan_streams(c).values()
-            plan.preflight(c, model, streams, [plan.Unit.of(s, c) for s in streams], True)
+            units, freed = [plan.Unit.of(s, c) for s in streams], bytes_in(there.parent)
+            plan.preflight(c, model, streams, units, processes=1, freed=freed)
 
 
 # What is wrong: flags changed in a good command line (@: in the test's folder), what is said
