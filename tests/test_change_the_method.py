@@ -50,7 +50,7 @@ def changed(tmp_path_factory):
 
 def part_of_copy(folder, name) -> bool:
     top = str(folder) == str(HERE)
-    return name.endswith(".py") or (top and name in ("machine", "measure", "tests"))
+    return name.endswith((".py", ".md")) or (top and name in ("machine", "measure", "tests"))
 
 
 @NO_GIT
