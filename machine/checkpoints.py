@@ -616,7 +616,7 @@ def new_folder(out_dir: Path) -> Iterator[Path]:
     new = {path.name for path in partial.iterdir()}
 
     def drop(older: Path) -> None:
-        names = {path.name for path in checkpoint_files(older)}
+        names = {path.name for path in checkpoint_files(older) if path.parent == older}
         # A tokenizer.model, say, that its user put there stays.
         drop_checkpoint(older, but=[n for n in names if n[:5] != "model" and n not in new])
 

@@ -124,6 +124,7 @@ def write_json(path: Path, content: dict, indent: int | None = 2) -> None:
     """Write one object whole."""
     with whole_file(path) as f:
         json.dump(finite(content), f, indent=indent, allow_nan=False, ensure_ascii=False)
+        f.write("\n")
 
 
 def unfinished(folder: Path) -> list[Path]:

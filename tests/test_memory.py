@@ -684,7 +684,7 @@ def test_several_gpus_get_a_table_of_what_each_holds():
     assert tight.units["short"].batch < plan.units["short"].batch
 
 
-def test_a_run_on_several_gpus_prints_its_plan_and_reads_as_it_says(monkeypatch, capsys):
+def test_a_run_on_several_gpus_prints_its_plan_and_reads_as_it_says(monkeypatch, capsys, tmp_path):
     machine = run.Run()
     machine.processes = mock.Mock(size=8, total=lambda values, op: values)
     machine.once, machine.original = lambda check: None, timing.LLAMA3_8B
@@ -692,7 +692,7 @@ def test_a_run_on_several_gpus_prints_its_plan_and_reads_as_it_says(monkeypatch,
     c = Config(target_len=32768, original_len=8192, train_len=32768, device="cuda", context=1)
     fill(c, long_micro=8, long_batch=4, s2l_batch=16, short_batch=128, short_len=1024)
     fill(c, n_distill_layers=6, alpha_short=5.0, alpha_s2l=10.0)
-    machine.c, streams = c, plan_streams(c)
+    machine.c, streams, machine.out_dir = c, plan_streams(c), tmp_path
     for gib, batch in ((79.1, 32), (38, 16)):
         monkeypatch.setattr(plan, "gpu_room", lambda gib=gib: gib * GIB)
         monkeypatch.setattr(plan, "available_memory", lambda: 500 * GIB)

@@ -17,6 +17,7 @@ from machine.run import train
 from machine.settings import MachineConfig as Config
 from machine.settings import resolve
 from machine.tokenizer import load_tokenizer
+from model import config_to_hf
 from tests.conftest import (
     byte_tokenizer,
     killed_after_two,
@@ -210,6 +211,7 @@ def test_what_was_sampled_and_nothing_else_is_read(tmp_path, make):
     tokenizer, model = load_tokenizer(tmp_path / "tk"), SaysAnything(vocab, eos)
     assert tokenizer.eos_id == eos and tokenizer.add_bos
     config = tiny_config(vocab_size=vocab)
+    (tmp_path / "tk" / "config.json").write_text(json.dumps(config_to_hf(config)))
     c = Config(original_len=64, seed=3, cache_dir=str(tmp_path / "cache"), device="cpu")
     path, cost = samples.own_samples(c, 128, tmp_path / "tk", config, lambda: model, tokenizer, 1)
     documents, n = [], 0
