@@ -43,6 +43,7 @@ from machine.settings import (
     MachineConfig,
     check_flags,
     is_path,
+    of_today,
     resolve,
     resumed_config,
     source_shares,
@@ -108,6 +109,7 @@ class Run(longred.Run):
         config = after_restart(config)
         if config.resume:
             self.resumed = states.read_run(config.resume)
+            self.resumed["config"] = of_today(self.resumed["config"])
             config = resumed_config(self.resumed["config"], config)
         self.processes.join(config.device, config.context or 1)
         if self.resumed:

@@ -233,6 +233,24 @@ def is_path(spec: str) -> bool:
     return not spec.startswith("hf:") and samples.count(spec) is None
 
 
+# Flags that were removed, and the values with which a run that has them in its record can go on.
+REMOVED = {"short_rope": "new", "export_longrope": False}
+
+
+def of_today(saved: dict) -> dict:
+    """Return the settings of a run's record as this version has them.
+
+    A removed flag stays, to be refused, if it made a difference.
+    """
+    old = {name for name, value in REMOVED.items() if name in saved and saved[name] == value}
+    saved = {name: value for name, value in saved.items() if name not in old}
+    method = saved.get("method")
+    if old and method == "mix_cpt":  # its weights were recorded as LongReD's, and did nothing
+        saved |= {"alpha_short": 1.0, "alpha_s2l": 1.0}
+    unread = longred.UNREAD.get(method, ()) if isinstance(method, str) else ()
+    return saved | {name: None for name in unread if name in saved}
+
+
 def resumed_config(saved: dict, given: MachineConfig) -> MachineConfig:
     """Return the config that a run began with, with the flags that may be given when it resumes.
 

@@ -28,13 +28,14 @@ from longred import cross_entropy, main, short_to_long_distillation
 from machine import log, plan, states
 from machine.corpus import tokenize
 from machine.files import file_checksum, lock_folder, signed
-from machine.formats import load_checkpoint
+from machine.formats import load_checkpoint, load_config
 from machine.keeper import Keeper, StopSignal
 from machine.log import Watch
 from machine.many import Processes
 from machine.memory import AdamW
 from machine.run import train
 from machine.settings import MachineConfig as Config
+from machine.settings import of_today, resolve
 from machine.tokenizer import load_tokenizer
 from tests.conftest import HERE, read_log, run_python, same_run, tiny_run
 
@@ -790,3 +791,16 @@ def test_gradients_are_not_clipped_at_0(ckpt, tmp_path):
     for name, clip in (("off", 0), ("wide", 1e9)):
         train(tiny_run(ckpt, tmp_path / name, steps=2, grad_clip=clip, eval_tokens=0))
     assert same_run(tmp_path / "off", tmp_path / "wide")
+
+
+def test_a_record_with_removed_flags_at_their_defaults_goes_on_as_it_trained(ckpt, tmp_path):
+    c = dataclasses.asdict(tiny_run(ckpt, tmp_path / "run", method="mix_cpt"))
+    old = c | {"short_rope": "new", "export_longrope": False, "alpha_kl": 0.0}
+    old |= {"alpha_short": 5.0, "alpha_s2l": 10.0, "position_scheme": "cream"}
+    now = of_today(old)
+    assert (now["alpha_short"], now["alpha_s2l"]) == (1.0, 1.0)  # the 5 and 10 did nothing
+    assert now["alpha_kl"] is now["position_scheme"] is None and "short_rope" not in now
+    assert resolve(Config(**now), load_config(ckpt[0]), ckpt[0]).alpha_short == 1.0
+    weighted = c | {"alpha_short": 2.0, "alpha_s2l": 0.5}  # a record of today
+    assert of_today(weighted)["alpha_short"] == 2.0
+    assert of_today(old | {"short_rope": "original"})["short_rope"] == "original"
