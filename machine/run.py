@@ -259,8 +259,15 @@ class Run(longred.Run):
                     for s in self.streams.values()
                     if spec in getattr(self.c, f"{s.name}_data")
                 )
-                more = self.source, self.original, self.load_whole, tokenizer, asked
-                path, cost = samples.own_samples(self.c, n, *more)
+                path, cost = samples.own_samples(
+                    self.c,
+                    n,
+                    source=self.source,
+                    config=self.original,
+                    load=self.load_whole,
+                    tokenizer=tokenizer,
+                    asked=asked,
+                )
                 self.own[spec] = {"file": path} | cost
         return [self.own[spec]["file"] if spec in self.own else spec for spec in specs]
 
