@@ -563,7 +563,8 @@ CARRIED = (
     "LICENSE* LICENCE* COPYING* NOTICE* USE_POLICY* chat_template.json additional_chat_templates/*"
 ).split()
 TEMPLATES = "additional_chat_templates"
-# What is beside weights and is no loss: other formats of them, folders' own, what is written anew.
+# Files next to the weights that an export may leave out: other formats of them, what a folder needs
+# for itself, and what is written anew.
 NO_LOSS = re.compile(
     r"(model|pytorch_model|consolidated|flax_model|tf_model|rust_model).*|params\.json|\..*|"
     r"config\.json|generation_config\.json|checklist\.chk|longred\.json|log\.jsonl"
