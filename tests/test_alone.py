@@ -191,6 +191,8 @@ REFUSED = {
     "not above": (dict(target_len=64), "not above the original window of 64"),
     "no scaling to remove": (dict(rope_type="default"), "and it has none"),
     "above the window": (dict(short_len=65), "--short_len 65 is above the original window of 64"),
+    "no such device": (dict(device="gpu"), "--device gpu: need cpu or cuda"),
+    "no GPU": (dict(device="cuda:99"), "--device cuda:99: torch sees [0-9]+ GPUs"),
     "a beta of 1": (dict(beta2=1), "--beta2 1.0: need at least 0, at most 0.999999"),
 }
 

@@ -405,7 +405,7 @@ def test_what_is_not_read_is_named(tmp_path, capsys):
     assert "WARNING" not in capsys.readouterr().out
 
 
-# What the published config.json files of models in HUB_NAMES hold beside the usual entries.
+# What the published config.json files of models in HUB_NAMES hold in addition to the usual entries.
 PUBLISHED = {
     "smollm2": dict(is_llama_config=True, rope_interleaved=False, pretraining_tp=1, use_cache=True),
     "smollm2's": {"transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}},
