@@ -6,9 +6,11 @@
 
 The first command trains and scores what is missing, one run after another in the order of BLOCKS.
 Every run has a folder of its own and is skipped once it is scored, so a stopped command continues
-where it was. `--no-train` only scores what has been trained. The second command reads the scores of
-an earlier one and needs neither texts nor weights. Both print the table and the comparisons, with
-NOT RUN for what is missing, and write frontier.md, frontier.png and frontier.json.gz.
+where it was. `--no-train` only scores what has been trained, and `--earlier FILE` takes the runs
+that an earlier frontier.json.gz holds, so that another machine continues without their weights. The
+second command reads the scores of an earlier one and needs neither texts nor weights. Both print
+the table and the comparisons, with NOT RUN for what is missing, and write frontier.md, frontier.png
+and frontier.json.gz.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,6 +121,7 @@ SETTING = (
 OWN_TEXTS = 2000  # samples of the original, drawn anew for each seed
 STORIES, STORIES_SEED, STORY_LEN = 600, 90210, 512  # samples that no run trains on
 BOOK_SEQUENCES, BOOK_LEN = 64, 2048  # of each unread book
+SAME = 2e-4  # nats by which one model's loss on one sequence may differ between two machines
 EQUAL = 0.005  # nats: story losses that differ by no more count as equal
 
 
@@ -239,17 +243,36 @@ def write_scores(path: Path, content: dict) -> None:
         f.buffer.write(gzip.compress(json.dumps(content).encode(), mtime=0))
 
 
-def read_scores(path: Path) -> dict:
+def read_scores(path: Path, keys: Set[str] = frozenset()) -> dict:
+    """Read a compressed JSON object; raise ValueError in one line if it lacks one of the keys."""
     try:
         content = json.loads(gzip.decompress(path.read_bytes()))
         if not isinstance(content, dict):
             raise ValueError("no JSON object")
+        if missing := sorted(keys - content.keys()):
+            raise ValueError(f"no {missing[0]!r} in it")
         return content
     except (OSError, EOFError, zlib.error, ValueError) as e:
         raise ValueError(
             f"{path}: not a file of scores ({e}); need one that this command wrote, such as "
             "results/frontier.json.gz"
         ) from None
+
+
+def read_earlier(path: Path, original: dict) -> dict[str, dict]:
+    """Return the scores of earlier runs; raise ValueError if they are of other text or weights."""
+    content = read_scores(path, {"original", "runs"})
+    kinds = [(lambda r: r["stories"])] + [lambda r, b=b: r["books"][b] for b in original["books"]]
+    try:
+        apart = max(np.abs(np.subtract(f(original), f(content["original"]))).max() for f in kinds)
+    except (KeyError, ValueError):
+        apart = np.inf
+    if not apart <= SAME:
+        raise ValueError(
+            f"{path}: its original scores otherwise on these texts (by {apart:.4f} nats); need the "
+            "weights, books and versions of that comparison, or leave --earlier out"
+        )
+    return content["runs"]
 
 
 def run_all(a) -> tuple[dict, dict]:
@@ -261,8 +284,12 @@ def run_all(a) -> tuple[dict, dict]:
     if not path.exists():
         write_scores(path, score(base, base, texts()))
     original, runs = read_scores(path), {}
+    earlier = read_earlier(a.earlier, original) if a.earlier else {}
     for run in RUNS:
         out = a.out_dir / run_name(*run)
+        if run_name(*run) in earlier:
+            runs[run] = earlier[run_name(*run)]
+            continue
         if not (out / "scores.json.gz").exists():
             if a.train and not (out / "hf" / "config.json").exists():
                 train(a, *run)
@@ -518,14 +545,13 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--train", action=argparse.BooleanOptionalAction, default=True, help="train what is missing"
     )
+    add("--earlier", type=Path, metavar="FILE", help="a frontier.json.gz whose runs are kept")
     add("--scores", type=Path, metavar="FILE", help="print an earlier frontier.json.gz")
     a = parser.parse_args(argv)
     try:
         refuse_foreign(a.out_dir, "frontier", {"original", "runs"})
         if a.scores:
-            content = read_scores(a.scores)
-            if not content.keys() >= {"original", "runs"}:
-                raise ValueError(f"{a.scores}: scores of one model; need a frontier.json.gz")
+            content = read_scores(a.scores, {"original", "runs"})
             runs = {run: r for run in RUNS if (r := content["runs"].get(run_name(*run)))}
             original = content["original"]
         else:

@@ -198,6 +198,19 @@ def test_what_was_scored_is_neither_trained_nor_scored_again(ckpt, tmp_path, mon
     main([*argv, "--no-train"])
     assert len(trained) == len(scored) == 3
 
+    # On another machine, from the scores alone: only the original is scored again.
+    earlier = tmp_path / "earlier.json.gz"
+    run = made(1.4, 3.0, seed=9)
+    write_scores(earlier, {"original": made(1.4, 3.0), "runs": {names[0]: run, names[1]: run}})
+    argv[-1] = str(tmp_path / "other")
+    main([*argv, "--earlier", str(earlier)])
+    assert len(trained) == 3 and len(scored) == 4
+    found = read_scores(tmp_path / "other" / "frontier.json.gz")["runs"]
+    assert found == {names[0]: run, names[1]: run}
+    write_scores(earlier, {"original": made(1.41, 3.0), "runs": {}})
+    with pytest.raises(SystemExit, match="its original scores otherwise on these texts"):
+        main([*argv, "--earlier", str(earlier)])
+
 
 def test_scores_alone_make_the_same_table_and_picture(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
@@ -218,7 +231,11 @@ def test_scores_alone_make_the_same_table_and_picture(tmp_path, capsys, monkeypa
 
 @pytest.mark.parametrize(
     "content, said",
-    [(None, "not a file of scores"), (b"text", "not a file of scores"), ({"a": 1}, "of one model")],
+    [
+        (None, "not a file of scores"),
+        (b"text", "not a file of scores"),
+        ({"a": 1}, "no 'original' in it"),
+    ],
 )
 def test_bad_scores_end_in_one_line(tmp_path, content, said):
     path = tmp_path / "x.json.gz"
