@@ -328,7 +328,8 @@ def _decoded(stream, path: str, digest=None) -> Iterator[str]:
             yield decoder.decode(block, final=not block)
         except ValueError as error:
             remedy = "convert it from its encoding (Western Europe: iconv -f cp1252 -t utf-8), "
-            remedy = "it is binary: " if CONTROL.search(block) else remedy
+            if CONTROL.search(block):
+                remedy = "it is binary: unpack it or export its text as .txt or .jsonl, "
             raise ValueError(
                 f"{path} is not UTF-8 text ({error}, block at byte {offset}); {remedy}name files "
                 "by a glob without it, or pass --skip_bad_lines"
@@ -337,61 +338,30 @@ def _decoded(stream, path: str, digest=None) -> Iterator[str]:
 
 
 CONTROL = re.compile(rb"[\0-\x06\x0e-\x1a\x1c-\x1f]")  # characters of no text in any code page
-ARROW = (
-    "python -c 'import pyarrow as a, pyarrow.parquet as p; "
-    'p.write_table(a.ipc.{}("FILE").read_all(), "FILE.parquet")\''
-)
-# How files begin that are no text, and what helps.
-MAGIC = {
-    LFS: f"is {LFS_REMEDY}",
-    b"\xff\xfe": "is UTF-16 text; convert it: iconv -f utf-16 -t utf-8",
-    b"\xfe\xff": "is UTF-16 text; convert it: iconv -f utf-16 -t utf-8",
-    b"\xfd7zXZ\0": "is packed by xz; unpack it: xz -d",
-    b"BZh": "is packed by bzip2; unpack it: bunzip2",
-    b"\x04\x22\x4d\x18": "is packed by lz4; unpack it: lz4 -dm",
-    b"PK\x03\x04": "is a zip archive; unpack it: unzip",
-    b"7z\xbc\xaf\x27\x1c": "is a 7z archive; unpack it: 7z x",
-    b"Rar!": "is a rar archive; unpack it: unrar x",
-    b"%PDF": "is a PDF; extract its text first: pdftotext",
-    b"{\\rtf": "is an RTF document; extract its text first: pandoc -t plain",
-    b"\xd0\xcf\x11\xe0": "is an Office document; extract its text first: soffice --convert-to txt",
-    b"SQLite format 3\0": "is an SQLite database; export its text as .jsonl: sqlite3 FILE "
-    "\"select json_object('text', COLUMN) from TABLE\" > FILE.jsonl",
-    b"\x93NUMPY": "is a numpy array, of tokens perhaps: name the text that it was made of",
-    b"\x89HDF": "is an HDF5 file; export its text as .jsonl",
-    b"ARROW1": f"is an Arrow file; convert it: {ARROW.format('open_file')}",
-    b"\xff\xff\xff\xff": f"is an Arrow stream; convert it: {ARROW.format('open_stream')}",
+# How files begin that are known and not read, with what they are and what helps: a row a remedy.
+OTHERS = {
+    (LFS,): LFS_REMEDY,
+    (b"\xff\xfe", b"\xfe\xff"): "UTF-16 text; convert it: iconv -f utf-16 -t utf-8",
+    (b"\xfd7zXZ\0", b"BZh", b"PK\x03\x04", b"7z\xbc\xaf\x27\x1c", b"Rar!"): (
+        "packed, or an archive; unpack it: 7z x (of a .docx, .epub or .odt: pandoc -t plain)"
+    ),
+    (b"\x1f\x8b", b"\x28\xb5\x2f\xfd"): "packed twice; unpack it once: gzip -d, or zstd -d",
+    (b"%PDF", b"{\\rtf", b"\xd0\xcf\x11\xe0"): (
+        "a document; extract its text first: pdftotext, or soffice --convert-to txt"
+    ),
+    (b"\xff\xff\xff\xff",): (
+        "an Arrow stream; convert it: python -c 'import pyarrow as a, pyarrow.parquet as p; "
+        'p.write_table(a.ipc.open_stream("FILE").read_all(), "FILE.parquet")\''
+    ),
 }
-# Read where the name says so.
-PACKED = {
-    b"\x1f\x8b": ("packed by gzip", ".gz"),
-    b"\x28\xb5\x2f\xfd": ("packed by zstd", ".zst"),
-}
-TAR = "is a tar archive; unpack it into a folder of its own: tar -xf"
-DOCUMENTS = (".docx", ".epub", ".odt")  # zip archives whose text pandoc knows
+TAR = "a tar archive; unpack it into a folder of its own: tar -xf"  # it says so at byte 257
 
 
-def _refuse_other(path: str, head: bytes, unpacked: bool) -> None:
-    """ValueError with the remedy that helps for a file of a kind that is not read.
-
-    head: its first bytes, `unpacked` or as they are on disk.
-    """
-    if path.lower().endswith(DOCUMENTS):
-        raise ValueError(f"{path} is a document; extract its text first: pandoc -t plain")
-    for magic, said in MAGIC.items():
-        if head.startswith(magic):
-            raise ValueError(f"{path} {said}")
-    if head[257:262] == b"ustar":
-        raise ValueError(f"{path} {TAR}")
-    for magic, (kind, suffix) in PACKED.items():
-        if head.startswith(magic) and (unpacked or not path.lower().endswith(suffix)):
-            twice = " twice" if unpacked and path.lower().endswith(suffix) else ""
-            raise ValueError(f"{path} is {kind}{twice}; let its name end in {suffix}, or unpack it")
-    head = head[:64]
-    if head[1::2].count(0) > len(head) // 4 or head[0::2].count(0) > len(head) // 4:
-        order = "le" if head[1::2].count(0) > head[0::2].count(0) else "be"
-        if all(b for b in (head[0::2] if order == "le" else head[1::2])):
-            raise ValueError(f"{path} is UTF-16 text; convert it: iconv -f utf-16{order} -t utf-8")
+def _refuse_other(path: str, head: bytes) -> None:
+    """ValueError with the remedy that helps for a file, unpacked, of a kind that is not read."""
+    found = [said for begins, said in OTHERS.items() if head.startswith(begins)]
+    if found or head[257:262] == b"ustar":
+        raise ValueError(f"{path} is {[*found, TAR][0]}")
 
 
 TABLES = {"csv": "csv", "tsv": "csv"}  # not read
@@ -413,9 +383,9 @@ def _kind(file: File) -> str:
     path, suffix = file.path, _suffix(file.path)
     if suffix in TABLES:
         raise ValueError(f"{path} is a table, which is not read; {_by_pandas(path, suffix)}")
-    with _reading(path), _open(file) as (stream, raw):
+    with _reading(path), _open(file) as (stream, _):
         head = stream.read(1024)
-        _refuse_other(path, head, stream is not raw)
+        _refuse_other(path, head)
         if head.startswith(b"PAR1"):
             return "parquet"
         if head.startswith(IDS.encode()):
@@ -563,7 +533,10 @@ class Zstd(io.RawIOBase):
 
 @contextlib.contextmanager
 def _open(file: File):
-    """(stream of decompressed bytes, raw stream whose position tells the progress)"""
+    """(stream of decompressed bytes, raw stream whose position tells the progress)
+
+    Packed is what begins so, or is called so: under its name, a file cut to nothing is damaged.
+    """
     path, name = file.path, file.path.lower()
     if len(file.hub) > 2:
         yield None, None
@@ -575,9 +548,10 @@ def _open(file: File):
             file.hub[0], path, repo_type="dataset", revision=file.hub[1]
         )
     with open(path, "rb") as raw:
-        if name.endswith(".gz"):
+        head = raw.peek(4)
+        if name.endswith(".gz") or head.startswith(b"\x1f\x8b"):
             yield gzip.GzipFile(fileobj=raw), raw
-        elif name.endswith(".zst"):
+        elif name.endswith(".zst") or head.startswith(b"\x28\xb5\x2f\xfd"):
             yield io.BufferedReader(Zstd(raw, path), 1 << 20), raw
         else:
             yield raw, raw
@@ -756,8 +730,6 @@ def _fingerprint(files: list[File], seen: dict, skip_bad: bool, log: Callable) -
     for file in tqdm(files, "checking files", disable=None, leave=False):
         if not file.hub:
             path = os.path.abspath(file.path)
-            if file.path.lower().endswith(".zst"):
-                optional("zstandard", file.path)
             try:
                 if seen.get(path, [])[:-1] != list(file.stat):
                     seen[path] = [*file.stat, _hash(file)]
@@ -781,11 +753,11 @@ def _stat(path: str) -> tuple:
 
 def _hash(file: File) -> str:
     digest, kind = hashlib.sha256(), _kind(file)
-    with open(file.path, "rb") as stream:
-        if kind == "text" and not file.path.lower().endswith((".gz", ".zst")):
+    with _open(file) as (stream, raw):
+        if kind == "text" and stream is raw:
             for _ in _decoded(stream, file.path, digest):
                 pass
-        while block := stream.read(1 << 20):
+        while block := raw.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:32]
 

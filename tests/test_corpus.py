@@ -51,13 +51,13 @@ DOCS = ["first \u00e9 text", "second,\r\nlonger \ud55c text\n\n", "third"]
 def test_every_kind_of_file_gives_the_same_documents(tk, tmp_path):
     lines = "".join(json.dumps({"body": d, "id": i}) + "\n" for i, d in enumerate(DOCS)).encode()
     (tmp_path / "a.jsonl").write_bytes(lines)
-    for name in ("b.jsonl.gz", "c.json.gz"):
+    for name in ("b.jsonl.gz", "c.json.gz", "d"):
         (tmp_path / name).write_bytes(gzip.compress(lines))
     for i, text in enumerate(DOCS):
         (tmp_path / f"d{i}.weird").write_bytes(text.encode())
     expected = [[*ids, 256] for ids in tk.encode_batch(DOCS)]
     assert [len(ids) - 1 for ids in expected] == [len(text.encode()) for text in DOCS]
-    for spec in ("a.jsonl#body", "b.jsonl.gz#body", "c.json.gz#body"):
+    for spec in ("a.jsonl#body", "b.jsonl.gz#body", "c.json.gz#body", "d#body"):
         assert documents(tokenize([tmp_path / spec], tk, tmp_path / "cache")) == expected
     plain = tokenize([tmp_path / "d?.weird"], tk, tmp_path / "cache")  # as open() reads it
     read = [(tmp_path / f"d{i}.weird").read_text(encoding="utf-8") for i in range(3)]
@@ -71,8 +71,9 @@ def test_zstd_and_parquet_are_read_where_installed(tk, tmp_path):
     lines = "".join(json.dumps({"text": d}) + "\n" for d in DOCS).encode()
     pack = zstandard.compress
     (tmp_path / "a.jsonl.zst").write_bytes(pack(lines[:30]) + pack(lines[30:]))  # two frames
+    (tmp_path / "by another name").write_bytes(pack(lines))
     pq.write_table(pyarrow.table({"text": DOCS, "x": [1, 2, 3]}), tmp_path / "b.parquet")
-    for name in ("a.jsonl.zst", "b.parquet"):
+    for name in ("a.jsonl.zst", "by another name", "b.parquet"):
         corpus = tokenize([tmp_path / name], tk, tmp_path / "cache")
         assert [tk.decode(d[:-1]) for d in documents(corpus)] == DOCS
     with pytest.raises(ValueError, match="b.parquet:1: .*no 'nope' in"):
@@ -588,29 +589,29 @@ def test_what_holds_records_of_another_form_is_refused_with_the_command_that_men
 
 OTHERS = {
     "pointer.txt": (machine.corpus.LFS + b"\noid sha256:0\nsize 9\n", "Git LFS pointer.*lfs pull"),
-    "a.jsonl.xz": (b"\xfd7zXZ\x00more", "xz -d"),
-    "a.bz2": (b"BZh91AY", "bunzip2"),
+    "a.jsonl.xz": (b"\xfd7zXZ\x00more", "7z x"),
+    "a.bz2": (b"BZh91AY", "7z x"),
     "a.arrow": (b"\xff\xff\xff\xff\x10\0\0\0", "open_stream"),
-    "b.arrow": (b"ARROW1\0\0", "open_file"),
+    "b.arrow": (b"ARROW1\0\0", "it is binary"),
     "utf16.txt": ("text".encode("utf-16"), "iconv -f utf-16"),
-    "utf16be.txt": ("text without a mark".encode("utf-16-be"), "iconv -f utf-16be"),
-    "a.txt": (gzip.compress(b"text"), "packed by gzip; let its name end in .gz"),
+    "utf16be.txt": ("text without a mark".encode("utf-16-be"), "it is binary"),
     "no.json": (b"nothing", "no.json is JSON, but not a record a line: jq"),
     "object.json": (b'{"features": {}}', "object.json:1: .*no 'text'"),
     "no.parquet": (b"nothing", "no parquet file"),
     "shard.tar": (b"a/name".ljust(257, b"\0") + b"ustar\0", "tar -xf"),
     "books.tar.gz": (gzip.compress(b"a/name".ljust(257, b"\0") + b"ustar\0"), "tar -xf"),
-    "a.jsonl.gz": (gzip.compress(gzip.compress(b"text")), "packed by gzip twice"),
-    "inner.txt.gz": (gzip.compress(b"BZh91AY"), "bunzip2"),
-    "a.jsonl.lz4": (bytes.fromhex("04224d18604082") + b"\x12\0\0\0abc", "lz4 -d"),
-    "a.db": (b"SQLite format 3\0" + b"\1\2\3" * 50, "SQLite database"),
-    "a.npy": (b"\x93NUMPY\1\0", "numpy array"),
+    "a.jsonl.gz": (gzip.compress(gzip.compress(b"text")), "packed twice"),
+    "inner.txt.gz": (gzip.compress(b"BZh91AY"), "7z x"),
+    "a.jsonl.lz4": (bytes.fromhex("04224d18604082") + b"\x12\0\0\0abc", "it is binary"),
+    "a.db": (b"SQLite format 3\0" + b"\1\2\3" * 50, "it is binary"),
+    "a.npy": (b"\x93NUMPY\1\0", "it is binary"),
     "train.bin": (np.arange(5000, dtype=np.uint16).tobytes(), "it is binary"),
     "model.pkl": (b"\x80\x04\x95\x0b", "it is binary"),
     "a.doc": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "soffice"),
     "a.docx": (b"PK\x03\x04", "pandoc"),
-    "a.zip": (b"PK\x03\x04", "unzip"),
-    "a.rar": (b"Rar!\x1a\x07", "unrar"),
+    "a.zip": (b"PK\x03\x04", "7z x"),
+    "a.rar": (b"Rar!\x1a\x07", "7z x"),
+    "a.pdf": (b"%PDF-1.7\n", "pdftotext"),
 }
 
 
