@@ -364,7 +364,7 @@ def _refuse_other(path: str, head: bytes) -> None:
         raise ValueError(f"{path} is {[*found, TAR][0]}")
 
 
-TABLES = {"csv": "csv", "tsv": "csv"}  # not read
+TABLES = {"csv": ",", "tsv": "\t"}  # not read: how they part their columns
 
 
 def _suffix(path: str) -> str:
@@ -382,7 +382,7 @@ def _kind(file: File) -> str:
         return "rows"
     path, suffix = file.path, _suffix(file.path)
     if suffix in TABLES:
-        raise ValueError(f"{path} is a table, which is not read; {_by_pandas(path, suffix)}")
+        raise ValueError(f"{path} is a table, which is not read; {_as_lines(path, suffix)}")
     with _reading(path), _open(file) as (stream, _):
         head = stream.read(1024)
         _refuse_other(path, head)
@@ -390,36 +390,18 @@ def _kind(file: File) -> str:
             return "parquet"
         if head.startswith(IDS.encode()):
             return "ids"
-        text = head.removeprefix(codecs.BOM_UTF8).lstrip()
-        if re.match(rb'\[\s*\{\s*"', text):
-            raise ValueError(
-                f"{path} is a JSON array, which is not read; {_by_pandas(path, 'json')}"
-            )
-        objects = 0
+        text, objects = head.removeprefix(codecs.BOM_UTF8).lstrip(), 0
         if text.startswith(b"{"):
-            first, second = _first_lines(text, stream)
-            objects = _is_object(first) + (_is_object(first) and _is_object(second))
+            lines = itertools.chain(io.BytesIO(text + stream.readline(1 << 28)), stream)
+            some = [*itertools.islice(filter(bytes.strip, lines), 2)]
+            objects = len([*itertools.takewhile(_is_object, some)])
             if objects == 1 and not suffix:  # one line of JSON may be a text; not so a record
-                objects += file.column in json.loads(first)
-    if suffix == "json" and not objects:
-        made = _made_of(path)
-        raise ValueError(
-            f"{path} is JSON, but not a record a line: jq -c . {shlex.quote(path)} > "
-            f"{shlex.quote(made)} makes lines of it; then name that"
-        )
+                objects += file.column in json.loads(some[0])
+    if re.match(rb'\[\s*\{\s*"', text) or suffix == "json" and not objects:
+        raise ValueError(f"{path} is JSON, but not a record a line; {_as_lines(path, suffix)}")
     if suffix == "parquet":
         raise ValueError(f"{path} is no parquet file, or damaged; fetch it again")
     return "jsonl" if suffix or objects > 1 else "text"
-
-
-def _first_lines(text: bytes, stream) -> tuple[bytes, bytes]:
-    """The first two lines with something in them; text: what was read of the stream."""
-    lines = io.BytesIO(text + (b"" if text.endswith(b"\n") else stream.readline(1 << 28)))
-    first = lines.readline()
-    for line in itertools.chain(lines, iter(lambda: stream.readline(1 << 28), b"")):
-        if line.strip():
-            return first, line
-    return first, b""
 
 
 def _is_object(line: bytes) -> bool:
@@ -429,21 +411,19 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _made_of(path: str) -> str:
-    return re.sub(r"(\.(json|csv|tsv))?(\.gz|\.zst)?$", ".jsonl", path, count=1, flags=re.I)
-
-
-def _by_pandas(path: str, suffix: str) -> str:
-    """The command that makes .jsonl of a table, or of an array; every value stays as it is."""
-    options = {
-        "csv": "dtype=str, keep_default_na=False",
-        "tsv": 'sep="\\t", dtype=str, keep_default_na=False',
-        "json": "dtype=False, convert_dates=False",
-    }[suffix]
-    how = f"read_{TABLES.get(suffix, suffix)}({json.dumps(path)}, {options})"
-    code = f"import pandas; table = pandas.{how}; "
-    code += f'table.to_json({json.dumps(_made_of(path))}, orient="records", lines=True)'
-    return f"make .jsonl of it and name that: python -c {shlex.quote(code)}"
+def _as_lines(path: str, suffix: str) -> str:
+    """The command that makes .jsonl of a table, or of other JSON; every value stays as it is."""
+    made = f"{path}.jsonl"
+    command = (
+        f"""gzip -cdf {shlex.quote(path)} | jq -c 'if type == "array" then .[] else . end' > """
+    )
+    command += shlex.quote(made)
+    if suffix in TABLES:
+        code = f"import pandas; table = pandas.read_csv({json.dumps(path)}, "
+        code += f"sep={json.dumps(TABLES[suffix])}, dtype=str, keep_default_na=False); "
+        code += f'table.to_json({json.dumps(made)}, orient="records", lines=True)'
+        command = f"python -c {shlex.quote(code)}"
+    return f"make .jsonl of it and name that: {command}"
 
 
 @contextlib.contextmanager
