@@ -91,12 +91,12 @@ DEFAULT_SHORT = [f"hf:{SAMPLE}/{part}_sample.jsonl" for part in PARTS]
 
 @dataclass
 class File:
-    path: str  # on disk, or inside its hub dataset; where rows are streamed: the dataset's name
+    path: str  # on disk, or inside its hub dataset
     source: int  # index of the spec that named it
     column: str  # field of a record that holds the text
     fingerprint: str = ""
     stat: tuple = ()  # size, mtime, ctime, device and inode before it was read; hub: size
-    hub: tuple = ()  # (dataset, commit): fetched when it is read; rows: also config and split
+    hub: tuple = ()  # (dataset, commit): fetched when it is read
 
 
 @dataclass
@@ -134,10 +134,10 @@ def find_files(
 
     specs: a file, a folder (all files below it, hidden ones left out; of a downloaded dataset its
         train split alone, which is listed), a glob, or
-        hf:owner/name[@revision][/config][:split]: a dataset of the Hugging Face hub, where revision
-        is a commit, tag or branch, config a folder, file or glob in it, and split a word of the
-        file names ("train" if not given, where there is such); each may end in #column, the field
-        of records to read ("text" if not given).
+        hf:owner/name[@revision][/part]: a dataset of the Hugging Face hub, where revision is a
+        commit, tag or branch, and part a file or glob in it, or a folder, whose train split is read
+        where there is such; each may end in #column, the field of records to read ("text" if not
+        given).
     remembered: what hub specs named before, used first and added to: data stay as they were.
     """
     found = {}
@@ -175,13 +175,10 @@ def find_files(
 
 
 def _hub_files(spec: str) -> list[list]:
-    """hf:owner/name[@revision][/config][:split] -> [file name, size, dataset, commit] of each; all
-    of it as rows, [dataset, 0, dataset, commit, config, split], where no file can be told to be
-    meant."""
+    """hf:owner/name[@revision][/part] -> [file name, size, dataset, commit] of each."""
     import huggingface_hub
 
-    name, _, split = spec[3:].partition(":")
-    owner, name, config = [*name.split("/", 2), "", ""][:3]
+    owner, name, part = [*spec[3:].split("/", 2), "", ""][:3]
     name, _, revision = name.partition("@")
     repo = f"{owner}/{name}"
     try:
@@ -194,21 +191,17 @@ def _hub_files(spec: str) -> list[list]:
             f"cannot list {spec} ({reason}); check name and network, or name a downloaded folder"
         ) from error
     sizes = {file.rfilename: file.size or 0 for file in info.siblings}
-    chosen = _choose(list(sizes), config, split)
-    if not chosen and any(c in config for c in "*?[."):
-        raise ValueError(f"no file {config!r} in {repo}; it has {', '.join([*sizes][:5])} ...")
-    streamed = [[repo, 0, repo, info.sha, config, split]]
-    return [[name, sizes[name], repo, info.sha] for name in chosen] or streamed
-
-
-def _choose(names: list[str], config: str, split: str) -> list[str]:
-    """Files of a hub dataset that config (a file, glob or folder) and split speak of."""
-    if exact := fnmatch.filter(names, config):
-        return sorted(exact)
-    names = [n for n in names if _is_records(n) and (not config or f"/{config}/" in f"/{n}")]
-    if split:
-        return sorted(filter(_named(re.escape(split)).search, names))
-    return sorted(_train_split(names))
+    chosen = fnmatch.filter(sizes, part)  # a file or a glob; else a folder, or all
+    inside = (n for n in sizes if _is_records(n) and (not part or f"/{part}/" in f"/{n}"))
+    chosen = sorted(chosen or _train_split([*inside]))
+    if not chosen:
+        code = f"import datasets; datasets.load_dataset({json.dumps(repo)}, split='train')"
+        code += ".to_json('FILE.jsonl')"
+        raise ValueError(
+            f"no records in {part or 'the files'} of {repo}; it has {', '.join([*sizes][:5])} ...: "
+            f"name a file or a glob, or make .jsonl of it: python -c {shlex.quote(code)}"
+        )
+    return [[name, sizes[name], repo, info.sha] for name in chosen]
 
 
 # What describes a dataset, beside its files.
@@ -374,12 +367,10 @@ def _suffix(path: str) -> str:
 
 
 def _kind(file: File) -> str:
-    """What a file holds, by its content: text, jsonl, parquet, ids, or rows (of a hub dataset).
+    """What a file holds, by its content: text, jsonl, parquet or ids.
 
     Raises ValueError, with the command that helps, for what is not read.
     """
-    if len(file.hub) > 2:
-        return "rows"
     path, suffix = file.path, _suffix(file.path)
     if suffix in TABLES:
         raise ValueError(f"{path} is a table, which is not read; {_as_lines(path, suffix)}")
@@ -518,9 +509,6 @@ def _open(file: File):
     Packed is what begins so, or is called so: under its name, a file cut to nothing is damaged.
     """
     path, name = file.path, file.path.lower()
-    if len(file.hub) > 2:
-        yield None, None
-        return
     if file.hub:
         import huggingface_hub
 
@@ -541,16 +529,11 @@ def _records(file: File, kind: str, stream) -> Iterator[bytes | dict]:
     """Records of a file: lines of JSON, still to be parsed, or what was parsed."""
     if kind == "jsonl":
         yield from stream
-    elif kind == "parquet":
-        table = optional("pyarrow.parquet", file.path).ParquetFile(stream)
-        columns = [file.column] if file.column in table.schema_arrow.names else None
-        for batch in table.iter_batches(batch_size=256, columns=columns):
-            yield from batch.to_pylist()
-    else:
-        repo, commit, config, split = file.hub
-        yield from optional("datasets", repo).load_dataset(
-            repo, config or None, split=split or "train", revision=commit, streaming=True
-        )
+        return
+    table = optional("pyarrow.parquet", file.path).ParquetFile(stream)
+    columns = [file.column] if file.column in table.schema_arrow.names else None
+    for batch in table.iter_batches(batch_size=256, columns=columns):
+        yield from batch.to_pylist()
 
 
 def _documents(file: File, kind: str, stream, skip_bad: bool) -> Iterator[Iterable[str] | None]:
@@ -642,7 +625,7 @@ def _pieces(files: list[File], tokenizer: Tokenizer | None, skip_bad: bool, coun
                         for token in tokenizer.spelled.findall(text) if tokenizer else ():
                             count["spelled"][token] = count["spelled"].get(token, 0) + 1
                         returns |= "\r" in text
-                        position = before + (raw.tell() if raw else 0)
+                        position = before + raw.tell()
                         piece = Piece(text, first, last, checksum, file.source, position)
                         piece.skip, first = skip, False
                         yield piece
