@@ -37,7 +37,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
@@ -153,12 +152,14 @@ def find_files(
             continue
         path = os.path.expanduser(path)
         if os.path.isdir(path):
-            paths = _files_of(path)
-            if paths.left_out:
-                log(paths.say())
-            paths = paths.read
+            paths = _files_of(path, log)
+        elif "**" in path and not os.path.exists(path):
+            raise ValueError(
+                f"no file at {spec}, and ** is not read: name the folder, or what find lists: "
+                "$(find FOLDER -name '*.txt')"
+            )
         else:
-            paths = [path] if os.path.isfile(path) else _glob(path)
+            paths = [path] if os.path.isfile(path) else sorted(glob.glob(path))
         if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
             raise ValueError(
                 f"{spec} is a pipe or a device; text is read twice: write it to a file"
@@ -248,60 +249,27 @@ def _walk(folder: str) -> list[str]:
     return sorted(found)
 
 
-def _glob(pattern: str) -> list[str]:
-    """The paths that a glob means, sorted. `**` is any number of folders, found as _walk does."""
-    if "**" not in pattern:
-        return sorted(glob.glob(pattern))
-    parts = pattern.split("/")
-    before = next(i for i, part in enumerate(parts) if "**" in part)
-    places = glob.glob("/".join([*parts[:before], ""])) if before else ["."]
-    below = ((path, os.path.relpath(path, p).split("/")) for p in places for path in _walk(p))
-    return sorted(path for path, names in below if _matches(names, parts[before:]))
-
-
-def _matches(names: list[str], parts: list[str]) -> bool:
-    if not parts:
-        return not names
-    if parts[0] == "**":
-        return any(_matches(names[i:], parts[1:]) for i in range(len(names) + 1))
-    return (
-        bool(names) and fnmatch.fnmatchcase(names[0], parts[0]) and _matches(names[1:], parts[1:])
-    )
-
-
-class FilesOf(NamedTuple):
-    """Of a folder: the files that are read, and those left out."""
-
-    folder: str
-    read: list[str]
-    left_out: list[str]
-
-    def say(self) -> str:
-        read, left_out = (
-            f"{', '.join(os.path.relpath(p, self.folder) for p in some[:8])}"
-            f"{f' and {len(some) - 8} more' if len(some) > 8 else ''}"
-            for some in (self.read, self.left_out)
-        )
-        return (
-            f"{self.folder} is a dataset's folder: reading its train split, {read}; left out: "
-            f"{left_out} (name files or a glob to read them)"
-        )
-
-
-def _files_of(folder: str) -> FilesOf:
+def _files_of(folder: str, log: Callable) -> list[str]:
     """A folder's files; of a downloaded dataset, told by its card or its splits, those of the train
-    split, or all of its data where no name speaks of one."""
-    files = [p for p in _walk(folder) if os.path.isfile(p)]
-    names = {os.path.relpath(p, folder): p for p in files}
+    split, or all of its data where no name speaks of one. What is left out then is listed."""
+    names = {os.path.relpath(p, folder): p for p in _walk(folder) if os.path.isfile(p)}
     records = [n for n in names if _is_records(n)]
-    plain = [n for n in names if PLAIN.search(n) and not _suffix(n)]
-    cards = any(os.path.basename(n) in CARDS for n in names)
-    data = records if cards and records else records + plain
-    splits = any(map(TRAIN.search, data)) and any(map(OTHER_SPLIT.search, data))
-    if not splits and not (cards and records):
-        return FilesOf(folder, files, [])
-    chosen = {names[n] for n in _train_split(data)}
-    return FilesOf(folder, [p for p in files if p in chosen], [p for p in files if p not in chosen])
+    card = records and any(os.path.basename(n) in CARDS for n in names)
+    data = records if card else records + [n for n in names if PLAIN.search(n) and not _suffix(n)]
+    if not card and not (any(map(TRAIN.search, data)) and any(map(OTHER_SPLIT.search, data))):
+        return list(names.values())
+    chosen = set(_train_split(data))
+    read, left_out = [n for n in names if n in chosen], [n for n in names if n not in chosen]
+    if left_out:
+        said = (
+            ", ".join(some[:8]) + (f" and {len(some) - 8} more" if len(some) > 8 else "")
+            for some in (read, left_out)
+        )
+        log(
+            f"{folder} is a dataset's folder: reading its train split, {next(said)}; left out: "
+            f"{next(said)} (name files or a glob to read them)"
+        )
+    return [names[n] for n in read]
 
 
 def _decoded(stream, path: str, digest=None) -> Iterator[str]:
