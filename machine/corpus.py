@@ -18,7 +18,6 @@ sampled, behind the same [BOS], with an EOS where one was sampled and nowhere el
 
 import codecs
 import contextlib
-import errno
 import fnmatch
 import glob
 import gzip
@@ -734,16 +733,11 @@ def tokenize(
                 meta = meta or _build(folder, files, tokenizer, name, skip_bad_lines, log, held)
         tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
         records = np.fromfile(folder / "documents.bin", dtype=np.int64).reshape(-1, 3)
-    except Damaged as error:
-        raise ValueError(f"{name}: {error}") from None
     except OSError as error:
-        advice = f"; {remedy(error)} and run again: it goes on where it stopped"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            advice = (
-                f"; the disk is full, free about half the text's size in {cache_dir} and run again:"
-                " it goes on where it stopped"
-            )
-        raise ValueError(f"{name}: {error}{advice}") from error
+        raise ValueError(
+            f"{name}: {error}; {remedy(error)} and run again, it goes on where it stopped (tokens "
+            f"are in {cache_dir} and take about half the text's size)"
+        ) from error
     left_out = f"; {meta['bad']:,} bad records left out" if meta["bad"] else ""
     left_out += f"; {meta['cr']:,} documents keep their carriage returns" if meta["cr"] else ""
     log(f"{name}: {len(records):,} documents, {len(tokens):,} tokens in {folder}{left_out}")
@@ -789,17 +783,16 @@ def _read_memo(path: Path) -> dict:
 
 
 def _complete(folder: Path, log: Callable = lambda _: None) -> dict | None:
-    """The cache's description if it is whole, None if it is to be built: cut short, or unknown.
+    """The cache's description if it is whole, None if it is to be built.
 
     All of it is read once in a process and compared with the checksums in meta.json, about 1 s a GB
-    from memory. Raises ValueError for other bytes in a file of the right size.
+    from memory.
     """
-    try:
+    with contextlib.suppress(OSError, KeyError):
         meta = read_signed(folder / "meta.json")
-        if meta and all(os.path.getsize(folder / name) == meta[name] for name in FILES):
-            return _same_bytes(folder, tuple(_stat(folder / name) for name in FILES), meta)
-    except (OSError, KeyError):
-        pass
+        stats = tuple(_stat(folder / name) for name in FILES)
+        if meta and _checksums(folder, stats) == meta["checksums"]:
+            return meta
     if folder.is_dir():
         log(f"{folder} is damaged: building it anew")
     return None
@@ -808,19 +801,6 @@ def _complete(folder: Path, log: Callable = lambda _: None) -> dict | None:
 # A cache's description before anything is in it; sizes in bytes.
 FRESH = dict.fromkeys((*FILES, "pieces", "bad", "cr"), 0)
 FRESH |= {"checksums": [0, 0], "dtype": "", "spelled": {}}
-
-
-class Damaged(Exception):
-    """A cache's bytes are not those that were written."""
-
-
-def _same_bytes(folder: Path, stats: tuple, meta: dict) -> dict:
-    if _checksums(folder, stats) != meta["checksums"]:
-        raise Damaged(
-            f"{folder} is damaged: its bytes are not those that were written, by its checksums; "
-            f"look after that disk, then remove the folder, and the text is tokenised anew"
-        )
-    return meta
 
 
 @lru_cache(64)

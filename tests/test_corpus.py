@@ -179,13 +179,16 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tk, tmp_path):
     assert not list((tmp_path / "cache").glob("tokens-*[!k]"))
 
 
+@pytest.mark.parametrize("how", ["cut", "other bytes"])
 @pytest.mark.parametrize("harm", ["tokens.bin", "documents.bin", "meta.json"])
-def test_a_damaged_cache_is_built_anew_and_never_read(tk, tmp_path, harm):
+def test_a_damaged_cache_is_built_anew_and_never_read(tk, tmp_path, harm, how):
     lines = []
     (tmp_path / "a.txt").write_text("some text")
     corpus = tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
     expected = documents(corpus)
-    os.truncate(corpus.folder / harm, (corpus.folder / harm).stat().st_size - 2)  # not \n alone
+    whole = (corpus.folder / harm).read_bytes()
+    other = whole[:9] + bytes([whole[9] ^ 1]) + whole[10:]
+    (corpus.folder / harm).write_bytes(whole[:-2] if how == "cut" else other)  # not \n alone
     rebuilt = tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache", log=lines.append)
     assert documents(rebuilt) == expected and any("is damaged" in line for line in lines)
 
@@ -286,7 +289,8 @@ def test_a_full_disk_is_one_line_and_costs_no_finished_shard(tk, tmp_path):
     args = [FULL_DISK, tmp_path / "tk", tmp_path / "a.txt", tmp_path / "cache"]
     out = run_python(*args, before=alone if can else ()).communicate()[0].decode()
     error = next(line for line in out.splitlines() if line.startswith("ERROR"))
-    assert "disk is full, free" in error and "run again" in error
+    assert f"in {tmp_path}/cache" in error and "and run again" in error
+    assert "No space left" in error and "make room" in error or "File too large" in error
     assert "going on after" in out
     assert int(out.split("THEN ")[1]) == sum(tk.encode_batch([prose()])[0]) + 256
 
@@ -795,19 +799,6 @@ def test_a_parquet_column_of_bytes_is_text_where_it_is_utf_8(tk, tmp_path):
     pq.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
     (ids,) = documents(tokenize([tmp_path / "a.parquet"], tk, tmp_path / "cache"))
     assert tk.decode(ids[:-1]) == "caf\u00e9"
-
-
-def test_other_bytes_in_a_cache_are_refused(tk, tmp_path):
-    (tmp_path / "a.txt").write_text("some text")
-    corpus = tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
-    for name in machine.corpus.FILES:
-        path = corpus.folder / name
-        good = path.read_bytes()
-        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-        with pytest.raises(ValueError, match="is damaged: its bytes are not those"):
-            tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
-        path.write_bytes(good)
-    assert documents(tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache"))
 
 
 MEMOS = ["", '{"a"', "null", "[]", '{"PATH": 5}', '{"PATH": [1, 2]}', '{"PATH": []}', "[" * 10**5]
