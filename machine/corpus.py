@@ -447,23 +447,23 @@ class Zstd(io.RawIOBase):
     """
 
     def __init__(self, raw, path: str):
-        self.raw, self.frame, self.packed, self.ready = raw, None, b"", b""
-        self.unpacker = optional("zstandard", path).ZstdDecompressor(max_window_size=1 << 31)
+        unpacker = optional("zstandard", path).ZstdDecompressor(max_window_size=1 << 31)
+        self.blocks, self.ready = self.unpacked(raw, unpacker), b""
+
+    def unpacked(self, raw, unpacker) -> Iterator[bytes]:
+        frame, packed = None, b""
+        while packed := packed or raw.read(1 << 17):
+            frame = frame or unpacker.decompressobj()
+            yield frame.decompress(packed)
+            packed, frame = frame.unused_data, None if frame.eof else frame
+        if frame:
+            raise EOFError("it ends inside a zstd frame")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
-        while not self.ready:
-            self.packed = self.packed or self.raw.read(1 << 17)
-            if not self.packed:
-                if self.frame:
-                    raise EOFError("it ends inside a zstd frame")
-                return 0
-            self.frame = self.frame or self.unpacker.decompressobj()
-            self.ready, self.packed = self.frame.decompress(self.packed), b""
-            if self.frame.eof:
-                self.frame, self.packed = None, self.frame.unused_data
+        self.ready = self.ready or next(filter(None, self.blocks), b"")
         n = min(len(buffer), len(self.ready))
         buffer[:n], self.ready = self.ready[:n], self.ready[n:]
         return n
@@ -534,26 +534,16 @@ def _text(record: object, column: str) -> str:
     if isinstance(text, str):
         text.encode()  # half a surrogate pair is legal JSON and not text
         return text
-    if text is None and column in record:
-        raise ValueError(f"{column!r} is null, need text")
-    if text is None:
-        inner = record
-        for part in column.split("."):
-            inner = inner.get(part) if isinstance(inner, dict) else None
-        if "." in column and isinstance(inner, str):
-            raise ValueError(
-                f"{column} is nested, and fields of fields are not read: "
-                f"jq -c '{{text: .{column}}}' IN.jsonl > OUT.jsonl"
-            )
-        held = [str(k) for k, v in record.items() if isinstance(v, str)]
-        fields = f"text is in {', '.join(held[:6])}: name it as PATH#{held[0]}" if held else ""
-        raise ValueError(f"no {column!r} in {str(record)[:60]}...; {fields or 'try PATH#FIELD'}")
-    if isinstance(text, list):
-        raise ValueError(
-            f"{column!r} is a list, need one text: "
-            f"jq -c '{{text: (.{column} | join(\"\\n\"))}}' IN.jsonl > OUT.jsonl"
-        )
-    raise ValueError(f"{column!r} is {str(text)[:40]}, a {type(text).__name__}, need text")
+    if column in record:
+        said = f"{column!r} is {json.dumps(text, default=str)[:40]}, need text"
+        if isinstance(text, list):
+            said += f": jq -c '{{text: (.{column} | join(\"\\n\"))}}' IN.jsonl > OUT.jsonl"
+        raise ValueError(said)
+    held = [str(key) for key, value in record.items() if isinstance(value, str)]
+    helps = f"text is in {', '.join(held[:6])}: name it as PATH#{held[0]}" if held else ""
+    if "." in column:
+        helps = f"a nested field is read after jq -c '{{text: .{column}}}' IN.jsonl > OUT.jsonl"
+    raise ValueError(f"no {column!r} in {str(record)[:60]}...; {helps or 'try PATH#FIELD'}")
 
 
 def _ids(file: File, stream, tokenizer: Tokenizer) -> Iterator[list[int]]:
@@ -798,11 +788,6 @@ def _complete(folder: Path, log: Callable = lambda _: None) -> dict | None:
     return None
 
 
-# A cache's description before anything is in it; sizes in bytes.
-FRESH = dict.fromkeys((*FILES, "pieces", "bad", "cr"), 0)
-FRESH |= {"checksums": [0, 0], "dtype": "", "spelled": {}}
-
-
 @lru_cache(64)
 def _checksums(folder: Path, stats: tuple) -> list[int]:
     """crc32 of each file of a cache, as it was at `stats`."""
@@ -825,7 +810,8 @@ def _build(folder, files, tokenizer, name, skip_bad, log, held) -> dict:
     part, began = Path(f"{folder}.part"), time.perf_counter()
     part.mkdir(exist_ok=True)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    fresh = FRESH | {"checksums": [0, 0], "dtype": dtype, "spelled": {}}
+    fresh = dict.fromkeys((*FILES, "pieces", "bad", "cr"), 0)  # sizes in bytes
+    fresh |= {"checksums": [0, 0], "dtype": dtype, "spelled": {}}
     total, item = sum(file.stat[0] for file in files), np.dtype(dtype).itemsize
     with contextlib.ExitStack() as stack:
         bar = tqdm(None, f"tokenising {name}", total, unit="B", unit_scale=True, disable=None)
@@ -880,8 +866,7 @@ def _unfinished(part: Path, fresh: dict) -> dict:
     if state and state.keys() - {"checksum"} == fresh.keys():
         del state["checksum"]
         sums = [file_checksum(part / file, state[file]) for file in FILES]
-        whole = all(os.path.getsize(part / file) >= state[file] for file in FILES)
-        if whole and sums == state["checksums"] and state["dtype"] == fresh["dtype"]:
+        if sums == state["checksums"] and state["dtype"] == fresh["dtype"]:
             return state
     return fresh
 
