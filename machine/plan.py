@@ -853,24 +853,22 @@ def check_memory(weights: int, activations: int) -> None:
 def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes this process can still take: the system's, within the limits of its containers.
 
-    None where neither can be read (macOS, Windows). root: where proc/ and sys/ lie.
+    None where neither can be read (macOS, Windows). Of control groups version 2 alone is known.
+    root: where proc/ and sys/ lie.
     """
     free = []
     with suppress(OSError, KeyError, ValueError):
         free.append(_fields(root / "proc/meminfo")["MemAvailable"] * 1024)
-    with suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, kinds, path = line.split(":", 2)
-            v1 = "memory" in kinds.split(",")
-            if kinds and not v1:
-                continue
-            top = root / "sys/fs/cgroup" / ("memory" if v1 else "")
-            group = top / path.strip("/")
-            # Limits above hold too. In a container the path may be the host's, and not be there.
-            groups = [group, *group.parents]
-            for place in groups[: groups.index(top) + 1]:
-                with suppress(OSError, KeyError, ValueError):
-                    free.append(_group_room(place, v1))
+    with suppress(OSError, StopIteration):
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        own = next(line for line in lines if line.startswith("0::"))
+        group = root / "sys/fs/cgroup" / own[3:].strip("/")
+        # Limits above hold too. In a container the path may be the host's, and not be there.
+        for place, limit in product([group, *group.parents], ("memory.max", "memory.high")):
+            with suppress(OSError, ValueError):  # no such file, or "max": no limit
+                stat = _fields(place / "memory.stat")  # file pages can be given back, these not
+                kept = sum(stat.get(kind, 0) for kind in ("anon", "shmem", "slab_unreclaimable"))
+                free.append(max(0, int((place / limit).read_text()) - kept))
     return min(free, default=None)
 
 
@@ -883,19 +881,6 @@ def forget_peak(device: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _group_room(group: Path, v1: bool) -> int:
-    """A control group's limit less what it cannot give back: file pages it can, locked ones not."""
-    names = ["memory.limit_in_bytes"] if v1 else ["memory.max", "memory.high"]
-    limits = []  # "max", or no such file: none
-    for name in names:
-        with suppress(OSError, ValueError):
-            limits.append(int((group / name).read_text()))
-    limit = min(limits, default=2**63)
-    stat = _fields(group / "memory.stat")
-    kinds = ("total_rss", "total_shmem") if v1 else ("anon", "shmem", "slab_unreclaimable")
-    return max(0, limit - sum(stat.get(kind, 0) for kind in kinds))
-
-
 def _fields(path: Path) -> dict[str, int]:
     """Lines of "name: number unit" or "name number"."""
     words = (line.replace(":", " ").split() for line in path.read_text().splitlines())
@@ -906,17 +891,9 @@ def peak_gib(device: str) -> float:
     """Most memory held since forget_peak: the GPU allocator's, else this process's (0: unknown)."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / GIB
-    with suppress(OSError, KeyError, IndexError):
-        fields = dict(
-            line.split(":") for line in Path("/proc/self/status").read_text().splitlines()
-        )
-        return int(fields["VmHWM"].split()[0]) * 1024 / GIB
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+    with suppress(OSError, KeyError):  # Linux only
+        return _fields(Path("/proc/self/status"))["VmHWM"] * 1024 / GIB
+    return 0.0
 
 
 def _gb(n_bytes: float) -> str:
