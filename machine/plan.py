@@ -562,8 +562,7 @@ def first_that_fits(runs) -> str | None:
 
 def changes(q: Question, flag: str, floor: int) -> list:
     """The same question with one setting changed, as runs of (words, question): see above."""
-    cuts = shorter(q.units, floor)
-    cut = [(f"{flag} {n}", replace(q, units=units)) for n, units in cuts]
+    cut = [(f"{flag} {n}", replace(q, units=units)) for n, units in shorter(q.units, floor)]
     if q.processes > 1:
         one = replace(q, processes=1, context=1)
         words = "one of these GPUs alone (python longred.py, no torchrun)"
@@ -571,7 +570,7 @@ def changes(q: Question, flag: str, floor: int) -> list:
         return [more_processes(q), [cut], [[(words, one), bf16]]]
     half = replace(q, moments=torch.bfloat16)
     bf16 = [("--moments bf16", half)] if q.moments != torch.bfloat16 else []
-    both = [(f"--moments bf16 and {flag} {n}", replace(half, units=units)) for n, units in cuts]
+    both = [(f"--moments bf16 and {words}", replace(half, units=k.units)) for words, k in cut]
     hosts = [
         (f"{gib} GiB of free host memory", replace(q, host_bytes=gib * GIB))
         for gib in range(8, 2049, 8)
@@ -581,9 +580,7 @@ def changes(q: Question, flag: str, floor: int) -> list:
         for g in (24, 32, 48, 80, 96, 141, 180, 288)
         if g * 0.98 * GIB > q.gpu_bytes
     ]
-    expand = [("PYTORCH_ALLOC_CONF=expandable_segments:True", replace(q, expandable=True))]
-    found = [[bf16], [cut, bf16, both if bf16 else []], [hosts], [gpus], more_processes(q)]
-    return found if q.expandable else [*found, [expand]]
+    return [[bf16], [cut, bf16, both if bf16 else []], [hosts], [gpus], more_processes(q)]
 
 
 def shorter(units: tuple[Unit, ...], floor: int) -> list[tuple[int, tuple[Unit, ...]]]:
@@ -598,19 +595,15 @@ def shorter(units: tuple[Unit, ...], floor: int) -> list[tuple[int, tuple[Unit, 
 
 def more_processes(q: Question) -> list:
     """More processes of torchrun, or more to a sequence; each a run of its own."""
-    runs, alone = [], q.processes == 1
-    lengths = [unit.seq_len for unit in q.units]
-    for i, context in product(range(1 if alone else 0, 10), (1, 2, 4, 8)):
+    runs, lengths = [], [unit.seq_len for unit in q.units]
+    for i, context in product(range(10), (1, 2, 4, 8)):
         many = q.processes * 2**i
         divides = not any(n % context for n in (*lengths, q.config.n_kv_heads, many))
-        if not divides or (many, context) == (q.processes, q.context):
-            continue
-        words = f"{many} such GPUs (torchrun)" if alone else f"{many} processes"
-        same = context == (1 if alone else q.context)
-        words += "" if same else f" and --context {context}"
-        if many == q.processes:
-            words = f"--context {context}"
-        runs.append([(words, replace(q, processes=many, context=context, expandable=True))])
+        if divides and many > 1 and (many, context) != (q.processes, q.context):
+            words = f"{many} GPUs (torchrun)"
+            words += f" and --context {context}" if max(context, q.context) > 1 else ""
+            more = replace(q, processes=many, context=context, expandable=True)
+            runs.append([(words, more)])
     return runs
 
 
@@ -756,9 +749,7 @@ def why(error: Exception) -> str:
     return (said.splitlines() or [""])[0][:300]
 
 
-def preflight(
-    c, model: ModelConfig, streams, units: list[Unit], *, processes: int, freed: int
-) -> None:
+def preflight(c, model: ModelConfig, units: list[Unit], *, processes: int, freed: int) -> None:
     """Refuse what would fail after hours: a run that its disk or its memory cannot hold.
 
     c: the run's settings. units: the passes of its streams. processes: torchrun's. freed: bytes of
@@ -775,25 +766,12 @@ def preflight(
         raise ValueError(
             "--gpu_gib, --host_gib, --moments and --compile are one GPU's: drop them with torchrun"
         )
-    for s in streams:
-        check_batch(s)
     if c.device.startswith("cuda"):
         trial(c.device)
     if c.device == "cpu":
         tokens = max(unit.tokens for unit in units)
         # fp32 student, teacher, gradients and the two moments; many processes hold a part each
         check_memory(20 * n, processes * activation_bytes(model, tokens, c.recompute))
-
-
-def check_batch(stream) -> None:
-    """ValueError for a micro-batch whose ids and positions alone do not fit the host's memory."""
-    free, need = available_memory(), 16 * stream.batch * (stream.seq_len + 1)
-    if free is not None and need > free:
-        raise ValueError(
-            f"--{stream.name}_batch {stream.batch}: {stream.seq_len:,} tokens in each sequence are "
-            f"{_gb(need)} of ids and positions, {_gb(free)} of memory are free; pass a smaller one "
-            f"and more --{stream.name}_micro"
-        )
 
 
 def activation_bytes(model, tokens: int, recompute: bool) -> int:

@@ -622,7 +622,7 @@ def tried(remedy, config, length, gpu, host, processes=1) -> str:
     if found := re.search(r"a GPU of (\d+) GB", remedy):
         gpu = int(found[1]) * 0.98
     context = re.search(r"--context (\d+)", remedy)
-    more = re.search(r"(\d+) (such GPUs|processes)", remedy)
+    more = re.search(r"(\d+) GPUs .torchrun", remedy)
     processes = int(more[1]) if more else 1 if "alone" in remedy else processes
     room = int(gpu * GIB), host * GIB
     if processes == 1:
@@ -710,9 +710,9 @@ def test_a_run_on_several_gpus_prints_its_plan_and_reads_as_it_says(monkeypatch,
 @pytest.mark.parametrize(
     "config, gpu, host, remedy",
     [
-        (timing.LLAMA3_8B, 23.5, 120, "16 processes and --context 4"),
-        (LLAMA_70B, 79.1, 1800, "32 processes and --context 4"),
-        (timing.LLAMA3_8B, 47.4, 128, "8 processes"),
+        (timing.LLAMA3_8B, 23.5, 120, "16 GPUs (torchrun) and --context 4"),
+        (LLAMA_70B, 79.1, 1800, "32 GPUs (torchrun) and --context 4"),
+        (timing.LLAMA3_8B, 47.4, 128, "8 GPUs (torchrun)"),
     ],
 )
 def test_what_does_not_fit_several_gpus_is_refused_with_what_would(config, gpu, host, remedy):
