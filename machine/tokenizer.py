@@ -440,7 +440,7 @@ def _export_encoder(source: Path) -> Callable[[str], list[int]]:
 
 
 def _convert(source: Path, out_dir: Path) -> dict:
-    """Write Meta's tokenizer.model as a tokenizer.json that encodes alike; refuse if it does not.
+    """Write Meta's tokenizer.model as a tokenizer.json that encodes alike: check_export tries it.
 
     Returns config.json's ids of begin and end of text. The ranks' own file stays behind: readers of
     Hugging Face folders take it for a sentencepiece model, and break on it.
@@ -448,8 +448,8 @@ def _convert(source: Path, out_dir: Path) -> dict:
     from tokenizers import AddedToken
     from tokenizers.processors import TemplateProcessing
 
-    path, original = source / "tokenizer.model", load_tokenizer(source)
-    converted, special = _convert_ranks(read_ranks(path))
+    original = load_tokenizer(source)
+    converted, special = _convert_ranks(read_ranks(source / "tokenizer.model"))
     converted.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     ids = {"bos": original.bos_id, "eos": original.eos_id}
     tokens = {kind: converted.id_to_token(i) for kind, i in ids.items()}
@@ -463,11 +463,6 @@ def _convert(source: Path, out_dir: Path) -> dict:
     write_json(
         out_dir / "tokenizer_config.json", settings | {"clean_up_tokenization_spaces": False}
     )
-    probe = [PROBE, " a", "", "a  b ", *PROBE.split()]
-    converted.encode_special_tokens = True
-    for text, want in zip(probe, original.encode_batch(probe), strict=True):
-        if converted.encode(text, add_special_tokens=False).ids != want:
-            raise ValueError(f"{path} is of a kind with no known tokenizer.json; put one beside it")
     return {f"{kind}_token_id": i for kind, i in ids.items()}
 
 
