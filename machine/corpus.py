@@ -395,18 +395,22 @@ def _reading(path: str):
         raise ValueError(f"cannot read {path}: {error}; fetch or leave it out") from error
 
 
-def _split(blocks: Iterable[str], tokenizer: Tokenizer | None) -> Iterator[tuple[str, bool, int]]:
+def _split(blocks: Iterable[str], tokenizer: Tokenizer | None):
     """One document -> (piece, is it the last, how many characters of the piece before it it begins
-    with), cut where the tokens do not notice.
+    with, at the last the crc32 of the whole), cut where the tokens do not notice.
+
+    The checksum is not that of the pieces, which lack what cuts drop: copies of a document would
+    differ by tokenizer.
 
     Where no safe cut is in LONGEST_PIECE, it is at a joint that no token spans: the next piece
     begins with the character before, so that nothing is put in front of it as of a text, and the
     tokens of that character are left out. An unsafe cut is made where there is none either: within
     a run of one letter or of blanks, say, whose tokens depend on where the run began.
     """
-    rest, overlap, cut = "", 0, tokenizer and tokenizer.cut
+    rest, overlap, checksum, cut = "", 0, 0, tokenizer and tokenizer.cut
     for block in itertools.chain(blocks, [None]):
         rest, start = rest + (block or ""), 0
+        checksum = zlib.crc32((block or "").encode(), checksum)
         # All of `rest` is cut at the end of the text; before it, only what has room for a cut.
         while len(rest) - start > (PIECE if block is None else LONGEST_PIECE):
             end = start + LONGEST_PIECE
@@ -414,30 +418,12 @@ def _split(blocks: Iterable[str], tokenizer: Tokenizer | None) -> Iterator[tuple
             if found is None and len(rest) <= end:
                 break
             joint = tokenizer.joint(rest, start + PIECE, end) if tokenizer and not found else None
-            yield rest[start : found.start() if found else joint or end], False, overlap
+            yield rest[start : found.start() if found else joint or end], False, overlap, 0
             overlap = 1 if joint else 0
             start = found.end() if found else (joint or end) - overlap
         rest = rest[start:]
     if rest:
-        yield rest, True, overlap
-
-
-def _split_and_sum(blocks: Iterable[str], tokenizer: Tokenizer | None):
-    """_split's pieces, and the crc32 of what was read: at the last piece that of the whole text.
-
-    Not of the pieces, which lack what cuts drop: copies of a document would differ by tokenizer.
-    """
-    checksum = 0
-
-    def read():
-        nonlocal checksum
-        for block in blocks:
-            checksum = zlib.crc32(block.encode(), checksum)
-            yield block
-
-    for text, last, overlap in _split(read(), tokenizer):
-        skip = len(tokenizer.encode_batch([text[:overlap]])[0]) if overlap else 0
-        yield text, last, skip, checksum
+        yield rest, True, overlap, checksum
 
 
 class Zstd(io.RawIOBase):
@@ -578,13 +564,15 @@ def _pieces(files: list[File], tokenizer: Tokenizer | None, skip_bad: bool, coun
                         count["bad"] += 1
                         continue
                     first, returns = True, False
-                    for text, last, skip, checksum in _split_and_sum(document, tokenizer):
+                    for text, last, overlap, checksum in _split(document, tokenizer):
                         for token in tokenizer.spelled.findall(text) if tokenizer else ():
                             count["spelled"][token] = count["spelled"].get(token, 0) + 1
                         returns |= "\r" in text
                         position = before + raw.tell()
                         piece = Piece(text, first, last, checksum, file.source, position)
-                        piece.skip, first = skip, False
+                        if overlap:
+                            piece.skip = len(tokenizer.encode_batch([text[:overlap]])[0])
+                        first = False
                         yield piece
                     count["cr"] += returns
         before += file.stat[0]
