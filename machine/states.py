@@ -89,7 +89,7 @@ def code_fingerprints() -> dict[str, str]:
 def weight_fingerprints(folder: Path) -> dict[str, str]:
     """Return {file: checksum of every byte} of a checkpoint's weights, and one of its config.
 
-    The config counts by what a model is made of, not by how its file is written.
+    The config counts by its entries, not by how its file is written.
     """
     paths = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".pth")]
     found = {p.name: f"{p.stat().st_size}-{file_checksum(p):08x}" for p in paths if p.is_file()}

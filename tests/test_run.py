@@ -29,7 +29,7 @@ from longred import cross_entropy, main, short_to_long_distillation
 from machine import log, plan, states
 from machine.corpus import tokenize
 from machine.files import file_checksum, lock_folder, signed
-from machine.formats import load_checkpoint, load_config
+from machine.formats import load_checkpoint, load_config, save_checkpoint
 from machine.keeper import Keeper, StopSignal
 from machine.log import Watch
 from machine.many import Processes
@@ -38,7 +38,8 @@ from machine.run import train
 from machine.settings import MachineConfig as Config
 from machine.settings import of_today, resolve
 from machine.tokenizer import load_tokenizer
-from tests.conftest import HERE, read_log, run_python, same_run, tiny_run
+from model import CONFIG_NAMES
+from tests.conftest import HERE, read_log, run_python, same_run, tiny_llama, tiny_run
 
 # ------------------------------------------------------------------------------------------- resume
 
@@ -220,6 +221,48 @@ def test_resume_refuses_another_run_and_names_the_difference(at_two, ckpt, part)
     with pytest.raises(SystemExit, match=f"{part} [a-z_.]+ was .*, is .*--resume_anyway"):
         main(["--resume", str(at_two)])
     main(["--resume", str(at_two), "--resume_anyway"])
+
+
+# Entries of config.json, one each, that a ModelConfig or the export's dtype is made of.
+OTHER_CONFIG = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+OTHER_CONFIG |= {"num_key_value_heads": 3, "head_dim": 8, "intermediate_size": 81}
+OTHER_CONFIG |= {"vocab_size": 97, "rms_norm_eps": 2e-5, "rope_theta": 501.0}
+OTHER_CONFIG |= {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "torch_dtype": "float16"}
+OTHER_CONFIG |= {"max_position_embeddings": 65, "tie_word_embeddings": True}
+OTHER_CONFIG |= {"attention_bias": True, "mlp_bias": True, "model_type": "qwen3"}
+
+
+def test_any_other_byte_of_the_weights_and_entry_of_the_config_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr("machine.formats.SHARD_SIZE", "30KB")
+    folder = save_checkpoint(tiny_llama(), tmp_path / "model")
+    first = states.weight_fingerprints(folder)
+
+    def changed(path, raw) -> bool:
+        before, now = path.read_bytes(), {}
+        path.write_bytes(raw)
+        now["weights"] = states.weight_fingerprints(folder)
+        path.write_bytes(before)
+        if now["weights"] == first:
+            return False
+        name = path.name if path.suffix == ".safetensors" else "config"
+        with pytest.raises(ValueError, match=f"weights {name} was .*, is .*--resume_anyway"):
+            states.check_same({"weights": first}, now, tmp_path, False)
+        return True
+
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 2
+    for path in shards:  # in the header, in each tensor, at both ends
+        raw = path.read_bytes()
+        for i in (*range(0, len(raw), 997), len(raw) - 1):
+            assert changed(path, raw[:i] + bytes([raw[i] ^ 1]) + raw[i + 1 :]), (path.name, i)
+        assert changed(path, raw + b"\0") and changed(path, raw[:-1])
+    config = json.loads((folder / "config.json").read_text())
+    assert {*OTHER_CONFIG} >= {*CONFIG_NAMES.values()}
+    for key, value in OTHER_CONFIG.items():
+        other = json.dumps(config | {key: value}).encode()
+        assert value != config.get(key) and changed(folder / "config.json", other), key
+    same = json.dumps(dict(reversed(config.items())), indent=4).encode()
+    assert not changed(folder / "config.json", same)  # written otherwise, it says the same
 
 
 def test_a_run_resumed_with_other_code_warns_goes_on_and_records_it(at_two, whole, capsys):
