@@ -24,7 +24,7 @@ from pathlib import Path
 from data import END_OF_TEXT, END_OF_TURN
 from machine.files import LFS_REMEDY, digest, is_lfs_pointer, read_json, write_json
 from machine.hf_config import say_once
-from model import TOKENIZER_FILES
+from model import TOKENIZER_FILES, tokenizer_settings
 
 
 @dataclass
@@ -432,7 +432,6 @@ def carry_tokenizer(source: Path, out_dir: Path, window: int | None) -> dict:
         shutil.copyfile(source / name, out_dir / name)
     path = out_dir / "tokenizer_config.json"
     settings = read_json(path) if path.is_file() else None
-    content = {}
     if "tokenizer.json" in found:
         content = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
         if content.get("truncation") or content.get("padding"):
@@ -442,14 +441,7 @@ def carry_tokenizer(source: Path, out_dir: Path, window: int | None) -> dict:
         return special
     gone = "max_length stride truncation_strategy padding pad_to_multiple_of auto_map backend"
     settings = {key: value for key, value in settings.items() if key not in gone.split()}
-    # The one class that reads tokenizer.json as it is in transformers 4 and 5. Others, such as
-    # LlamaTokenizer in 5, put rules of their own in place of those in the file.
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    prefix = (content.get("pre_tokenizer") or {}).get("add_prefix_space")
-    if prefix is not None and prefix != settings.get("add_prefix_space", False):
-        settings["add_prefix_space"] = prefix  # which transformers 4 takes over the file's
-    if isinstance(settings.get("extra_special_tokens"), list):  # 5's name for 4's
-        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    settings = tokenizer_settings(settings, out_dir)
     write_json(path, settings | ({"model_max_length": window} if window else {}))
     return special
 
