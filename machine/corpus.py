@@ -34,7 +34,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -105,6 +105,7 @@ class Corpus(data.Corpus):
 
     fingerprint: str = ""  # of the text and of what made tokens of it
     folder: Path | None = None
+    commits: dict[str, str] = field(default_factory=dict)  # of each hub source: what was read
 
 
 @dataclass
@@ -147,6 +148,7 @@ def find_files(
             path, column = spec.rsplit("#", 1)
         if path.startswith("hf:"):
             remembered[path] = remembered.get(path) or _hub_files(path)
+            remembered.setdefault(at_commit(path, remembered[path][0][3]), remembered[path])
             for name, size, *hub in remembered[path]:
                 key = "/".join([*hub, name])
                 found.setdefault(key, File(name, source, column, key, (size,), tuple(hub)))
@@ -172,6 +174,12 @@ def find_files(
         for p, stat in full.items():
             found.setdefault(stat[3:], File(p, source, column, stat=stat))
     return list(found.values())
+
+
+def at_commit(spec: str, commit: str | None) -> str:
+    """Return a hub source as it is at a commit; any source as it is if that is None."""
+    named = re.match(r"(hf:[^/]+/[^/:#@]+)(@[^/:#]*)?", spec)
+    return f"{named[1]}@{commit}{spec[named.end() :]}" if named and commit else spec
 
 
 def _hub_files(spec: str) -> list[list]:
@@ -855,6 +863,7 @@ def tokenize(
         doc_sources=records[:, 2],
         fingerprint=fingerprint,
         folder=folder,
+        commits={str(specs[file.source]): file.hub[1] for file in files if file.hub},
     )
 
 

@@ -32,7 +32,7 @@ import longred
 from longred import Config, parse_args
 from machine import checkpoints, corpus, files, log, memory, plan, samples, states
 from machine.checkpoints import open_tensors, resolve_checkpoint
-from machine.corpus import beginnings
+from machine.corpus import at_commit, beginnings
 from machine.formats import load_checkpoint, load_config, save_checkpoint
 from machine.keeper import Keeper, interrupt, refuse_in_the_way, refuse_taken
 from machine.many import Processes, after_restart, is_silent, whole_number
@@ -74,6 +74,7 @@ class Run(longred.Run):
         self.resumed = None  # longred.json of the run that goes on
         self.data_seconds = 0.0  # waited for text in this step
         self.own = {}  # the source self:N -> its file and cost
+        self.commits = {}  # a source on the hub -> the commit at which it is read
         self.sequences = {}  # stream -> how many of its sequences go into one forward pass
         self.texts = {}  # stream -> its data.Stream or mixture.Mixture
         self.stepping = None  # the generator of the steps
@@ -110,6 +111,7 @@ class Run(longred.Run):
         if config.resume:
             self.resumed = states.read_run(config.resume)
             self.resumed["config"] = of_today(self.resumed["config"])
+            self.commits = self.resumed["commits"]
             config = resumed_config(self.resumed["config"], config)
         self.processes.join(config.device, config.context or 1)
         if self.resumed:
@@ -232,6 +234,8 @@ class Run(longred.Run):
         if self.processes.size > 1:
             self.once(lambda: tokenize() and None)
         corpora = tokenize()
+        if not self.commits:
+            self.commits = {spec: at for tokens in corpora for spec, at in tokens.commits.items()}
         data.share_held_out(corpora)
         self.once(lambda: self.check_text(tokenizer))
         for s, tokens in zip(streams.values(), corpora, strict=True):
@@ -246,11 +250,13 @@ class Run(longred.Run):
         if self.resumed:
             states.check_same(self.resumed, self.record, self.out_dir, c.resume_anyway)
         self.record["own_samples"] = self.own  # where they are and what they cost; they are data
+        self.record["commits"] = self.commits
         self.record["code"] = states.code_fingerprints()
         self.record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
 
     def own_text(self, specs: list[str], tokenizer) -> list[str]:
-        """A list of sources, `self` in it replaced by the file of the checkpoint's own samples."""
+        """A list of sources: of `self` the file of the checkpoint's own samples, of the hub what
+        the run began with."""
         for spec in specs:
             n = samples.count(spec)
             if n and spec not in self.own:
@@ -269,7 +275,8 @@ class Run(longred.Run):
                     asked=asked,
                 )
                 self.own[spec] = {"file": path} | cost
-        return [self.own[spec]["file"] if spec in self.own else spec for spec in specs]
+        files = {spec: own["file"] for spec, own in self.own.items()}
+        return [files.get(spec) or at_commit(spec, self.commits.get(spec)) for spec in specs]
 
     def check_text(self, tokenizer) -> None:
         """Refuse, before any step, an export that would tokenise this run's text otherwise."""

@@ -67,7 +67,8 @@ def read_run(out_dir: str | os.PathLike) -> dict:
     return record
 
 
-RECORD = {"data": dict, "weights": dict, "code": dict, "code_changes": list, "own_samples": dict}
+RECORD = dict.fromkeys(("data", "weights", "code", "own_samples", "commits"), dict)
+RECORD["code_changes"] = list
 
 
 # -------------------------------------------------------------------------- what a run depends on
