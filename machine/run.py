@@ -33,6 +33,7 @@ from longred import Config, parse_args
 from machine import checkpoints, corpus, files, log, memory, plan, samples, states
 from machine.checkpoints import open_tensors, resolve_checkpoint
 from machine.corpus import at_commit, beginnings
+from machine.files import finite, signed
 from machine.formats import load_checkpoint, load_config, save_checkpoint
 from machine.keeper import Keeper, interrupt, refuse_in_the_way, refuse_taken
 from machine.many import Processes, after_restart, is_silent, whole_number
@@ -417,7 +418,10 @@ class Run(longred.Run):
 
     def write_record(self) -> None:
         if self.processes.rank == 0:
-            files.write_json(self.out_dir / "longred.json", self.record)
+            record = {"checksum": 0} | signed(
+                finite(self.record)
+            )  # in a line of its own, the first
+            files.write_json(self.out_dir / "longred.json", record)
 
     def batches(self, stream, step: int) -> Iterator[data.Batch]:
         """This process's part of what a step reads of a stream, as data.Batch, one a forward pass.

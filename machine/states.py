@@ -47,6 +47,8 @@ def trim_log(path: Path, steps: int) -> list[dict]:
     torn = [i + 1 for i, line in enumerate(found) if line is None]
     if torn and (torn != [len(raw)] or len(lines) < steps):  # the last one: a kill's, run anew
         print(f"warning: {path}: line {', '.join(map(str, torn))} damaged, left out of the log")
+    elif missing := [step for step in range(1, steps + 1) if step not in lines]:
+        print(f"warning: {path} lacks {len(missing)} of {steps} steps, step {missing[0]} and on")
     if steps == 0 and (undone := sum(line == {} for line in found)):
         print(f"warning: no state is left: the {undone} steps in {path} are done once more")
     lines = [lines[step] for step in sorted(lines)]
@@ -60,7 +62,13 @@ def read_run(out_dir: str | os.PathLike) -> dict:
     path = Path(out_dir) / "longred.json"
     if not path.exists():
         raise ValueError(f"--resume {out_dir}: no {path.name} there, so no run to resume")
-    record = {name: kind() for name, kind in RECORD.items()} | read_json(path)
+    found = read_json(path)
+    if "checksum" in found and found != signed(found):
+        raise ValueError(
+            f"{path} is damaged: it has not its checksum; take it from a backup, or, if you edited "
+            'it, remove the line "checksum" from it'
+        )
+    record = {name: kind() for name, kind in RECORD.items()} | found
     for name, kind in {"config": dict, **RECORD}.items():
         if not isinstance(record.get(name), kind):
             raise ValueError(f"{path} is damaged, in its {name}; take it from a backup")

@@ -39,7 +39,7 @@ from machine.settings import MachineConfig as Config
 from machine.settings import of_today, resolve
 from machine.tokenizer import load_tokenizer
 from model import CONFIG_NAMES
-from tests.conftest import HERE, read_log, run_python, same_run, tiny_llama, tiny_run
+from tests.conftest import HERE, edit_record, read_log, run_python, same_run, tiny_llama, tiny_run
 
 # ------------------------------------------------------------------------------------------- resume
 
@@ -207,12 +207,13 @@ def test_an_error_between_updates_saves_the_steps_done(whole, ckpt, tmp_path, mo
 
 
 def changed_run(out, ckpt, part):
-    record = json.loads((out / "longred.json").read_text())
-    if part == "config":
-        record["config"]["lr"] = 0.5  # only the saved state still knows better
-    else:
-        record[part][next(iter(record[part]))] = "0"
-    (out / "longred.json").write_text(json.dumps(record))
+    def change(record):
+        if part == "config":
+            record["config"]["lr"] = 0.5  # only the saved state still knows better
+        else:
+            record[part][next(iter(record[part]))] = "0"
+
+    edit_record(out, change)
 
 
 @pytest.mark.parametrize("part", ["config", "data", "weights"])
@@ -267,9 +268,7 @@ def test_any_other_byte_of_the_weights_and_entry_of_the_config_is_seen(tmp_path,
 
 def test_a_run_resumed_with_other_code_warns_goes_on_and_records_it(at_two, whole, capsys):
     path = at_two / "longred.json"
-    record = json.loads(path.read_text())
-    record["code"] |= {"model.py": "0", "machine/many.py": "0"}
-    path.write_text(json.dumps(record))
+    edit_record(at_two, lambda r: r["code"].update({"model.py": "0", "machine/many.py": "0"}))
     main(["--resume", str(at_two)])
     assert "the code changed in machine/many.py, model.py" in capsys.readouterr().out
     assert same_run(whole, at_two)
@@ -771,6 +770,34 @@ def test_a_torn_log_line_costs_itself_alone(tmp_path, capsys):
     kept_ = states.trim_log(tmp_path / "log.jsonl", 5)
     assert [line["step"] for line in kept_] == [1, 3, 5] == [x["step"] for x in read_log(tmp_path)]
     assert "line 2, 4, 7 damaged" in capsys.readouterr().out
+    lines[1], lines[3] = json.dumps(good[2]).encode(), json.dumps(good[3]).encode()
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    assert [line["step"] for line in states.trim_log(tmp_path / "log.jsonl", 6)] == [1, 3, 4, 5, 6]
+    assert "lacks 1 of 6 steps, step 2 and on" in capsys.readouterr().out
+
+
+def test_any_other_byte_of_longred_json_is_seen_or_says_the_same(at_two, whole):
+    path = at_two / "longred.json"
+    raw, record = path.read_bytes(), states.read_run(at_two)
+    for i in range(0, len(raw), 3):
+        path.write_bytes(raw[:i] + bytes([raw[i] ^ 1 << i % 8]) + raw[i + 1 :])
+        try:
+            found = states.read_run(at_two)
+        except ValueError as e:
+            assert "damaged" in str(e) and "\n" not in str(e)
+        else:  # a blank, or the name of the checksum itself
+            assert all(found[key] == record[key] for key in record if key != "checksum"), i
+    path.write_bytes(raw.replace(b'"seed": 2024', b'"seed": 2025'))
+    with pytest.raises(SystemExit, match="has not its checksum; .*remove the line") as end:
+        main(["--resume", str(at_two)])
+    line = re.search('the line ("[a-z]+")', str(end.value.code))[1]
+    lines = path.read_text().splitlines(True)
+    path.write_text("".join(text for text in lines if line not in text))  # as it says
+    with pytest.raises(SystemExit, match="config seed was 2024, is 2025"):
+        main(["--resume", str(at_two)])
+    path.write_bytes(b"\n".join(x for x in raw.splitlines() if b'"checksum"' not in x))
+    main(["--resume", str(at_two)])  # as one of a version that wrote none
+    assert same_run(whole, at_two)
 
 
 def test_a_run_resumes_from_anywhere_and_after_a_move(ckpt, whole, tmp_path, monkeypatch):
