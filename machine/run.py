@@ -16,7 +16,6 @@ how, is in longred.py.
 
 import os
 import platform
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -35,8 +34,8 @@ from machine.checkpoints import open_tensors, resolve_checkpoint
 from machine.corpus import at_commit, beginnings
 from machine.files import finite, signed
 from machine.formats import load_checkpoint, load_config, save_checkpoint
-from machine.keeper import Keeper, interrupt, refuse_in_the_way, refuse_taken
-from machine.many import Processes, after_restart, is_silent, whole_number
+from machine.keeper import Keeper, command_line, refuse_in_the_way, refuse_taken
+from machine.many import Processes, after_restart, whole_number
 from machine.mixture import Mixture, choose_documents
 from machine.settings import (
     HARMLESS,
@@ -51,16 +50,6 @@ from machine.settings import (
 )
 from machine.tokenizer import check_export, find_tokenizer, load_tokenizer
 from model import Llama, export_dtype, hf_name, merge_weights
-
-
-def last_words(error: Exception) -> str | int:
-    """How a user's error ends: one line, said by one process of each machine."""
-    if is_silent():
-        return 1
-    line = " ".join(str(error).split())
-    if isinstance(error, OSError) and not error.filename:
-        line += "; a disk or a pipe that this run writes to gave that error"
-    return f"longred: {line}"
 
 
 class Run(longred.Run):
@@ -551,18 +540,12 @@ def train(config: Config) -> Path:
 def main(argv: list[str] | None = None) -> None:
     """The command line. An error that the user can correct ends it with a message of one line."""
     log.outlive_readers()
-    if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupt)
     config = parse_args(argv, MachineConfig)
     check_flags(config)
-    try:
+    with command_line("longred", argv):
         if config.resume or config.ckpt:
             train(config)
         else:
             from measure.demo import demo  # not at the top: it imports this file
 
             demo(config)
-    except (ValueError, OSError) as e:
-        raise SystemExit(last_words(e)) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None

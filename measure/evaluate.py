@@ -55,6 +55,7 @@ from machine.checkpoints import open_tensors, resolve_checkpoint
 from machine.corpus import at_commit, tokenize
 from machine.files import digest, finite, lock_folder, refuse_foreign, remember, whole_file
 from machine.formats import load_checkpoint, load_config
+from machine.keeper import command_line
 from machine.log import command, outlive_readers
 from machine.plan import available_memory, expand_segments, parameter_count
 from machine.samples import sample_ids
@@ -797,7 +798,7 @@ def main(argv: list[str] | None = None) -> None:
     expand_segments()  # before anything asks for the GPU
     outlive_readers()
     a = parse_args(argv)
-    try:
+    with command_line("evaluate", argv):
         check_device(a, 0)
         if a.job != "compare" and Path(a.file).exists():
             raise ValueError(f"{a.file} exists: remove it, or name another file")
@@ -807,10 +808,6 @@ def main(argv: list[str] | None = None) -> None:
             select_corpus(a)
         else:
             compare(a)
-    except (ValueError, OSError, MemoryError) as e:
-        raise SystemExit(f"evaluate: {' '.join(str(e).split()) or 'out of memory'}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 PICTURES = "overview", "drift", "training", "needles", "repeat"
@@ -866,6 +863,8 @@ def measure_all(a: Namespace, texts: Texts, runs: list, base: Path, unfinished: 
             if a.pcd:
                 results.append((f"{name}, PCD", None, row(a, texts, folder, base, PCD)))
     except KeyboardInterrupt:
+        if not results:  # an older report stays
+            raise
         stopped = True
     print("\n" + write_report(a, texts, results, unfinished), flush=True)
     bad = [name for name, _, result in results if finite(result) != result]

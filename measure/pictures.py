@@ -26,8 +26,11 @@ SMOOTH = 5  # values in a moving average
 def draw(results: list, out_dir: Path, original_len: int, target_len: int) -> list[Path]:
     """Draw the pictures that the results allow. Raises ImportError without matplotlib.
 
-    results: [(name, folder or None, what evaluate.measure filled in)], the original first.
+    results: [(name, folder or None, what evaluate.measure filled in)], the original first; none if
+    its numbers are not finite.
     """
+    if not results:
+        return []
     import matplotlib
 
     matplotlib.use("Agg")

@@ -86,6 +86,10 @@ def test_a_divergence_is_no_cross_entropy(tmp_path):
     assert pictures.training_curves(both)["short", pictures.KL] == [("longred", [0.3] * 20)]
 
 
+def test_without_results_there_are_no_pictures(tmp_path):
+    assert pictures.draw([], tmp_path, 64, 128) == [] == [*tmp_path.iterdir()]
+
+
 def test_a_damaged_line_of_a_log_is_left_out_of_the_picture_with_a_warning(tmp_path, capsys):
     found = logged(tmp_path, "longred", 0.1)
     log = found[0][1].parent / "log.jsonl"
