@@ -362,7 +362,8 @@ MAGIC = {
     b"Rar!": "is a rar archive; unpack it: unrar x",
     b"%PDF": "is a PDF; extract its text first: pdftotext",
     b"{\\rtf": "is an RTF document; extract its text first: pandoc -t plain",
-    b"\xd0\xcf\x11\xe0": "is an Office document; extract its text first: soffice --convert-to txt",
+    b"\xd0\xcf\x11\xe0": "is an Office document; extract its text first: "
+    "soffice --convert-to 'txt:Text (encoded):UTF8'",
     b"SQLite format 3\0": "is an SQLite database; export its text as .jsonl: sqlite3 FILE "
     "\"select json_object('text', COLUMN) from TABLE\" > FILE.jsonl",
     b"\x93NUMPY": "is a numpy array, of tokens perhaps: name the text that it was made of",
