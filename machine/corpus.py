@@ -828,6 +828,8 @@ def tokenize(
         key = [FORMAT, PIECE, skip_bad_lines, tokenizer.fingerprint]
         key += [tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos, tokenizer.add_eos]
         key += [(file.fingerprint, file.source, file.column) for file in files]
+        if tokenizer.cut and "(?!" in tokenizer.cut.pattern:  # not where the usual places are cut
+            key += [tokenizer.cut.pattern]
         fingerprint = digest(key)
         folder = cache_dir / f"tokens-{fingerprint}"
         meta = _complete(folder)
