@@ -48,6 +48,7 @@ from machine.files import (
     LFS,
     LFS_REMEDY,
     digest,
+    downloading,
     file_checksum,
     free_name,
     is_on_disk,
@@ -580,9 +581,10 @@ def _open(file: File):
     if file.hub:
         import huggingface_hub
 
-        path = huggingface_hub.hf_hub_download(
-            file.hub[0], path, repo_type="dataset", revision=file.hub[1]
-        )
+        with downloading():
+            path = huggingface_hub.hf_hub_download(
+                file.hub[0], path, repo_type="dataset", revision=file.hub[1]
+            )
     with open(path, "rb") as raw:
         if name.endswith(".gz"):
             yield gzip.GzipFile(fileobj=raw), raw

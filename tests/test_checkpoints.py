@@ -1,6 +1,7 @@
 """machine/checkpoints.py: every format in and out, and every hostile file refused in one line."""
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from machine import checkpoints, files, hf_config
 from machine.checkpoints import resolve_checkpoint
+from machine.corpus import tokenize
 from machine.formats import (
     config_from_hf,
     config_to_hf,
@@ -774,6 +776,22 @@ def test_the_downloads_that_refusals_name_bring_what_was_missing(tmp_path):
     obey(first.stderr)
     server.shutdown()
     assert subprocess.run(command, **offline).returncode == 0
+
+
+def test_a_disk_that_the_hubs_files_fill_is_named_and_no_login_asked_for(tmp_path, monkeypatch, tk):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
+    name = "a.jsonl", 9, "me/texts", "c0ffee"
+    monkeypatch.setattr("machine.corpus._hub_files", lambda spec: [[*name]])
+    for read in (
+        lambda: load_checkpoint("some/model"),
+        lambda: tokenize(["hf:me/texts"], tk, tmp_path / "cache"),
+    ):
+        with pytest.raises(ValueError, match="hub, where the hub's files go, is full.*HF_HOME"):
+            read()
 
 
 # ------------------------------------------------------------------------------------ hostile files
