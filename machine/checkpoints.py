@@ -31,6 +31,7 @@ from machine.files import (
     LFS,
     LFS_REMEDY,
     MOST_JSON,
+    downloading,
     free_name,
     is_lfs_pointer,
     publish,
@@ -113,12 +114,13 @@ def _download(name: str, repo: str, revision: str | None) -> Path:
     wanted += ["adapter_config.json"]  # its presence is refused
     login = "your token was refused" if get_token() else "you are not logged in"
     try:
-        found = snapshot_download(
-            repo,
-            revision=revision,
-            allow_patterns=[*wanted, *TOKENIZER_FILES, *CARRIED],
-            ignore_patterns=["original/*", "consolidated*"],  # Meta's copy doubles the download
-        )
+        with downloading():
+            found = snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=[*wanted, *TOKENIZER_FILES, *CARRIED],
+                ignore_patterns=["original/*", "consolidated*"],  # Meta's copy doubles the download
+            )
         return resolve_checkpoint(found)
     except ValueError:
         raise

@@ -33,7 +33,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from urllib.parse import unquote
@@ -46,6 +46,7 @@ from machine.files import (
     LFS,
     LFS_REMEDY,
     digest,
+    downloading,
     file_checksum,
     free_name,
     is_on_disk,
@@ -103,6 +104,7 @@ class Corpus(data.Corpus):
 
     fingerprint: str = ""  # of the text and of what made tokens of it
     folder: Path | None = None
+    commits: dict[str, str] = field(default_factory=dict)  # of each hub source: what was read
 
 
 @dataclass
@@ -145,6 +147,7 @@ def find_files(
             path, column = spec.rsplit("#", 1)
         if path.startswith("hf:"):
             remembered[path] = remembered.get(path) or _hub_files(path)
+            remembered.setdefault(at_commit(path, remembered[path][0][3]), remembered[path])
             for name, size, *hub in remembered[path]:
                 key = "/".join([*hub, name])
                 found.setdefault(key, File(name, source, column, key, (size,), tuple(hub)))
@@ -172,6 +175,12 @@ def find_files(
         for p, stat in full.items():
             found.setdefault(stat[3:], File(p, source, column, stat=stat))
     return list(found.values())
+
+
+def at_commit(spec: str, commit: str | None) -> str:
+    """Return a hub source as it is at a commit; any source as it is if that is None."""
+    named = re.match(r"(hf:[^/]+/[^/:#@]+)(@[^/:#]*)?", spec)
+    return f"{named[1]}@{commit}{spec[named.end() :]}" if named and commit else spec
 
 
 def _hub_files(spec: str) -> list[list]:
@@ -307,7 +316,8 @@ OTHERS = {
     ),
     (b"\x1f\x8b", b"\x28\xb5\x2f\xfd"): "packed twice; unpack it once: gzip -d, or zstd -d",
     (b"%PDF", b"{\\rtf", b"\xd0\xcf\x11\xe0"): (
-        "a document; extract its text first: pdftotext, or soffice --convert-to txt"
+        "a document; extract its text first: pdftotext, or soffice "
+        "--convert-to 'txt:Text (encoded):UTF8'"
     ),
     (b"\xff\xff\xff\xff",): (
         "an Arrow stream; convert it: python -c 'import pyarrow as a, pyarrow.parquet as p; "
@@ -465,9 +475,10 @@ def _open(file: File):
     if file.hub:
         import huggingface_hub
 
-        path = huggingface_hub.hf_hub_download(
-            file.hub[0], path, repo_type="dataset", revision=file.hub[1]
-        )
+        with downloading():
+            path = huggingface_hub.hf_hub_download(
+                file.hub[0], path, repo_type="dataset", revision=file.hub[1]
+            )
     with open(path, "rb") as raw:
         head = raw.peek(4)
         if name.endswith(".gz") or head.startswith(b"\x1f\x8b"):
@@ -699,6 +710,8 @@ def tokenize(
         key = [FORMAT, PIECE, skip_bad_lines, tokenizer.fingerprint]
         key += [tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos, tokenizer.add_eos]
         key += [(file.fingerprint, file.source, file.column) for file in files]
+        if tokenizer.cut and "(?!" in tokenizer.cut.pattern:  # not where the usual places are cut
+            key += [tokenizer.cut.pattern]
         fingerprint = digest(key)
         folder = cache_dir / f"tokens-{fingerprint}"
         meta = _complete(folder)
@@ -730,6 +743,7 @@ def tokenize(
         doc_sources=records[:, 2],
         fingerprint=fingerprint,
         folder=folder,
+        commits={str(specs[file.source]): file.hub[1] for file in files if file.hub},
     )
 
 

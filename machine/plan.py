@@ -804,7 +804,11 @@ def forecast(c, config: ModelConfig, streams, processes: int = 1) -> float:
 
 
 def check_disk(out_dir: Path, *, export: int, states: int, freed: int) -> None:
-    """ValueError unless out_dir's disk has room for the export and the states, in bytes."""
+    """ValueError unless out_dir's disk has room for the export and the states, in bytes.
+
+    Tokens of the text and what the hub sends are not counted: both may be there already, on other
+    disks, and go on where a full disk stopped them.
+    """
     there = out_dir.absolute()
     while not there.is_dir():
         there = there.parent

@@ -24,7 +24,7 @@ from pathlib import Path
 import data
 from machine.files import LFS_REMEDY, digest, is_lfs_pointer, read_json, write_json
 from machine.hf_config import say_once
-from model import TOKENIZER_FILES
+from model import TOKENIZER_FILES, tokenizer_settings
 
 
 @dataclass
@@ -42,6 +42,7 @@ class Tokenizer:
     template: tuple[list[int], list[int]]  # ids that it puts around a text by itself
     cut: re.Pattern | None = None  # where a text may be cut without changing its tokens
     pairs: frozenset[str] = frozenset()  # characters side by side in a token, where that is known
+    added: tuple[str, ...] = ()  # tokens that are found in a text before it is cut into words
 
     def joint(self, text: str, first: int, last: int) -> int | None:
         """The last place, from first on, that no token spans, whatever is around it; None: unknown.
@@ -113,7 +114,7 @@ def load_tokenizer(folder: str | Path, add_eos: bool | None = None) -> Tokenizer
             raise
         raise ValueError(f"cannot use {path}: {error}; fetch it again") from error
     tokenizer.cut = _find_cut(tokenizer)
-    if tokenizer.cut is None or tokenizer.cut.pattern != DROP:
+    if tokenizer.cut is None or DROP not in tokenizer.cut.pattern:
         tokenizer.pairs = frozenset()  # of a byte-level vocabulary, cut into words beforehand
     if add_eos and tokenizer.eos_id is None:
         raise ValueError(
@@ -253,6 +254,7 @@ def _load_json(path: Path, config: dict) -> Tokenizer:
         _any_of(specials.values()),
         plain.around,
         pairs=_pairs(tk.get_vocab()),
+        added=tuple(t.content for t in tk.get_added_tokens_decoder().values() if not t.special),
     )
 
 
@@ -343,8 +345,20 @@ def _find_cut(tokenizer: Tokenizer) -> re.Pattern | None:
     ):
         ids = [tokenizer.encode_batch(group) for group in groups]
         if all(whole == first + second for whole, first, second in ids):
-            return re.compile(pattern)
+            return re.compile(_not_within(tokenizer.added, pattern))
     return None
+
+
+def _not_within(tokens: Iterable[str], pattern: str) -> str:
+    """Return the pattern of a cut so that it is neither inside one of these tokens nor at a blank
+    next to one, which the token may take in, or behind which a text begins anew."""
+    cut, not_here = re.compile(pattern), []
+    for t in tokens:
+        not_here += [(t[:i], t[i:]) for i in range(1, len(t)) if cut.match(f"a{t}a", i + 1)]
+        not_here += [("", f" {t}")] if cut.match(f"a {t}", 1) else []
+        not_here += [(t, " ")] if cut.match(f"{t} a", len(t)) else []
+    places = "".join(f"(?!(?<={re.escape(a)}){re.escape(b)})" for a, b in not_here)
+    return f"{places}(?:{pattern})" if places else pattern
 
 
 # --------------------------------------------------------------------------------- into an export
@@ -366,7 +380,6 @@ def carry_tokenizer(source: Path, out_dir: Path, window: int | None) -> dict:
         shutil.copyfile(source / name, out_dir / name)
     path = out_dir / "tokenizer_config.json"
     settings = read_json(path) if path.is_file() else None
-    content = {}
     if "tokenizer.json" in found:
         content = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
         if content.get("truncation") or content.get("padding"):
@@ -376,14 +389,7 @@ def carry_tokenizer(source: Path, out_dir: Path, window: int | None) -> dict:
         return special
     gone = "max_length stride truncation_strategy padding pad_to_multiple_of auto_map backend"
     settings = {key: value for key, value in settings.items() if key not in gone.split()}
-    # The one class that reads tokenizer.json as it is in transformers 4 and 5. Others, such as
-    # LlamaTokenizer in 5, put rules of their own in place of those in the file.
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    prefix = (content.get("pre_tokenizer") or {}).get("add_prefix_space")
-    if prefix is not None and prefix != settings.get("add_prefix_space", False):
-        settings["add_prefix_space"] = prefix  # which transformers 4 takes over the file's
-    if isinstance(settings.get("extra_special_tokens"), list):  # 5's name for 4's
-        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    settings = tokenizer_settings(settings, out_dir)
     write_json(path, settings | ({"model_max_length": window} if window else {}))
     return special
 

@@ -345,8 +345,12 @@ def test_20000_small_files_are_each_read_once(tk, tmp_path):
 
 
 class DatasetHub(BaseHTTPRequestHandler):
-    """As much of the Hugging Face hub as listing and fetching a dataset needs."""
+    """As much of the Hugging Face hub as listing and fetching a dataset needs.
 
+    A request for /moved puts v1.0's commit in the place of its main branch.
+    """
+
+    main = "c0ffee"
     files = {
         "README.md": b"# a data set",
         "en/train-0.jsonl.gz": gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'),
@@ -362,7 +366,11 @@ class DatasetHub(BaseHTTPRequestHandler):
         self.wfile.write(body if self.command != "HEAD" else b"")
 
     def do_GET(self):
-        commit = "0ld" if "0ld" in self.path or "v1.0" in self.path else "c0ffee"
+        if self.path == "/moved":
+            DatasetHub.main = "0ld"
+            return self.answer(b"")
+        old = any(name in self.path for name in ("0ld", "v1.0"))
+        commit = "0ld" if old else "c0ffee" if "c0ffee" in self.path else self.main
         files = self.files if commit == "c0ffee" else {"en/train-0.jsonl": b'{"text": "before"}'}
         name = self.path.split(f"/resolve/{commit}/")[-1]
         if self.path.startswith("/api/datasets/me/texts"):
@@ -389,7 +397,8 @@ def test_hub_datasets_are_fetched_once_and_stay_as_they_were(tk, tmp_path):
         from machine.tokenizer import load_tokenizer
         tk = load_tokenizer(sys.argv[1])
         some = "hf:me/texts", "hf:me/texts/en/validation*#text", "hf:me/texts/raw/*.txt"
-        for spec in (*some, "hf:me/texts@v1.0", "hf:me/texts@0ld/en"):
+        old = "hf:me/texts@v1.0", "hf:me/texts@0ld/en"
+        for spec in (*some, *old, *sys.argv[3:]):
             c = tokenize([spec], tk, sys.argv[2], log=lambda line: None)
             print(*[tk.decode(c.tokens[a:b - 1]) for a, b in zip(c.doc_starts, c.doc_starts[1:])])
         for spec in ("hf:me/texts/fr/*.gz", "hf:me/texts/en:validation"):
@@ -401,13 +410,53 @@ def test_hub_datasets_are_fetched_once_and_stay_as_they_were(tk, tmp_path):
     env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf")}
     env["HF_HUB_DISABLE_PROGRESS_BARS"] = env["HF_HUB_DISABLE_XET"] = "1"
     for network in (True, False):
-        out = run_python(code, tmp_path / "tk", tmp_path / "cache", **env).communicate()[0].decode()
-        assert out.split("\n")[:5] == ["one two", "three", "four", "before", "before"], out
+        args = [tmp_path / "tk", tmp_path / "cache"]
+        args += [] if network else ["hf:me/texts@c0ffee/en/validation*#text"]  # as a resumed run
+        out = run_python(code, *args, **env).communicate()[0].decode()
+        found = ["one two", "three", "four", "before", "before", *(["three"] * len(args[2:]))]
+        assert out.split("\n")[: len(found)] == found, out
         said = "no records in fr/*.gz of me/texts", "no records in en:validation of me/texts"
         said = said if network else ["cannot list hf:me/texts/en:validation"]
         assert all(words in out for words in said) and (not network or "load_dataset" in out)
         server.shutdown()
         server.server_close()
+
+
+def test_a_run_reads_on_at_the_commit_of_the_hub_at_which_it_began(
+    ckpt, whole, tmp_path, monkeypatch
+):
+    texts = {"en/train-0.txt": ckpt[1].read_bytes(), "short.txt": ckpt[2].read_bytes()}
+    monkeypatch.setattr(DatasetHub, "files", texts)
+    monkeypatch.setattr(DatasetHub, "main", "c0ffee")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), DatasetHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = """if True:
+        import os, shutil, sys, urllib.request
+        from longred import main
+        out, cache, *flags = sys.argv[1:]
+        main(flags)
+        shutil.rmtree(f"{out}/checkpoints/step-000004")
+        shutil.rmtree(cache)
+        urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/moved").close()
+    """
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf")}
+    env["HF_HUB_DISABLE_PROGRESS_BARS"] = env["HF_HUB_DISABLE_XET"] = "1"
+    out, cache = tmp_path / "run", tmp_path / "tokens"
+    long, short = "hf:me/texts/en/*.txt", "hf:me/texts/short.txt#text"
+    c = tiny_run(ckpt, out, save_every=2, long_data=[long], s2l_data=[long], short_data=[short])
+    default = dataclasses.asdict(type(c)())
+    given = {k: v for k, v in dataclasses.asdict(c).items() if v != default[k]}
+    flags = [(f"--{k}", *(v if isinstance(v, list) else [v])) for k, v in given.items()]
+    flags = [str(x) for flag in flags for x in flag]
+    code += "    main(['--resume', out])"
+    said = run_python(code, out, cache, *flags, **env).communicate()[0].decode()
+    server.shutdown()
+    server.server_close()
+    assert DatasetHub.main == "0ld" and "resuming after step 2" in said, said[-2000:]
+    record = json.loads((out / "longred.json").read_text())
+    assert record["commits"] == {long: "c0ffee", short: "c0ffee"}
+    assert record["config"]["long_data"] == [long]
+    assert same_run(whole, out)
 
 
 def test_the_default_data_names_files_that_need_no_optional_package():

@@ -11,7 +11,7 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 import machine.corpus
@@ -95,6 +95,28 @@ def test_a_document_in_pieces_has_the_tokens_of_the_whole(which, parts):
         assert in_pieces(tk, text) == tk.encode_batch([text])[0]
     finally:
         machine.corpus.PIECE = size
+
+
+@pytest.mark.parametrize(
+    "token", ["red words", "end\nThe", "a b c", "\nred", "\u00e9 (x y)+", "red"]
+)
+@pytest.mark.parametrize("which", ["llama3", "a blank in front"])
+def test_a_document_is_not_cut_within_an_added_token(tmp_path, monkeypatch, which, token):
+    monkeypatch.setattr(machine.corpus, "PIECE", 2)
+    tk = bpe()
+    if which == "a blank in front":
+        tk = Tokenizer(
+            models.BPE({c: i for i, c in enumerate(["\u2581", *map(chr, range(9, 300))])}, [])
+        )
+        steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        tk.normalizer = normalizers.Sequence(steps)
+    tk.add_tokens([AddedToken(token, special=False, normalized=False)])
+    tk.save(str(tmp_path / "tokenizer.json"))
+    read = load_tokenizer(tmp_path)
+    assert len(read.encode_batch([token])[0]) <= 2
+    for text in (f"It is {token} " * 9, f"the{token}or" * 9, f"red\n{token}\nword\n" * 9):
+        assert in_pieces(read, text) == read.encode_batch([text])[0], text
+    assert len(list(machine.corpus._split(["It is red\nor it " * 9], read))) > 9
 
 
 def in_pieces(tk, text):
