@@ -652,7 +652,7 @@ def _text(record: object, column: str) -> str:
     raise ValueError(f"{column!r} is {str(text)[:40]}, a {type(text).__name__}, need text")
 
 
-def _ids(file: File, stream, tokenizer: Tokenizer) -> Iterator[list[int]]:
+def _id_rows(file: File, stream, tokenizer: Tokenizer) -> Iterator[list[int]]:
     """Documents of a file of token ids; those without any, as an empty text, are none."""
     if stream.readline().decode() != ids_header(tokenizer.fingerprint):
         raise ValueError(f"{file.path} holds another tokenizer's ids; name the text it was made of")
@@ -676,7 +676,7 @@ def _pieces(files: list[File], tokenizer: Tokenizer | None, skip_bad: bool, coun
         with _reading(file.path):
             kind = _kind(file)
             with _open(file) as (stream, raw):
-                for ids in _ids(file, stream, tokenizer) if kind == "ids" and tokenizer else ():
+                for ids in _id_rows(file, stream, tokenizer) if kind == "ids" and tokenizer else ():
                     checksum, position = zlib.crc32(str(ids).encode()), before + raw.tell()
                     yield Piece("", True, True, checksum, file.source, position, ids)
                 for document in _documents(file, kind, stream, skip_bad) if kind != "ids" else ():

@@ -47,7 +47,7 @@ WINDOW_NAMES = (
     "n_positions n_ctx model_max_length tokenizer_model_max_length"
 ).split()
 # Entries that no family's forward pass reads, or that are checked by _refuse_unsupported.
-HARMLESS = set(
+NO_EFFECT = set(
     "model_type architectures _name_or_path torch_dtype dtype transformers_version use_cache "
     "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id initializer_range "
     "attention_dropout pretraining_tp max_length max_window_layers use_sliding_window "
@@ -161,7 +161,7 @@ def _refuse_unsupported(hf: dict, family: str, n_layers: int) -> None:
 
 def _name_the_unknown(hf: dict, family: str) -> None:
     """Warn of entries that might change what the model computes and that are not read here."""
-    unknown = [k for k in hf if k not in HARMLESS and hf[k] not in (None, False, [], {}, "")]
+    unknown = [k for k in hf if k not in NO_EFFECT and hf[k] not in (None, False, [], {}, "")]
     if unknown:
         say_once(
             f"WARNING: config.json's {', '.join(sorted(unknown))[:200]} is not read, here or by "

@@ -659,19 +659,19 @@ def apply_policy(model: Llama, policy: Policy, offload: Offload | None = None) -
 
     offload: where inputs wait, with policy.offload; one for all policies of a model.
     """
-    first_unchecked = len(model.layers) - policy.unchecked
-    first_saved = first_unchecked - policy.attention
+    first_kept = len(model.layers) - policy.keep_all
+    first_saved = first_kept - policy.attention
     assert 0 <= first_saved and bool(offload) >= policy.offload, (policy, len(model.layers))
     for i, block in enumerate(model.layers):
         if not model.config.mlp_bias:
-            save = i >= first_unchecked
+            save = i >= first_kept
             block.mlp.swiglu = partial(tiled_swiglu, rows=policy.mlp_rows, save=save)
     run = _compiled() if policy.compile else _eager
 
     def run_block(i: int, block: nn.Module, x: Tensor, rotary, cached, documents) -> Tensor:
         if cached is not None or not torch.is_grad_enabled():
             return block(x, rotary, cached, documents)
-        recompute = i < first_unchecked
+        recompute = i < first_kept
         away = policy.offload and recompute
         with offload.hooks(i, x) if away else nullcontext():
             return run(block, recompute, i >= first_saved, x, rotary, None, documents)

@@ -91,17 +91,21 @@ IN_FLIGHT, GRADIENT_BUFFERS = 2**29, 3 * 2**26
 class Policy:
     """How the blocks of one kind of micro-batch run while gradients are on.
 
-    In the order in which blocks run: first those recomputed in full, then `attention` of them that
-    keep the attention's output, and last `unchecked` ones that keep everything. The last, because
-    their activations are gone again when the others need room for recomputing.
+    The model's last `keep_all` blocks keep all activations for backward, the `attention` blocks
+    before them keep the attention's output and recompute the rest, and the first ones recompute
+    everything. Backward meets the last blocks first, so their activations are freed before the
+    others need room for recomputing.
     """
 
-    unchecked: int = 0  # blocks that are not recomputed; 3.6 GB each at 32K tokens of Llama-3-8B
+    keep_all: int = 0  # blocks that are not recomputed; 3.6 GB each at 32K tokens of Llama-3-8B
     attention: int = 0  # recomputed blocks that keep the attention's output; 0.27 GB each there
     offload: bool = False  # the inputs of recomputed blocks wait in host memory
     mlp_rows: int = 8192  # tokens of one MLP tile
     loss_rows: int = LOSS_ROWS  # tokens whose logits exist at a time
     compile: bool = False  # torch.compile, one graph for all blocks of a kind
+
+
+RECOMPUTE_ALL = Policy()  # backward recomputes every block
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ class Plan:
     teacher_resident: bool  # else parked, on the GPU for the distillation units only
     moments: torch.dtype
     units: dict[str, Unit] = field(default_factory=dict)  # as a process will run them
-    policies: dict[str, Policy] = field(default_factory=dict)  # on one GPU; on several Policy()
+    policies: dict[str, Policy] = field(default_factory=dict)  # empty: RECOMPUTE_ALL
     gpu: dict[str, dict[str, int]] = field(default_factory=dict)
     host: dict[str, int] = field(default_factory=dict)
     slot_bytes: int = 0  # of Offload; 0: nothing is offloaded
@@ -200,7 +204,7 @@ class Plan:
         if policy is None:
             return f"{size}, every block recomputed"
         return (
-            f"{size}, {policy.unchecked} blocks unchecked, {policy.attention} recomputed but for "
+            f"{size}, {policy.keep_all} blocks kept whole, {policy.attention} recomputed but for "
             f"attention, MLP tiles of {policy.mlp_rows}"
             + (f", {policy.loss_rows} rows of logits" if policy.loss_rows < LOSS_ROWS else "")
             + (", inputs offloaded" if policy.offload else "")
@@ -238,7 +242,7 @@ def unit_seconds(config: ModelConfig, unit: Unit, policy: Policy, card: Card = H
     """Seconds of a unit if every kernel ran at its ceiling, recomputation included."""
     once, n = flops(config, unit), config.n_layers
     matmul, attention = once["matmul"] / card.matmul, once["attention"] / card.attention_forward
-    recomputed = n - policy.unchecked
+    recomputed = n - policy.keep_all
     block = parameter_count(replace(config, n_layers=1, vocab_size=0))
     down = config.d_ff * config.d_model / block  # early stop: down_proj is not run again
     seconds = n * (3 * matmul + attention + 2.5 * once["attention"] / card.attention_backward)
@@ -263,15 +267,15 @@ def activation_memory(config: ModelConfig, unit: Unit, policy: Policy) -> dict[s
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     x = 2 * m * d  # one hidden state
     lse = 4 * m * config.n_heads
-    recomputed = config.n_layers - policy.unchecked
+    recomputed = config.n_layers - policy.keep_all
     block = 2 * m * (3 * d + 2 * q + 2 * kv) + lse + 8 * m  # what autograd keeps but for x and MLP
     block += 2 * m * (q + kv) if config.qk_norm else 0  # q and k before their norms
     # A block's backward is widest in the MLP, or in attention with its fp32 gradient of q. The
-    # first block it meets has its activations counted below if unchecked, else makes them now.
-    tiles = 3 if policy.unchecked else 5  # gate and up count with the block where it keeps them
+    # first block that backward reaches keeps its activations (counted below) or makes them now.
+    tiles = 3 if policy.keep_all else 5  # gate and up count with the block where it keeps them
     in_mlp = tiles * 2 * min(policy.mlp_rows, m) * f + 4 * 4 * f * d + 2 * x
     in_attention = 2 * m * (4 * q + 2 * kv) - x
-    backward = max(in_mlp, in_attention) + (0 if policy.unchecked else block)
+    backward = max(in_mlp, in_attention) + (0 if policy.keep_all else block)
     # Gradients of the hidden states compared; the last one's is used up before any block's.
     in_block = backward + max(0, unit.hidden_states - 1) * x
     # The teacher's hidden states, and ours unless they are inputs counted below.
@@ -291,7 +295,7 @@ def activation_memory(config: ModelConfig, unit: Unit, policy: Policy) -> dict[s
     terms = {
         "inputs of recomputed blocks": on_gpu * x,
         "attention outputs kept": policy.attention * (2 * m * q + lse),
-        "unchecked blocks": policy.unchecked * (x + block + mlp_saved),
+        "blocks kept whole": policy.keep_all * (x + block + mlp_saved),
     }
     # The embedding's gradient comes last, in bf16 and once more in fp32; all of the above is gone.
     at_embedding = head + 6 * config.vocab_size * d + x - sum(terms.values())
@@ -414,8 +418,8 @@ def passes(config: ModelConfig, unit: Unit):
         (False, True), batches, (8192, 16384, 32768), logits
     ):
         part = replace(unit, batch=batch, count=unit.count * -(-unit.batch // batch))
-        for unchecked in range(config.n_layers + 1 - offload):
-            policy = Policy(unchecked, 0, offload, rows, loss_rows)
+        for keep_all in range(config.n_layers + 1 - offload):
+            policy = Policy(keep_all, 0, offload, rows, loss_rows)
             yield part, policy, activation_memory(config, part, policy)
 
 
@@ -430,7 +434,7 @@ def best_pass(q: Question, choices: list, room: float, offload: bool, each_pass:
         if left < 0 or policy.offload > offload:
             continue
         saved = 2 * part.tokens * q.config.n_heads * (q.config.head_dim + 2)
-        policy = replace(policy, attention=min(n_layers - policy.unchecked, left // saved))
+        policy = replace(policy, attention=min(n_layers - policy.keep_all, left // saved))
         seconds = part.count * (unit_seconds(q.config, part, policy, q.ceilings) + each_pass)
         if best is None or seconds < best[0]:
             best = seconds, part, policy
@@ -501,7 +505,7 @@ def smallest_spread(q: Question) -> Plan:
         for i in range(8):
             length = unit.seq_len // q.context
             part = replace(unit, batch=max(1, unit.batch >> i), seq_len=length)
-            made = activation_memory(q.config, part, Policy())
+            made = activation_memory(q.config, part, RECOMPUTE_ALL)
             terms = {
                 "weights, fp32": 4 * n // q.processes,
                 "gradients, fp32": 4 * n // q.processes,

@@ -38,7 +38,7 @@ from machine.keeper import Keeper, interrupt, refuse_in_the_way, refuse_taken
 from machine.many import Processes, after_restart, is_silent, whole_number
 from machine.mixture import Mixture, choose_documents
 from machine.settings import (
-    HARMLESS,
+    MAY_CHANGE,
     TEXTS,
     MachineConfig,
     check_flags,
@@ -146,7 +146,7 @@ class Run(longred.Run):
         for specs in (getattr(given, name) for name in TEXTS):
             corpus.find_files([s for s in map(str, specs or ()) if is_path(s)], {})
 
-    def check(self, streams: dict) -> None:
+    def fit_to_machine(self, streams: dict) -> None:
         """Refuse a run that its disk or its memory cannot hold; on a GPU print and take its plan.
 
         Sets how many sequences of each stream go into one forward pass.
@@ -201,7 +201,7 @@ class Run(longred.Run):
 
     def open_texts(self, streams: dict) -> None:
         """Check disk and memory; then tokenise, once, on one process, and open every stream."""
-        self.check(streams)
+        self.fit_to_machine(streams)
         c = self.c
         tokenizer = load_tokenizer(self.source, c.add_eos)
         tokenizer.check_fits(self.original.vocab_size)
@@ -321,7 +321,7 @@ class Run(longred.Run):
         else:
             self.adamw = torch.optim.AdamW(student.parameters(), **adamw)
             if c.recompute or self.processes.size > 1:
-                memory.apply_policy(student, plan.Policy())  # every block is recomputed
+                memory.apply_policy(student, plan.RECOMPUTE_ALL)
         log.print_header(c, student, teacher, self.streams)
         if c.device == "cpu":
             now = [s for s in self.streams.values() if 0 in s.steps]
@@ -361,7 +361,7 @@ class Run(longred.Run):
         if not self.resumed:  # from here on OUT_DIR is ours
             keeper.claim(self.out_dir, resumed=False)
         self.record["config"] = asdict(c)
-        config = {k: v for k, v in self.record["config"].items() if k not in HARMLESS}
+        config = {k: v for k, v in self.record["config"].items() if k not in MAY_CHANGE}
         if c.source_weights:  # shares in the order of the sources, whose names may change
             config["source_weights"] = [text.rpartition("=")[2] for text in c.source_weights]
         before = self.resumed["config"] if self.resumed else {}

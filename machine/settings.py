@@ -74,15 +74,15 @@ class MachineConfig(Config):
     )
 
 
-# Fields that a resumed run may have otherwise: none changes a step's numbers beyond how they round
-# (or, steps, when a replay begins).
-HARMLESS = {f.name for f in fields(MachineConfig)} - {f.name for f in fields(Config)}
-HARMLESS -= {"recompute", "moments", "skip_bad_lines", "source_weights", "min_doc_len"}
-HARMLESS -= {"length_upsample", "add_eos"}
-HARMLESS |= {"out_dir", "device", "unit_tokens"}
-# Text is known by its content, wherever it lies.
+# Settings that a resumed run may change. None changes a step's numbers by more than rounding,
+# except --steps, which decides when a replay begins.
+MAY_CHANGE = {f.name for f in fields(MachineConfig)} - {f.name for f in fields(Config)}
+MAY_CHANGE -= {"recompute", "moments", "skip_bad_lines", "source_weights", "min_doc_len"}
+MAY_CHANGE -= {"length_upsample", "add_eos"}
+MAY_CHANGE |= {"out_dir", "device", "unit_tokens"}
+# Text and weights are compared by their content (states.check_same), not by their paths.
 TEXTS = "long_data", "short_data", "s2l_data", "replay_data"
-HARMLESS |= {"ckpt", "steps", *TEXTS}
+MAY_CHANGE |= {"ckpt", "steps", *TEXTS}
 
 # ---------------------------------------------------------------------------------------- checks
 
@@ -151,7 +151,7 @@ def resolve(config: MachineConfig, model: ModelConfig, ckpt: Path) -> MachineCon
 def check_flags(c: MachineConfig) -> None:
     """SystemExit, in one line, for flags that do not go with --resume or need --ckpt."""
     given = {f.name for f in fields(c) if getattr(c, f.name) != f.default}
-    extra = given - {"resume", "resume_anyway", *HARMLESS}
+    extra = given - {"resume", "resume_anyway", *MAY_CHANGE}
     if c.resume and extra and not c.resume_anyway:
         raise SystemExit(
             f"longred: --resume takes its run's own settings: drop --{min(extra)}, or add "
@@ -269,7 +269,7 @@ def resumed_config(saved: dict, given: MachineConfig) -> MachineConfig:
     saved, out_dir = dict(saved), whole_path(given.resume, "resume")
     now = {"out_dir": out_dir, "resume": out_dir, "resume_anyway": given.resume_anyway}
     for f in fields(given):
-        if f.name in HARMLESS or given.resume_anyway:
+        if f.name in MAY_CHANGE or given.resume_anyway:
             if f.name not in now and getattr(given, f.name) != f.default:
                 now[f.name] = getattr(given, f.name)
     # A source that was named anew is so wherever else it is named.

@@ -243,8 +243,8 @@ def cannot_save(folder: Path, step: int, need: int, e: OSError) -> ValueError:
     )
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a saved state; None: every file has its size and checksum."""
+def find_damage(folder: Path) -> str | None:
+    """Return what is wrong with a saved state; None if every file has its size and checksum."""
     try:
         manifest = read_json(folder / "manifest.json")
         shards = {str(name): found for name, found in manifest["files"].items()}
@@ -276,7 +276,7 @@ def newest_state(out_dir: Path) -> Path | None:
         if is_copy(folder):
             print(f"warning: {folder} holds another step's state: left alone", file=sys.stderr)
             continue
-        wrong = damage(folder)
+        wrong = find_damage(folder)
         if wrong is None:
             return folder
         print(f"warning: {folder} is damaged, {wrong}: skipped", file=sys.stderr)
