@@ -1,12 +1,12 @@
-"""Checkpoints of every kind, in and out: where they lie, what they hold, whether it is sound.
+"""Checkpoints of every kind, in and out: where they are, what they hold, whether it is sound.
 
     resolve_checkpoint(name) -> folder                  known names and hub ids are downloaded
     read_config(folder, from_hf) -> ModelConfig         config.json, or Meta's params.json
     open_tensors(folder, shapes, config) -> read(name)  names, shapes, dtypes checked beforehand
     new_folder(out_dir)                                 an export, whole or not at all
 
-Checkpoints come from anywhere: a header or config that lies ends as ValueError in one line, before
-any memory is taken for what it claims, and nothing in a file is ever run.
+Checkpoints come from anywhere. A false header or config ends in a ValueError of one line before any
+memory is allocated for what it claims, and nothing in a file is ever executed.
 
 Tensors have Hugging Face's names, and q and k its half-split rotary convention (dimension j pairs
 with j + H/2). Only Meta's own format pairs neighbours (2j, 2j + 1): those rows are permuted here.
@@ -39,7 +39,7 @@ from machine.files import (
 )
 from model import TOKENIZER_FILES
 
-# ------------------------------------------------------------------------------------ where it lies
+# --------------------------------------------------------------------------------- where to find it
 
 # Short names for --ckpt; any other "owner/name" is tried on the hub as it is.
 HUB_NAMES = {
@@ -90,7 +90,7 @@ def resolve_checkpoint(path_or_name: str | os.PathLike) -> Path:
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """ValueError where weights of a LoRA or the like stand by themselves: base + adapter differ."""
+    """Raise ValueError for an adapter (LoRA or the like) that is not merged into the weights."""
     for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
         if (folder / name).exists():
             raise ValueError(
@@ -215,7 +215,7 @@ def _hf_tensors(folder: Path, shapes: dict, tied: bool) -> Callable[[str], Tenso
             )
 
     def read(name: str) -> Tensor:
-        # Opened anew for each tensor, so that the pages of a memory-mapped file do not add up.
+        # Opened again for each tensor, so that the pages of a memory-mapped file do not add up.
         with safe_open(files[name][0], framework="pt") as f:
             return f.get_tensor(name)
 
@@ -238,10 +238,10 @@ WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig
 
 
 def _check_tied(path: Path, head: Tensor, embedding: Tensor) -> None:
-    """ValueError where config.json says that one matrix is both, and the file holds two.
+    """Raise ValueError if config.json ties embedding and head, and the file holds two matrices.
 
-    Transformers 5 keeps the file's own head, transformers 4 and vLLM take the embedding. Where they
-    differ the first rows mostly tell; a true copy costs reading both matrices once more.
+    Transformers 5 keeps the file's head, transformers 4 and vLLM take the embedding. The first rows
+    show most differences; only two equal matrices are read in full.
     """
     if head.shape == embedding.shape and torch.equal(head[:8], embedding[:8].to(head.dtype)):
         if torch.equal(head, embedding.to(head.dtype)):
@@ -254,10 +254,10 @@ def _check_tied(path: Path, head: Tensor, embedding: Tensor) -> None:
 
 
 def check_finite(tensor: Tensor, name: str, path: Path) -> None:
-    """ValueError if a tensor holds inf or nan, or a number that fp32 takes for inf.
+    """Raise ValueError if a tensor holds inf or nan, or a number that fp32 takes for inf.
 
-    One pass, at memory speed: the sum of what is finite is finite, but for sums that overflow,
-    which the second look tells apart.
+    One pass, at memory speed: a finite sum means finite numbers. If the sum is not finite, it may
+    only have overflowed, so the numbers are then looked at one by one.
     """
     if torch.isfinite(tensor.sum(dtype=torch.float32)):
         return
@@ -330,7 +330,7 @@ def _safetensors_header(path: Path) -> dict[str, dict]:
         pairs = json.loads(text, object_pairs_hook=list)
     header = {name: dict(entry) for name, entry in pairs}
     if len(header) < len(pairs):
-        raise ValueError("a name stands twice in its header")
+        raise ValueError("a name is twice in its header")
     header.pop("__metadata__", None)
     return header
 
@@ -366,7 +366,7 @@ def _refuse_prefix(place: Path, expected: Set[str], found: Set[str]) -> None:
             + (
                 "take the whole model's checkpoint"
                 if whole
-                else "save it anew: python -c 'from transformers import AutoModelForCausalLM as M; "
+                else "resave it: python -c 'from transformers import AutoModelForCausalLM as M; "
                 f'M.from_pretrained("{place}").save_pretrained("{place}-whole")\''
             )
         )
@@ -407,7 +407,7 @@ def _meta_files(folder: Path) -> list[Path]:
     got = [path.name for path in paths]
     if not got and list(folder.glob("consolidated*.safetensors")):
         raise ValueError(
-            f"{folder} holds Mistral's own format (consolidated.safetensors beside params.json), "
+            f"{folder} holds Mistral's own format (consolidated.safetensors and params.json), "
             "which is not read; take config.json, model*.safetensors and tokenizer.json of the "
             "same repository"
         )
@@ -444,9 +444,9 @@ def _open_meta(path: Path) -> dict[str, Tensor]:
 
 
 def _is_plain(t: object) -> bool:
-    """Whether a tensor holds, itself, in its file, every number that its shape tells of.
+    """Return whether the file holds every number that a tensor's shape claims.
 
-    One with a stride of 0, or without memory (sparse, meta), could claim any size.
+    A tensor with a stride of 0, or without memory (sparse, meta), could claim any size.
     """
     floats = torch.float32, torch.float16, torch.bfloat16
     return (
@@ -470,7 +470,7 @@ def _hf_from_meta(folder: Path, params: dict) -> dict:
     matrices = [t for t in (embedding, gate, output) if t is not None]
     if embedding is None or gate is None or any(t.ndim != 2 for t in matrices):
         raise ValueError(f"{files[0]} lacks a matrix tok_embeddings or layers.0.feed_forward.w1")
-    # Llama 3.2 ties the two, and may store both. The first row tells for all others, cheaply.
+    # Llama 3.2 ties the two, and may store both. The first row is compared first: it is cheap.
     tied = output is None or (
         torch.equal(output[0], embedding[0]) and torch.equal(output, embedding)
     )
@@ -491,7 +491,7 @@ def _hf_from_meta(folder: Path, params: dict) -> dict:
         "tie_word_embeddings": tied,
         "torch_dtype": str(embedding.dtype).removeprefix("torch."),
     }
-    if vocab == 128256:  # Llama 3; no other params.json tells the window
+    if vocab == 128256:  # Llama 3; params.json itself never has the window
         hf["max_position_embeddings"] = 8192
     if params.get("use_scaled_rope"):  # Llama 3.1 on; 3.2, the tied one, divides by 32
         hf["max_position_embeddings"] = 131072
@@ -515,7 +515,7 @@ def _meta_tensors(folder: Path, shapes: dict, config) -> Callable[[str], Tensor]
         _check_names(path, expected.keys(), found.keys() - ignored)
     split = {n: _split_dim(folder, n, s, [f[n] for f in held]) for n, s in expected.items()}
 
-    # Opened anew for each block, so that the pages of the memory-mapped files do not add up.
+    # Opened again for each block, so that the pages of the memory-mapped files do not add up.
     @lru_cache(1)
     def shards(block: str) -> list[dict[str, Tensor]]:
         return [_open_meta(path) for path in paths]
@@ -558,13 +558,13 @@ def _split_dim(folder: Path, name: str, whole: tuple, parts: list[tuple]) -> int
 
 # ---------------------------------------------------------------------------------------------- out
 
-# Beside weights and tokenizer: licences and chat templates, which go along, as they are.
+# Carried into an export unchanged, next to weights and tokenizer: licences and chat templates.
 CARRIED = (
     "LICENSE* LICENCE* COPYING* NOTICE* USE_POLICY* chat_template.json additional_chat_templates/*"
 ).split()
 TEMPLATES = "additional_chat_templates"
-# Files next to the weights that an export may leave out: other formats of them, what a folder needs
-# for itself, and what is written anew.
+# Files next to the weights that an export may leave out: the weights in other formats, what only
+# the original folder needs, and what an export writes itself.
 NO_LOSS = re.compile(
     r"(model|pytorch_model|consolidated|flax_model|tf_model|rust_model).*|params\.json|\..*|"
     r"config\.json|generation_config\.json|checklist\.chk|longred\.json|log\.jsonl"
@@ -572,7 +572,7 @@ NO_LOSS = re.compile(
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The files in a folder that `new_folder` may have brought there; nobody else's."""
+    """Return the files in a folder that `new_folder` may have written there."""
     names = {"config.json", "generation_config.json", "model.safetensors.index.json"}
     weights = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
     names |= set(TOKENIZER_FILES)
@@ -589,7 +589,7 @@ def carried_files(folder: Path) -> list[Path]:
 
 
 def drop_checkpoint(folder: Path, but: Iterable[str] = ()) -> None:
-    """Remove an export's files, but those, and the folder where nothing else is in it."""
+    """Remove an export's files except `but`, and the folder if nothing else is in it."""
     for path in checkpoint_files(folder):
         if path.name not in but:
             path.unlink()
@@ -600,10 +600,10 @@ def drop_checkpoint(folder: Path, but: Iterable[str] = ()) -> None:
 
 @contextmanager
 def new_folder(out_dir: Path) -> Iterator[Path]:
-    """A folder to write a checkpoint in, which takes out_dir's name and place once it is complete.
+    """Yield a folder to write a checkpoint in, which is renamed to out_dir once it is complete.
 
-    An older checkpoint there is replaced, what others put beside it stays; anything else is refused
-    with ValueError.
+    An older checkpoint there is replaced; other files in its folder stay. Raises ValueError if
+    out_dir holds anything else.
     """
     if out_dir.exists() and not (out_dir / "config.json").is_file() and any(out_dir.iterdir()):
         raise ValueError(f"{out_dir} exists and is no checkpoint; pass another folder or remove it")

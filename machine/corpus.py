@@ -4,8 +4,8 @@
     Files --documents, in pieces--> ids --> data.Corpus, by tokenize()
 
 The cache folder is named after a fingerprint of the files' contents, the tokenizer and the options,
-and appears under that name only when it is complete; what is being built lies beside it in a
-`.part` folder, and a killed run goes on from its last finished shard.
+and appears under that name only when it is complete. Until then it is built in a `.part` folder
+next to it, where the next run continues after the last finished shard of a killed one.
 
 A document is stored as [BOS] + tokens + [EOS]:
     BOS where the model's tokenizer puts one in front by itself (add_bos_token in
@@ -64,9 +64,9 @@ FORMAT = 6  # part of the cache key: raise it when the files' layout or the cutt
 PIECE = 1 << 14  # characters: longer documents go to the tokenizer in pieces, for speed and memory
 LONGEST_PIECE = 1 << 16  # more is not encoded at once: a million blanks kill tiktoken
 BATCH = 1 << 20  # characters handed to the tokenizer at once; it has two batches in hand
-SHARD = 32  # batches between two notes of how far a build has come: what a kill costs
-# Of a cache folder, beside meta.json. The second holds three int64 for each document: its end as an
-# offset in tokens, the checksum of its text, and its source (index of the spec that named it).
+SHARD = 32  # batches between two notes of a build's progress: at most so many a kill costs
+# The files of a cache folder next to meta.json. The second holds three int64 for each document: its
+# end as an offset in tokens, its text's checksum, and its source (index of the spec that named it).
 FILES = ("tokens.bin", "documents.bin")
 
 # Text for a real checkpoint when none is named: files of the Hugging Face hub at the commits that
@@ -175,9 +175,10 @@ def find_files(
 
 
 def _hub_files(spec: str) -> list[list]:
-    """hf:owner/name[@revision][/config][:split] -> [file name, size, dataset, commit] of each; all
-    of it as rows, [dataset, 0, dataset, commit, config, split], where no file can be told to be
-    meant."""
+    """hf:owner/name[@revision][/config][:split] -> [file name, size, dataset, commit] of each file.
+
+    If no file can be identified, its rows are: [dataset, 0, dataset, commit, config, split].
+    """
     import huggingface_hub
 
     name, _, split = spec[3:].partition(":")
@@ -202,7 +203,7 @@ def _hub_files(spec: str) -> list[list]:
 
 
 def _choose(names: list[str], config: str, split: str) -> list[str]:
-    """Files of a hub dataset that config (a file, glob or folder) and split speak of."""
+    """Return the files of a hub dataset that config (a file, glob or folder) and split name."""
     if exact := fnmatch.filter(names, config):
         return sorted(exact)
     names = [n for n in names if _is_records(n) and (not config or f"/{config}/" in f"/{n}")]
@@ -211,7 +212,7 @@ def _choose(names: list[str], config: str, split: str) -> list[str]:
     return sorted(_train_split(names))
 
 
-# What describes a dataset, beside its files.
+# Files that describe a dataset and hold none of its text.
 CARDS = "README.md dataset_infos.json dataset_info.json dataset_dict.json state.json".split()
 # Endings of a dataset's files that hold no records; a project's train.py and test.py are no splits.
 PLAIN = re.compile(r"(^|/)[^.]+$|\.(txt|text|raw|tokens|tok|en|de|fr|zh)(\.gz|\.zst)?$", re.I)
@@ -296,8 +297,10 @@ class FilesOf(NamedTuple):
 
 
 def _files_of(folder: str) -> FilesOf:
-    """A folder's files; of a downloaded dataset, told by its card or its splits, those of the train
-    split, or all of its data where no name speaks of one."""
+    """Return a folder's files; of a downloaded dataset (with a card or splits) the train split's.
+
+    If no name mentions a split, these are all files with data.
+    """
     files = [p for p in _walk(folder) if os.path.isfile(p)]
     names = {os.path.relpath(p, folder): p for p in files}
     records = [n for n in names if _is_records(n)]
@@ -563,7 +566,7 @@ class Zstd(io.RawIOBase):
 
 @contextlib.contextmanager
 def _open(file: File):
-    """(stream of decompressed bytes, raw stream whose position tells the progress)"""
+    """Yield (stream of decompressed bytes, raw stream whose position shows the progress)."""
     path, name = file.path, file.path.lower()
     if len(file.hub) > 2:
         yield None, None
@@ -600,7 +603,7 @@ def _records(file: File, kind: str, stream) -> Iterator[bytes | dict]:
 
 
 def _documents(file: File, kind: str, stream, skip_bad: bool) -> Iterator[Iterable[str] | None]:
-    """Texts of a file, in blocks; None for a record left out because it is none."""
+    """Yield the documents of a file, each as blocks of text; None for a bad record left out."""
     if kind == "text":
         yield _decoded(stream, file.path)
         return
@@ -621,7 +624,7 @@ def _documents(file: File, kind: str, stream, skip_bad: bool) -> Iterator[Iterab
 
 
 def _text(record: object, column: str) -> str:
-    """A record's text. Raises ValueError saying what stands there instead, and what helps."""
+    """Return a record's text. Raises ValueError saying what is there instead, and what helps."""
     if not isinstance(record, dict):
         raise ValueError(f"{str(record)[:60]} is a {type(record).__name__}, need an object")
     text = record.get(column)
@@ -708,7 +711,7 @@ def beginnings(
     chosen = files[:: max(1, len(files) // 20)]
     each, texts = -(-most // len(chosen)), []
     for file in chosen:
-        with contextlib.suppress(ValueError):  # what cannot be read is told when all is read
+        with contextlib.suppress(ValueError):  # tokenize reports what cannot be read
             pieces = _pieces([file], None, skip_bad, {"bad": 0, "cr": 0, "spelled": {}})
             firsts = (piece.text[:2000] for piece in pieces if piece.first)
             texts += itertools.islice(firsts, each)
@@ -801,7 +804,7 @@ def tokenize(
     skip_bad_lines: bool = False,
     log: Callable[[str], None] = print,
 ) -> Corpus:
-    """Tokenise text once; later calls map what lies on disk.
+    """Tokenise text once; later calls memory-map the files.
 
     specs: files, folders, globs, hub datasets (find_files says how they are written).
     name: of the stream, for the log.
@@ -874,9 +877,9 @@ def _say_spelled(name: str, spelled: dict[str, int]) -> str:
 
 
 def _read_memo(path: Path) -> dict:
-    """Return the content of seen_files.json; {} if it is damaged: a memo may be lost, never fatal.
+    """Return the content of seen_files.json; {} if it is damaged, since it can be made again.
 
-    It may be somebody's file then: it is set aside under another name.
+    A damaged file may be a user's own, so it is renamed, not removed.
     """
     found = read_signed(path)
     if found is None and path.is_file():
@@ -886,10 +889,10 @@ def _read_memo(path: Path) -> dict:
 
 
 def _complete(folder: Path, log: Callable = lambda _: None) -> dict | None:
-    """The cache's description if it is whole, None if it is to be built: cut short, or unknown.
+    """Return the cache's description, meta.json; None if the cache is missing or incomplete.
 
-    All of it is read once in a process and compared with the checksums in meta.json, about 1 s a GB
-    from memory. Raises ValueError for other bytes in a file of the right size.
+    Each process reads all of it once and compares it with the checksums in meta.json, about 1 s a
+    GB from memory. Raises Damaged for other bytes in a file of the right size.
     """
     try:
         meta = read_signed(folder / "meta.json")
@@ -898,11 +901,11 @@ def _complete(folder: Path, log: Callable = lambda _: None) -> dict | None:
     except (OSError, KeyError):
         pass
     if folder.is_dir():
-        log(f"{folder} is damaged: building it anew")
+        log(f"{folder} is damaged: building it again")
     return None
 
 
-# A cache's description before anything is in it; sizes in bytes.
+# The description of an empty cache; sizes in bytes.
 FRESH = dict.fromkeys((*FILES, "pieces", "bad", "cr"), 0)
 FRESH |= {"checksums": [0, 0], "dtype": "", "spelled": {}}
 
@@ -915,7 +918,7 @@ def _same_bytes(folder: Path, stats: tuple, meta: dict) -> dict:
     if _checksums(folder, stats) != meta["checksums"]:
         raise Damaged(
             f"{folder} is damaged: its bytes are not those that were written, by its checksums; "
-            f"look after that disk, then remove the folder, and the text is tokenised anew"
+            f"check that disk, then remove the folder, and the text is tokenised again"
         )
     return meta
 
@@ -954,7 +957,7 @@ def _build(folder, files, tokenizer, name, skip_bad, log, held) -> dict:
         if state[FILES[0]]:
             log(f"{name}: going on after {state[FILES[0]] // item:,} tokens of an interrupted run")
 
-        def finish_shard():  # it is finished when meta.json is on disk, after what it speaks of
+        def finish_shard():  # finished when meta.json is on disk, after the tokens that it counts
             for stream in streams.values():
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -989,9 +992,9 @@ def _build(folder, files, tokenizer, name, skip_bad, log, held) -> dict:
 
 
 def _unfinished(part: Path, fresh: dict) -> dict:
-    """How far an interrupted build has come, by its meta.json; `fresh` if that cannot be true.
+    """Return an interrupted build's progress from its meta.json; `fresh` if that is not sound.
 
-    Of what it wrote the checksum is compared too.
+    The checksums of what it wrote are compared too.
     """
     state = read_signed(part / "meta.json")
     if state and state.keys() - {"checksum"} == fresh.keys():

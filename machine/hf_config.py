@@ -21,7 +21,7 @@ FAMILIES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-# Others that people bring -> what they compute and this model does not.
+# Other families that users try -> what they compute and this model does not.
 OTHER_FAMILIES = {
     "_vl|vision|audio|omni|llava|mllama": "it reads more than text",
     "mixtral|moe|deepseek|llama4|dbrx|gpt_oss|minimax": "its MLPs are mixtures of experts",
@@ -46,7 +46,7 @@ WINDOW_NAMES = (
     "max_position_embeddings max_sequence_length max_seq_length max_seq_len seq_length seq_len "
     "n_positions n_ctx model_max_length tokenizer_model_max_length"
 ).split()
-# Entries that no family's forward pass reads, or that are checked by _refuse_unsupported.
+# Entries that need no warning: no family's forward pass reads them, or _refuse_unsupported does.
 NO_EFFECT = set(
     "model_type architectures _name_or_path torch_dtype dtype transformers_version use_cache "
     "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id initializer_range "
@@ -64,7 +64,7 @@ NO_EFFECT = set(
 
 @lru_cache(1000)
 def say_once(line: str) -> None:
-    """Print what the reader of a run has to know, the first time that it is so."""
+    """Print a line about the run, once in a process."""
     print(line, flush=True)
 
 
@@ -202,9 +202,8 @@ def _rope_from_hf(hf: dict, window: int) -> tuple[float, dict | None]:
         _refuse_rotary(place)
     if scaling and lost is not None and lost != (10_000.0 if theta is None else theta):
         raise ValueError(
-            f"rope_parameters has rope_theta {lost!r:.30}, but rope_scaling stands beside it, which"
-            f" transformers reads in its place, with theta {theta or '10,000'}; leave one of the "
-            "two, with rope_theta in it"
+            f"rope_parameters has rope_theta {lost!r:.30}, but transformers reads rope_scaling "
+            f"instead, with theta {theta or '10,000'}; leave one of the two, with rope_theta in it"
         )
     if theta is None:
         say_once("the config gives no rope_theta: using 10,000, as the first Llama 2 releases did")
@@ -297,9 +296,9 @@ def windows(hf: dict) -> list[int]:
     """The windows, in tokens, that a config.json may mean; more than one where it is in doubt.
 
     A scaled checkpoint's max_position_embeddings is the scaled window in some, the window from
-    before the scaling in others (Qwen's recipe for YaRN, LongLoRA, Vicuna). YaRN is told by its
-    original_max_position_embeddings, and so is what longred exports; linear scaling by nothing, but
-    for one more entry that names the longer window.
+    before the scaling in others (Qwen's recipe for YaRN, LongLoRA, Vicuna). With YaRN and in
+    longred's exports, original_max_position_embeddings shows which it is; with linear scaling
+    nothing does, unless another entry names the longer window.
     """
     family = str(hf.get("model_type", "llama"))
     window = _number(hf, "max_position_embeddings", WINDOWS.get(family, 2048), most=2**40)

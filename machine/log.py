@@ -24,13 +24,13 @@ def command(script: str, *arguments) -> str:
     return shlex.join(["python", str(path), *map(str, arguments)])
 
 
-# ----------------------------------------------------------------------------- who may be gone
+# ------------------------------------------------------------------------- a stdout that is closed
 
 
 def outlive_readers() -> None:
-    """From here on the run continues when whoever reads stdout or stderr has gone away.
+    """From here on the run continues if its stdout or stderr is closed.
 
-    A write that fails is the last: from then on the text is dropped.
+    After the first write that fails, the text is dropped.
     """
     for number in range(3):  # 2>&- would give its number to the next file that is opened
         try:

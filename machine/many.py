@@ -1,4 +1,4 @@
-"""Many processes on one run, started by torchrun: who works on what, and how they speak.
+"""Many processes on one run, started by torchrun: who works on what, and how they communicate.
 
 The weights of student and teacher, gradients and AdamW's state are spread over all processes
 (FSDP2). Processes take different sequences; with --context C, C of them share each sequence: every
@@ -26,7 +26,7 @@ from model import Llama
 
 
 class Processes:
-    """The processes of a run as one of them sees them; `rank` 0 speaks and writes."""
+    """The processes of a run as one of them sees them; `rank` 0 prints and writes."""
 
     def __init__(self):
         self.size = int(os.environ.get("WORLD_SIZE", 1))
@@ -34,7 +34,7 @@ class Processes:
         self.mesh = self.groups = None  # all of them; (groups, processes that share sequences)
 
     def join(self, device: str | None, context: int) -> None:
-        """Under torchrun: meet the other processes. context: how many share each sequence."""
+        """Under torchrun: join the other processes. context: how many share each sequence."""
         if self.size == 1:
             if context > 1:
                 raise ValueError(
@@ -69,7 +69,7 @@ class Processes:
         self.mesh = init_device_mesh(kind, (self.size,))
         self.groups = init_device_mesh(kind, (self.size // context, context))
         if self.rank:
-            sys.stdout = open(os.devnull, "w")  # one process speaks
+            sys.stdout = open(os.devnull, "w")  # only rank 0 prints
 
     def leave(self) -> None:
         if self.size > 1 and dist.is_initialized():
@@ -164,9 +164,9 @@ def attend_to_all_tokens(group, attend, q: Tensor, k: Tensor, v: Tensor, start: 
 
 
 def exchange(group, x: Tensor, spread: int, gathered: int) -> Tensor:
-    """All-to-all in a group: what each has of dimension `spread` is dealt out, `gathered` joined.
+    """All-to-all in a group: dimension `spread` is split between processes, `gathered` is joined.
 
-    Differentiable: the gradient goes the same way back.
+    Differentiable: the gradient takes the same way back.
     """
     from torch.distributed.nn.functional import all_to_all_single
 
@@ -206,7 +206,7 @@ def own_names(store: dist.Store, rank: int, size: int) -> dist.Store:
     while missing:
         missing = {r for r in missing if not store.check([f"{mine}/{r}"])}
         for r in missing:
-            if store.check([f"here/{r}"]):  # perhaps the dead one's: then ask once more
+            if store.check([f"here/{r}"]):  # perhaps the dead one's: then ask again
                 store.set(f"prefix/{store.get(f'here/{r}').decode()}", mine)
         time.sleep(0.02)
     return dist.PrefixStore(mine, store)

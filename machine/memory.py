@@ -1,16 +1,16 @@
 """Memory: how 8 billion parameters train on one GPU, and how long their text may be.
 
-Four mechanisms compose; machine/plan.py chooses among them and OneGPU is such a plan at work:
+Four mechanisms compose; machine/plan.py chooses among them and OneGPU carries out its plan:
 
     AdamW         bf16 weight + 16-bit remainder = the exact fp32 master; m and v; in host memory
                   where the GPU has no room, streamed through it once a step
     HostGradients fp32 gradients, summed in host memory where the GPU has no room for them either
-    apply_policy  how blocks run: recomputed in backward, attention outputs saved, some blocks left
-                  alone, inputs waiting in host memory (Offload), the MLP in tiles (_Tiles)
+    apply_policy  decides for each block whether backward recomputes it (run_block); attention
+                  outputs saved, inputs waiting in host memory (Offload), the MLP in tiles (_Tiles)
     Visitor       a frozen teacher, on the GPU only while it is needed
 
-Everything here also runs on a CPU, where streams are empty words and every copy is done when it
-returns. Sizes in bytes unless said otherwise; GiB = 2^30.
+Everything here also runs on a CPU, where streams do nothing and every copy is done when it returns.
+Sizes in bytes unless said otherwise; GiB = 2^30.
 """
 
 import collections
@@ -89,7 +89,7 @@ def free_host_buffers() -> None:
     """Unlock every host buffer. Its memory is free as soon as nothing views it any more."""
     gc.collect()
     if _LOCKED:
-        torch.cuda.synchronize()  # no copy of theirs is under way
+        torch.cuda.synchronize()  # no copy from or to them is under way
     refused = []
     while _LOCKED:
         buffer = _LOCKED.pop()  # held by this name until CUDA has let go of its pages
@@ -103,9 +103,10 @@ def free_host_buffers() -> None:
 
 
 def empty_cache(device: torch.device | str) -> None:
-    """Give back the blocks that torch keeps for itself, before another phase begins.
+    """Return the memory that torch's allocator keeps cached, before another phase begins.
 
-    Else what lives long lands in the remains of what came before, and strands the rest of them.
+    Otherwise long-lived tensors get parts of segments from the phase before, and the rest of these
+    segments cannot be used for larger tensors.
     """
     gc.collect()
     if torch.device(device).type == "cuda":
@@ -140,7 +141,7 @@ class AdamW:
     caller's to refuse before step: rounding turns some NaN masters into ordinary bf16 weights.
 
     State of a piece of n <= chunk numbers of one parameter, in one buffer: m | v | remainder, 10 n
-    bytes with fp32 moments, 6 n with bf16. On the host all pieces lie in one flat locked buffer.
+    bytes with fp32 moments, 6 n with bf16. On the host all pieces are in one flat locked buffer.
     """
 
     def __init__(
@@ -270,7 +271,7 @@ class AdamW:
                     fill.wait_event(emptied[i - 3])
                 buffers[i % 3][: len(self.state[i])].copy_(self.state[i], non_blocking=True)
                 if self.gradients:
-                    grads[i] = self.gradients.bring(i % 3, grads[i])
+                    grads[i] = self.gradients.upload(i % 3, grads[i])
                 filled[i] = fill.record_event()
 
         start_filling(0)
@@ -337,10 +338,11 @@ class AdamW:
 class HostGradients:
     """fp32 gradients that leave the GPU as backward makes them, and add up in host memory.
 
-    A hook on each parameter takes its gradient away. Piece by piece the sum so far comes up, on one
-    side stream, which adds the gradient to it; another takes it home, while backward goes on. Those
-    are the additions of gradients that stay, in the same order: the same bits. A pass moves 4 bytes
-    a parameter each way: 32 GB of Llama-3-8B, 0.64 s at an assumed 50 GB/s. Unmeasured.
+    A hook on each parameter takes its gradient. Piece by piece, one side stream copies the sum so
+    far to the GPU and adds the gradient; another copies it back, while backward continues. The
+    additions and their order are those of gradients that stay on the GPU, so the bits are the same.
+    A pass moves 4 bytes a parameter each way: 32 GB of Llama-3-8B, 0.64 s at an assumed 50 GB/s.
+    Unmeasured.
     """
 
     def __init__(self, params: list[Tensor], chunk: int):
@@ -399,14 +401,14 @@ class HostGradients:
             self.leaving.popleft()
 
     def settled(self) -> list[Tensor]:
-        """The sums, once all have come home: tensors on the CPU, each its own .grad."""
+        """Return the sums once all copies to the host are done: CPU tensors, each its own .grad."""
         compute = self.api.current_stream()
         for stream in (self.fill, self.empty):
             compute.wait_stream(stream)
         self.leaving.clear()
         self.api.synchronize()  # what follows is the CPU's
         for i, total in enumerate(self.sums):
-            if i not in self.summed:  # nothing was read that it has a part in
+            if i not in self.summed:  # no stream of this step had a gradient for it
                 total.zero_()
             total.grad = total.detach()
         self.summed = set(range(len(self.sums)))
@@ -416,8 +418,8 @@ class HostGradients:
         """The settled sums in AdamW's pieces."""
         return [part for total in self.settled() for part in total.view(-1).split(self.chunk)]
 
-    def bring(self, b: int, part: Tensor) -> Tensor:
-        """A piece of the sums on the GPU, in buffer b, by the current stream."""
+    def upload(self, b: int, part: Tensor) -> Tensor:
+        """Copy a piece of the sums into buffer b on the GPU, on the current stream."""
         return self.buffers[b][: len(part)].copy_(part, non_blocking=True)
 
     def begin(self) -> None:
@@ -657,6 +659,7 @@ def _compiled():
 def apply_policy(model: Llama, policy: Policy, offload: Offload | None = None) -> None:
     """Make the model's blocks run by `policy` from the next forward pass on.
 
+    Backward recomputes all blocks but the last policy.keep_all, which `run_block` leaves alone.
     offload: where inputs wait, with policy.offload; one for all policies of a model.
     """
     first_kept = len(model.layers) - policy.keep_all
@@ -710,11 +713,11 @@ class Visitor:
             p.data = home
 
 
-# ------------------------------------------------------------------------------ a plan at work
+# -------------------------------------------------------------------------- carrying out a plan
 
 
 class OneGPU:
-    """A plan at work: the optimizer, the teacher's visits, the inputs' slots."""
+    """Carries out a plan: the optimizer, the teacher's visits, the host memory of block inputs."""
 
     def __init__(self, plan: Plan, student: Llama, teacher: Llama, **adamw):
         """adamw: lr, betas, eps, weight_decay. Student and teacher are on the GPU, in bf16.
@@ -734,7 +737,7 @@ class OneGPU:
         try:
             if not plan.teacher_resident:
                 self.teacher = Visitor(teacher, device)
-            empty_cache(device)  # gradients and state live for the run: they come first
+            empty_cache(device)  # gradients and state live for the run: allocate them first
             if plan.slot_bytes:
                 self.offload = Offload(student.config.n_layers, plan.slot_bytes, device)
             where = dict(host=plan.host_state, host_gradients=plan.host_gradients)

@@ -55,7 +55,7 @@ class Mixture:
         self._block = (-1, np.empty(0, np.int64), np.empty(0, np.int64))
 
     def _part(self, number: int) -> tuple[Stream, int]:
-        """Whose sequence comes as `number`, and which of its own it is."""
+        """Return the stream whose sequence is number `number`, and its number in that stream."""
         block, place = divmod(number, self.BLOCK)
         if self._block[0] != block:
             first = self.streams[0]

@@ -3,8 +3,8 @@
 What training keeps, per parameter: a bf16 weight (2 B) that must be on the GPU; an fp32 gradient
 (4 B), touched in every pass, and AdamW's state (10 B), touched once a step, that need not be. What
 it keeps per token: a block's activations, most of which are cheaper to make again than to keep.
-`make_plan` weighs the mechanisms of machine/memory.py against each other and prints what it chose
-as a table.
+`make_plan` chooses among the mechanisms of machine/memory.py, also which blocks are recomputed in
+backward (`Policy`), and Plan.table shows the choice.
 
 Sizes in bytes unless said otherwise; GiB = 2^30.
 """
@@ -78,9 +78,13 @@ ELEMENTWISE = 152  # bytes per token, block and d_model: norms, rotary, SwiGLU, 
 # Kept free: CUDA's context is outside the allocator, fragments are inside it. Unmeasured.
 GPU_SPARE, GPU_SPARE_FRACTION, HOST_SPARE = 1.0 * GIB, 0.03, 6 * GIB
 NCCL = 1.0 * GIB  # its buffers, where several GPUs work together. Unmeasured
-# Reserved beyond what is allocated: 20 MiB pages that are not full where segments of the allocator
-# expand, else what lives on in the midst of freed memory. Both were found by replaying planned runs
-# through a model of the allocator (README.md, "One GPU's memory"; measure/replay.py of c5ec068).
+# Reserved beyond what is allocated: 20 MiB pages that are not full if the allocator's segments
+# expand, otherwise gaps between long-lived tensors. Both come from seven planned runs, recorded at
+# full size on fake tensors and replayed through a model of the allocator (measure/replay.py of
+# commit c5ec068, run again on 2026-12-01). With segments that expand, at most 0.24 GiB (0.63 with
+# gradients in host memory) were reserved beyond what was allocated, and no allocation was retried.
+# With fixed segments 8B at 32K had 6.9 to 10.2 of 79.1 GiB stranded and ended in its first long
+# pass; since then the cache is emptied before every phase, and segments expand if the driver can.
 PAGES, STRANDED_FRACTION = 0.5 * GIB, 0.13
 # Gradients on their way to host memory that may still be on the GPU, and three buffers of 2^24
 # fp32 numbers.
@@ -167,7 +171,7 @@ class Plan:
 
     @property
     def gaps(self) -> float:
-        """Of segments that expand: wider where large gradients come and go among what stays."""
+        """Return the gaps of segments that expand; larger with gradients in host memory."""
         return 1.5 * PAGES if self.host_gradients else PAGES
 
     def table(self) -> str:
@@ -297,7 +301,7 @@ def activation_memory(config: ModelConfig, unit: Unit, policy: Policy) -> dict[s
         "attention outputs kept": policy.attention * (2 * m * q + lse),
         "blocks kept whole": policy.keep_all * (x + block + mlp_saved),
     }
-    # The embedding's gradient comes last, in bf16 and once more in fp32; all of the above is gone.
+    # The embedding's gradient is the last, in bf16 and in fp32; all of the above is freed by then.
     at_embedding = head + 6 * config.vocab_size * d + x - sum(terms.values())
     moments = {
         "in a block's backward": in_block,
@@ -426,7 +430,7 @@ def passes(config: ModelConfig, unit: Unit):
 def best_pass(q: Question, choices: list, room: float, offload: bool, each_pass: float):
     """The fastest of `choices` that fits in `room` bytes: (seconds a step, unit, policy), or None.
 
-    offload: whether inputs may wait in host memory. each_pass: seconds that a pass takes besides.
+    offload: whether inputs may wait in host memory. each_pass: further seconds that a pass takes.
     """
     best, n_layers = None, q.config.n_layers
     for part, policy, terms in choices:
@@ -731,7 +735,7 @@ def trial(device: str) -> None:
         hidden, _ = block(ids)
         next_token_loss(hidden, block.lm_head_weight, ids)[0].backward()
         finite = all(p.grad.isfinite().all().item() for p in block.parameters())
-    except Exception as e:  # whatever a compiler, a driver or a kernel comes up with
+    except Exception as e:  # anything that a compiler, a driver or a kernel raises
         raise ValueError(f"a trial of one tiny block on {device} failed: {why(e)}") from e
     if not finite:
         raise ValueError(
@@ -745,7 +749,7 @@ def why(error: Exception) -> str:
     known = {
         "Failed to find C compiler": "Triton needs a C compiler; install gcc or set CC",
         "Python.h": "Triton needs Python's headers; install python3-dev for this Python",
-        # The compiler's own words go to the terminal, only its command line comes back.
+        # The compiler's own words go to the terminal; the error has only its command line.
         "CalledProcessError": "Triton's C compiler failed, most often because it lacks Python's "
         "headers; install python3-dev for this Python",
         "driver on your system is too old": "the NVIDIA driver is too old for this torch; update "
@@ -857,7 +861,7 @@ def check_memory(weights: int, activations: int) -> None:
 def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes this process can still take: the system's, within the limits of its containers.
 
-    None where neither can be read (macOS, Windows). root: where proc/ and sys/ lie.
+    None where neither can be read (macOS, Windows). root: the folder of proc/ and sys/.
     """
     free = []
     with suppress(OSError, KeyError, ValueError):
@@ -879,7 +883,7 @@ def available_memory(root: Path = Path("/")) -> int | None:
 
 
 def forget_peak(device: str) -> None:
-    """Begin a phase: peak_gib will tell the most that was held from here on."""
+    """Begin a phase: peak_gib will return the most that was held from here on."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         return

@@ -5,10 +5,10 @@ how, is in longred.py.
 
     settings.py     the machine's flags, and what is refused
     plan.py         what fits: disk, memory, the fastest plan for one GPU
-    memory.py       that plan at work: AdamW in host memory, recomputing, tiles, a visiting teacher
+    memory.py       carries out that plan: AdamW in host memory, recomputing, tiles, the teacher
     files.py        files and folders written whole, locks, checksums, checked caches
     states.py       states on disk;  keeper.py: when they are saved, signals;  log.py
-    many.py         torchrun: weights in shards, sequences shared out
+    many.py         torchrun: weights in shards, sequences shared between processes
     corpus.py       text of any kind -> token files;  mixture.py: shares of several sources
     samples.py      text sampled from the checkpoint itself
     tokenizer.py, checkpoints.py    every format
@@ -53,7 +53,7 @@ from model import Llama, export_dtype, hf_name, merge_weights
 
 
 def last_words(error: Exception) -> str | int:
-    """How a user's error ends: one line, said by one process of each machine."""
+    """Return the line with which a user's error ends; one process of each machine prints it."""
     if is_silent():
         return 1
     line = " ".join(str(error).split())
@@ -63,7 +63,7 @@ def last_words(error: Exception) -> str | int:
 
 
 class Run(longred.Run):
-    """One process at work on a run, from its settings to its export; a context around all of it."""
+    """One process's part of a run, from the settings to the export; a context around all of it."""
 
     def __init__(self):
         plan.expand_segments()  # before anything asks for the GPU
@@ -71,7 +71,7 @@ class Run(longred.Run):
         self.keeper = Keeper(self.processes)
         self.once = self.processes.from_rank_0  # call a function in one process, for all of them
         self.plan = self.one_gpu = None  # of the memory of one GPU; None on a CPU or on many
-        self.resumed = None  # longred.json of the run that goes on
+        self.resumed = None  # longred.json of the run that is continued
         self.data_seconds = 0.0  # waited for text in this step
         self.own = {}  # the source self:N -> its file and cost
         self.sequences = {}  # stream -> how many of its sequences go into one forward pass
@@ -96,7 +96,7 @@ class Run(longred.Run):
             ) from error
         if isinstance(error, torch.OutOfMemoryError):
             raise ValueError(
-                f"{str(error).splitlines()[0]} Go on, or begin anew, with a --gpu_gib some GiB "
+                f"{str(error).splitlines()[0]} Resume, or begin again, with a --gpu_gib some GiB "
                 "below the GPU peak of the memory plan, or a smaller --unit_tokens"
             ) from error
 
@@ -130,7 +130,7 @@ class Run(longred.Run):
         return c
 
     def look_at_all(self, given: MachineConfig) -> None:
-        """What is cheap to find wrong is found here, before anything that takes long.
+        """Find what is cheap to find wrong, before anything that takes long.
 
         given: the settings before they were resolved, with paths as the user wrote them.
         """
@@ -163,7 +163,7 @@ class Run(longred.Run):
         self.take_plan(self.plan_memory() if c.device.startswith("cuda") else None)
 
     def take_plan(self, found: plan.Plan | None) -> None:
-        """Print a plan and run by it from here on."""
+        """Print a plan and follow it from here on."""
         if found:
             print(found.table(), flush=True)
         units = found.units.values() if found else self.units
@@ -172,7 +172,7 @@ class Run(longred.Run):
             self.plan, self.stored = found, torch.bfloat16
 
     def plan_memory(self, host_memory: bool = True) -> plan.Plan:
-        """On GPUs: the memory table, and what follows from it; the same in every process.
+        """Return the memory plan of a GPU, the same in every process.
 
         host_memory: whether a plan for one GPU may use any.
         """
@@ -311,7 +311,7 @@ class Run(longred.Run):
         return load_checkpoint(self.source, theta, scaling, self.c.device, dtype, shard)
 
     def optimizer(self, student: Llama, teacher: Llama):
-        """AdamW for this machine; how the blocks of the student run is settled with it."""
+        """Return AdamW for this machine, and make the student's blocks run by the plan."""
         c = self.c
         adamw = dict(lr=c.lr, betas=(c.beta1, c.beta2), eps=1e-8, weight_decay=c.weight_decay)
         self.student = student
@@ -330,9 +330,9 @@ class Run(longred.Run):
         return self.adamw
 
     def open_one_gpu(self, student: Llama, teacher: Llama, **adamw) -> memory.OneGPU:
-        """The plan at work; if the system refuses its host memory, a plan that uses none.
+        """Carry out the plan; if the system refuses its host memory, one that uses none.
 
-        AdamW's moments become bf16 where only that fits, but not in a run that has a state in fp32.
+        AdamW's moments become bf16 if only that fits, unless the run has a state in fp32.
         """
         try:
             return memory.OneGPU(self.plan, student, teacher, **adamw)
@@ -401,11 +401,11 @@ class Run(longred.Run):
         print(f"  step {step}: at its sequence {self.read}, {seconds:.0f} s so far", flush=True)
 
     def note_changed_code(self, first: int) -> None:
-        """Say, and record for the report, which files a resumed run finds changed."""
+        """Print, and record for the report, which code files changed since the run began."""
         old = self.resumed or {}
         self.record["code_changes"] = old.get("code_changes", [])
         if old and (files := states.changed_code(old.get("code", {}), self.record["code"])):
-            words = f"After step {first} the run went on with other code in {', '.join(files)}."
+            words = f"After step {first} the run continued with other code in {', '.join(files)}."
             self.record["code_changes"].append(words)
 
     def write_record(self) -> None:

@@ -1,11 +1,11 @@
 """Short text sampled from the checkpoint itself, before a run: --short_data self[:N].
 
-Nobody has the text that Llama 3 was trained on, but its weights can be asked for more of the like.
-Texts are made in parts of some dozens, each a function of (weights, seed, settings, part): a
-stopped run goes on at the next part, and a larger N only adds to what is there.
+The text that Llama 3 was trained on is not published, but its weights can be sampled for similar
+text. Texts are sampled in parts of a few dozen, each a function of (weights, seed, settings, part):
+a stopped run continues with the next part, and a larger N only adds to what is there.
 
-What is kept and read is the sampled ids themselves. Text would not do: a special token spelled out
-is a dozen ordinary ones, and the tokens of a text are not always those that it was made of.
+The sampled ids themselves are kept and read, not their text: a special token spelled out is a dozen
+ordinary ones, and tokenising a text does not always give the tokens that it was made of.
 """
 
 import json

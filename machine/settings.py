@@ -88,7 +88,7 @@ MAY_CHANGE |= {"ckpt", "steps", *TEXTS}
 
 
 def source_shares(c: MachineConfig, specs: list[str]) -> list[float] | None:
-    """--source_weights for one stream's list of sources, in its order; None: as they come.
+    """Return --source_weights for one stream's list of sources; None: no shares are given.
 
     Raises ValueError for a share that is no number above 0, and for a list named only in part.
     """
@@ -171,9 +171,9 @@ def check_device(c: MachineConfig, parameters: int) -> None:
     if c.device and c.device != "cpu":
         if not torch.cuda.is_available():
             raise ValueError(
-                f"--device {c.device}: torch sees no GPU, for want of one or of a new enough "
-                f"driver: compare {torch.version.cuda or 'no CUDA'}, which torch "
-                f"{torch.__version__} was built for, with nvidia-smi's, or pass --device cpu"
+                f"--device {c.device}: torch sees no GPU, or none with a new enough driver: "
+                f"compare {torch.version.cuda or 'no CUDA'}, which torch {torch.__version__} was "
+                "built for, with nvidia-smi's, or pass --device cpu"
             )
         if int(c.device.partition(":")[2] or 0) >= torch.cuda.device_count():
             raise ValueError(
@@ -193,8 +193,8 @@ def check_lengths(c: MachineConfig, model: ModelConfig) -> None:
     if c.document_mask and (c.context > 1 or c.compile):
         other = f"--context {c.context}" if c.context > 1 else "--compile"
         raise ValueError(
-            f"--document_mask does not go with {other}: documents would lie across processes, or "
-            "ask for a new graph each time; drop one of the two"
+            f"--document_mask does not go with {other}: documents would be split between processes,"
+            " or need a new graph each time; drop one of the two"
         )
     if any(n % c.context for n in (*lengths, model.n_heads, model.n_kv_heads)):
         raise ValueError(
@@ -229,11 +229,11 @@ def settle_paths(c: MachineConfig) -> None:
 
 
 def is_path(spec: str) -> bool:
-    """A source of text that lies on this disk: no hub dataset, no sample of the checkpoint's."""
+    """Return whether a source of text is on this disk: no hub dataset, no sample of the model's."""
     return not spec.startswith("hf:") and samples.count(spec) is None
 
 
-# Flags that were removed, and the values with which a run that has them in its record can go on.
+# Removed flags, and their values with which a recorded run can still be resumed.
 REMOVED = {"short_rope": "new", "export_longrope": False}
 
 
@@ -255,7 +255,7 @@ def resumed_config(saved: dict, given: MachineConfig) -> MachineConfig:
     """Return the config that a run began with, with the flags that may be given when it resumes.
 
     saved: from OUT_DIR/longred.json. Raises ValueError where it is damaged or another version's,
-    and for a path that is gone and was not named anew.
+    and for a path that is gone and was not given anew.
     """
     names = {f.name for f in fields(given)}
     if unknown := saved.keys() - names:
@@ -272,7 +272,7 @@ def resumed_config(saved: dict, given: MachineConfig) -> MachineConfig:
         if f.name in MAY_CHANGE or given.resume_anyway:
             if f.name not in now and getattr(given, f.name) != f.default:
                 now[f.name] = getattr(given, f.name)
-    # A source that was named anew is so wherever else it is named.
+    # A source that was given a new path has it wherever else it is named.
     pairs = (zip(saved.get(name) or (), now.get(name) or (), strict=False) for name in TEXTS)
     renamed = {old: str(new) for pair in pairs for old, new in pair}
     for name in TEXTS:

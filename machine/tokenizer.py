@@ -44,10 +44,11 @@ class Tokenizer:
     pairs: frozenset[str] = frozenset()  # characters side by side in a token, where that is known
 
     def joint(self, text: str, first: int, last: int) -> int | None:
-        """The last place, from first on, that no token spans, whatever is around it; None: unknown.
+        """Return the last place from `first` on that no token spans; None: unknown.
 
-        Neighbours that no token holds side by side are in two tokens (BPE merges, and unigrams
-        cover, neighbours alone). What else a tokenizer does is tried on what is around the place.
+        Two neighbouring characters that no token holds side by side are in two tokens (BPE merges,
+        and unigrams cover, neighbours alone). What else the tokenizer does is tried on the text
+        around the place.
         """
         places = (i for i in range(last, first, -1) if text[i - 1 : i + 1] not in self.pairs)
         for i in itertools.islice(places if self.pairs else (), 99):
@@ -117,14 +118,14 @@ def load_tokenizer(folder: str | Path, add_eos: bool | None = None) -> Tokenizer
         tokenizer.pairs = frozenset()  # of a byte-level vocabulary, cut into words beforehand
     if add_eos and tokenizer.eos_id is None:
         raise ValueError(
-            f"--add_eos: {path} and what stands beside it name no end of text among its "
+            f"--add_eos: {path} and the files next to it name no end of text among its "
             "special tokens; name one as eos_token in tokenizer_config.json, or drop it"
         )
     tokenizer.add_eos = tokenizer.add_eos if add_eos is None else add_eos
     return tokenizer
 
 
-# Tried on everything that a rule of a tokenizer may speak of, a few lines of it.
+# A few lines with everything that a tokenizer's rules may treat in a special way.
 PROBE = (
     "It's 12,345.67\n\n  \tdef f(x):  # caf\u00e9 \u4e16\u754c \U0001f600 don't  a_b-c [x] {y} <s> "
     "\u00a0\u2581\u0627\u0644 fi\ufb01 \r\n"
@@ -182,7 +183,7 @@ def _try_in_a_child(path: Path) -> None:
 
 
 def _settings(path: Path) -> dict:
-    """What the files beside a tokenizer say: tokenizer_config.json, over special_tokens_map.json.
+    """Read the files next to a tokenizer: tokenizer_config.json, else special_tokens_map.json.
 
     Under "ids" those of config.json and generation_config.json: {"bos" or "eos": [id, ...]}.
     Raises ValueError naming the file that is damaged.
@@ -481,7 +482,7 @@ def check_export(source: Path, tokenizer: Tokenizer, texts: list[str] | None = N
             )
         raise ValueError(
             f"the tokenizer of {source} cannot be exported: "
-            f"{tokenizer.decode(want[max(0, i - 9) : i])!r} goes on as "
+            f"{tokenizer.decode(want[max(0, i - 9) : i])!r} continues as "
             f"{_shown(tokenizer, want[i : i + 4])} in training, as "
             f"{_shown(tokenizer, got[i : i + 4])} by the export's tokenizer.json; {remedy}"
         )
@@ -533,7 +534,7 @@ def _convert(source: Path, out_dir: Path) -> dict:
     converted.encode_special_tokens = True
     for text, want in zip(probe, original.encode_batch(probe), strict=True):
         if converted.encode(text, add_special_tokens=False).ids != want:
-            raise ValueError(f"{path} is of a kind with no known tokenizer.json; put one beside it")
+            raise ValueError(f"{path} has no known equal as tokenizer.json; add one next to it")
     return {f"{kind}_token_id": i for kind, i in ids.items()}
 
 

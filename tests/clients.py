@@ -68,7 +68,7 @@ def vllm(folder, text, ids, logits, greedy):
 
 
 def llama_cpp(folder, text, ids, logits, greedy):
-    """Wants folder/extended.gguf, from llama.cpp's convert_hf_to_gguf.py --outtype f32."""
+    """Needs folder/extended.gguf, from llama.cpp's convert_hf_to_gguf.py --outtype f32."""
     import numpy as np
     from llama_cpp import Llama
 

@@ -301,7 +301,7 @@ ONLY_ON_A_GPU = {
     | {"fp32_product"}
     | {"next_token_loss", "next_token_kl"},  # more rows at a time
     "rope_kernels.py": {"_launch", "apply_rope", "rope_backend"},
-    "machine/keeper.py": {"_write_beside"},  # a stream of its own
+    "machine/keeper.py": {"_write_in_thread"},  # a stream of its own
     "machine/memory.py": {
         "host_buffer",
         "_forget_cuda_error",
