@@ -101,7 +101,7 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 def _download(name: str, repo: str, revision: str | None) -> Path:
-    """A repository's snapshot, at a commit, tag or branch; None: as its main branch is now."""
+    """Return the folder of a downloaded repository. revision: commit, tag or branch; None: main."""
     from huggingface_hub import get_token, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -143,7 +143,7 @@ def _download(name: str, repo: str, revision: str | None) -> Path:
 
 
 def read_config(folder: Path, from_hf: Callable):
-    """from_hf of config.json's content, or of what Meta's params.json would be there.
+    """Return from_hf of config.json's content, or of Meta's params.json translated to it.
 
     Of Meta's weights the headers are read too, for the widths that params.json leaves out.
     Raises ValueError naming the file and the fault.
@@ -270,7 +270,7 @@ def check_finite(tensor: Tensor, name: str, path: Path) -> None:
 
 
 def _weight_files(folder: Path) -> dict[str, tuple[Path, dict]]:
-    """{tensor name: (file, its dtype and shape)}, from the headers alone."""
+    """Return {tensor name: (file, its dtype and shape)}, from the headers alone."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         names = [single.name]
@@ -314,7 +314,7 @@ def _weight_files(folder: Path) -> dict[str, tuple[Path, dict]]:
 
 
 def _safetensors_header(path: Path) -> dict[str, dict]:
-    """{tensor name: {"dtype", "shape", "data_offsets"}}, after safetensors' own checks.
+    """Return {tensor name: {"dtype", "shape", "data_offsets"}} after safetensors' own checks.
 
     Those refuse holes, overlaps and sizes that do not add up; a name given twice passes them.
     """
@@ -336,7 +336,7 @@ def _safetensors_header(path: Path) -> dict[str, dict]:
 
 
 def _check_names(place: Path, expected: Set[str], found: Set[str]) -> None:
-    """Tensor names, after those that may be ignored were taken out of `found`."""
+    """Raise ValueError unless a checkpoint's tensors are those expected."""
     missing, unknown = expected - found, found - expected
     if missing == {"lm_head.weight"} and not unknown:
         raise ValueError(
@@ -357,7 +357,7 @@ def _check_names(place: Path, expected: Set[str], found: Set[str]) -> None:
 
 
 def _refuse_prefix(place: Path, expected: Set[str], found: Set[str]) -> None:
-    """ValueError where the names are the expected ones behind, or without, a prefix."""
+    """Raise ValueError if all names are the expected ones with, or without, a prefix."""
     if found and {f"model.{name}" for name in found} <= expected:
         whole = expected - {f"model.{name}" for name in found}
         raise ValueError(
@@ -402,7 +402,7 @@ META_NAMES = {
 
 
 def _meta_files(folder: Path) -> list[Path]:
-    """consolidated.00.pth and on: one file for each rank of Meta's model parallelism."""
+    """Return consolidated.00.pth and so on, one file for each rank of Meta's model parallelism."""
     paths = sorted(folder.glob("consolidated.*.pth"))
     got = [path.name for path in paths]
     if not got and list(folder.glob("consolidated*.safetensors")):
@@ -417,7 +417,7 @@ def _meta_files(folder: Path) -> list[Path]:
 
 
 def _open_meta(path: Path) -> dict[str, Tensor]:
-    """One of Meta's files, memory-mapped. Nothing but tensors is ever unpickled from it."""
+    """Return one of Meta's files, memory-mapped. Only tensors are ever unpickled from it."""
     if not path.is_file():
         raise ValueError(f"{path} is no plain file")
     if is_lfs_pointer(path):
@@ -462,7 +462,7 @@ def _is_plain(t: object) -> bool:
 
 
 def _hf_from_meta(folder: Path, params: dict) -> dict:
-    """params.json as a config.json; widths that it leaves out come from the first file's shapes."""
+    """Translate params.json to a config.json; missing widths come from the first file's shapes."""
     files = _meta_files(folder)
     first = _open_meta(files[0])
     embedding, output = first.get("tok_embeddings.weight"), first.get("output.weight")
@@ -540,7 +540,7 @@ def _meta_name(name: str) -> str:
 
 
 def _split_dim(folder: Path, name: str, whole: tuple, parts: list[tuple]) -> int | None:
-    """Which dimension the shards cut; None: each holds the whole.
+    """Return the dimension that the shards cut; None if each holds the whole tensor.
 
     By shape, because it differs: Llama 3 cuts the token embedding's rows, Llama 2 its columns.
     """
@@ -583,7 +583,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def carried_files(folder: Path) -> list[Path]:
-    """The licences and chat templates in a checkpoint's folder."""
+    """Return the licences and chat templates in a checkpoint's folder."""
     found = (path for pattern in CARRIED for path in sorted(folder.glob(pattern)))
     return [path for path in found if path.is_file()]
 
@@ -625,7 +625,7 @@ def new_folder(out_dir: Path) -> Iterator[Path]:
 
 
 def client_notes(folder: Path) -> list[str]:
-    """What other programs get wrong about an export, a line each; [] where nothing is known."""
+    """Return what other programs get wrong about an export, a line each; [] if nothing is known."""
     hf, notes = read_json(folder / "config.json"), []
     kind = (hf.get("rope_scaling") or {}).get("rope_type")
     if kind == "yarn":

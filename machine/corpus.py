@@ -1,7 +1,10 @@
 """Text of any usual kind -> token files on disk, made once and memory-mapped from then on.
 
-    files, folders, globs, hub datasets --find_files()--> Files
-    Files --documents, in pieces--> ids --> data.Corpus, by tokenize()
+    find_files    files, folders, globs, hub datasets -> Files
+    _pieces       Files -> documents, long ones cut where no token is
+    _encoded      pieces, in batches -> token ids, by Tokenizer.encode (machine/tokenizer.py)
+    _append       ids -> tokens.bin, and a record a document -> documents.bin
+    tokenize      all of these, by _build if the cache does not have them yet -> Corpus
 
 The cache folder is named after a fingerprint of the files' contents, the tokenizer and the options,
 and appears under that name only when it is complete. Until then it is built in a `.part` folder
@@ -175,10 +178,9 @@ def find_files(
 
 
 def _hub_files(spec: str) -> list[list]:
-    """hf:owner/name[@revision][/config][:split] -> [file name, size, dataset, commit] of each file.
-
-    If no file can be identified, its rows are: [dataset, 0, dataset, commit, config, split].
-    """
+    """hf:owner/name[@revision][/config][:split] -> [file name, size, dataset, commit] of each; all
+    of it as rows, [dataset, 0, dataset, commit, config, split], where no file can be told to be
+    meant."""
     import huggingface_hub
 
     name, _, split = spec[3:].partition(":")
@@ -203,7 +205,7 @@ def _hub_files(spec: str) -> list[list]:
 
 
 def _choose(names: list[str], config: str, split: str) -> list[str]:
-    """Return the files of a hub dataset that config (a file, glob or folder) and split name."""
+    """Files of a hub dataset that config (a file, glob or folder) and split speak of."""
     if exact := fnmatch.filter(names, config):
         return sorted(exact)
     names = [n for n in names if _is_records(n) and (not config or f"/{config}/" in f"/{n}")]
@@ -297,10 +299,8 @@ class FilesOf(NamedTuple):
 
 
 def _files_of(folder: str) -> FilesOf:
-    """Return a folder's files; of a downloaded dataset (with a card or splits) the train split's.
-
-    If no name mentions a split, these are all files with data.
-    """
+    """A folder's files; of a downloaded dataset, told by its card or its splits, those of the train
+    split, or all of its data where no name speaks of one."""
     files = [p for p in _walk(folder) if os.path.isfile(p)]
     names = {os.path.relpath(p, folder): p for p in files}
     records = [n for n in names if _is_records(n)]
@@ -566,7 +566,7 @@ class Zstd(io.RawIOBase):
 
 @contextlib.contextmanager
 def _open(file: File):
-    """Yield (stream of decompressed bytes, raw stream whose position shows the progress)."""
+    """(stream of decompressed bytes, raw stream whose position tells the progress)"""
     path, name = file.path, file.path.lower()
     if len(file.hub) > 2:
         yield None, None
@@ -889,10 +889,10 @@ def _read_memo(path: Path) -> dict:
 
 
 def _complete(folder: Path, log: Callable = lambda _: None) -> dict | None:
-    """Return the cache's description, meta.json; None if the cache is missing or incomplete.
+    """The cache's description if it is whole, None if it is to be built: cut short, or unknown.
 
-    Each process reads all of it once and compares it with the checksums in meta.json, about 1 s a
-    GB from memory. Raises Damaged for other bytes in a file of the right size.
+    All of it is read once in a process and compared with the checksums in meta.json, about 1 s a GB
+    from memory. Raises ValueError for other bytes in a file of the right size.
     """
     try:
         meta = read_signed(folder / "meta.json")
@@ -901,11 +901,11 @@ def _complete(folder: Path, log: Callable = lambda _: None) -> dict | None:
     except (OSError, KeyError):
         pass
     if folder.is_dir():
-        log(f"{folder} is damaged: building it again")
+        log(f"{folder} is damaged: building it anew")
     return None
 
 
-# The description of an empty cache; sizes in bytes.
+# A cache's description before anything is in it; sizes in bytes.
 FRESH = dict.fromkeys((*FILES, "pieces", "bad", "cr"), 0)
 FRESH |= {"checksums": [0, 0], "dtype": "", "spelled": {}}
 
@@ -918,7 +918,7 @@ def _same_bytes(folder: Path, stats: tuple, meta: dict) -> dict:
     if _checksums(folder, stats) != meta["checksums"]:
         raise Damaged(
             f"{folder} is damaged: its bytes are not those that were written, by its checksums; "
-            f"check that disk, then remove the folder, and the text is tokenised again"
+            f"look after that disk, then remove the folder, and the text is tokenised anew"
         )
     return meta
 

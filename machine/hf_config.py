@@ -69,7 +69,7 @@ def say_once(line: str) -> None:
 
 
 def check_config(hf: dict) -> dict:
-    """A config.json, in the spelling of transformers 4 or 5, with every default filled in.
+    """Return a config.json, in transformers 4's or 5's spelling, with every default filled in.
 
     Rotary is under rope_theta and rope_scaling (None: unscaled, else every key by its newest name).
     Raises ValueError naming the entry that is missing, absurd or that describes something no Llama
@@ -115,7 +115,7 @@ def check_config(hf: dict) -> dict:
 
 
 def _difference(family: str) -> str:
-    """In what a family that is not computed here differs from Llama, as far as it is known."""
+    """Return how a family that is not computed here differs from Llama, if that is known."""
     for names, difference in OTHER_FAMILIES.items():
         if any(name in family.lower() for name in names.split("|")):
             return difference
@@ -123,7 +123,7 @@ def _difference(family: str) -> str:
 
 
 def _number(hf: dict, key: str, default=None, most: int = 2**20, kind: type = int):
-    """An entry of somebody's config.json. 2^20 is far above any Llama, and no product overflows."""
+    """Return a number of a config.json. 2^20 is far above any Llama, and no product overflows."""
     value = default if hf.get(key) is None else hf[key]
     if type(value) is not kind or not 0 < value <= most:
         need = f"a number ({kind.__name__}) above 0, at most {most}"
@@ -139,7 +139,7 @@ def _flag(hf: dict, key: str) -> bool:
 
 
 def _refuse_unsupported(hf: dict, family: str, n_layers: int) -> None:
-    """What this model computes: each entry and the values it may have. Absent ones are fine."""
+    """Raise ValueError for an entry with a value that this model does not compute."""
     if family == "mistral":
         hf = {"sliding_window": 4096} | hf  # transformers' default
     if family in ("qwen2", "qwen3") and not hf.get("use_sliding_window"):
@@ -184,7 +184,7 @@ def _name_the_unknown(hf: dict, family: str) -> None:
 
 
 def _rope_from_hf(hf: dict, window: int) -> tuple[float, dict | None]:
-    """(theta, scaling) from transformers 4's two keys or 5's one, read as transformers 5 does.
+    """Return (theta, scaling) from transformers 4's two keys or 5's one, as transformers 5 does.
 
     rope_scaling that holds anything replaces rope_parameters whole; a theta inside goes before one
     at the top level, and original_max_position_embeddings at the top level before the one inside.
@@ -228,7 +228,7 @@ def _rope_from_hf(hf: dict, window: int) -> tuple[float, dict | None]:
 
 
 def _refuse_rotary(entry: dict) -> None:
-    """ValueError for a rotary that is not computed here, or that is of two kinds."""
+    """Raise ValueError for a rotary that is not computed here, or that is of two kinds."""
     kinds = {str(entry[key]) for key in ("rope_type", "type") if entry.get(key) is not None}
     if kinds & {"longrope", "su"}:
         raise ValueError(
@@ -260,7 +260,7 @@ def _mapping(hf: dict, key: str) -> dict:
 
 
 def new_scaling(config, rope_scaling: dict | None, name: object) -> dict | None:
-    """The scaling of a ModelConfig called `name` once rope_scaling replaced it; None leaves it.
+    """Return a ModelConfig's scaling after rope_scaling replaced it; None leaves it as it is.
 
     {"rope_type": "default"} removes a scaling. Raises ValueError for one on top of another.
     """
@@ -277,7 +277,7 @@ def new_scaling(config, rope_scaling: dict | None, name: object) -> dict | None:
 
 
 def _full_scaling(scaling: dict, window: int | None) -> dict | None:
-    """A scaling as ModelConfig has it: None for none, every key under its newest name."""
+    """Return a scaling as ModelConfig has it: None for none, every key under its newest name."""
     scaling = dict(scaling)
     kind = scaling.pop("type", None)  # the key's name before transformers 4.43
     if scaling.setdefault("rope_type", kind or "default") == "default":
@@ -293,7 +293,7 @@ def _full_scaling(scaling: dict, window: int | None) -> dict | None:
 
 
 def windows(hf: dict) -> list[int]:
-    """The windows, in tokens, that a config.json may mean; more than one where it is in doubt.
+    """Return the windows, in tokens, that a config.json may mean: several if it is ambiguous.
 
     A scaled checkpoint's max_position_embeddings is the scaled window in some, the window from
     before the scaling in others (Qwen's recipe for YaRN, LongLoRA, Vicuna). With YaRN and in
@@ -326,7 +326,7 @@ def windows(hf: dict) -> list[int]:
 
 
 def original_window(config) -> int | None:
-    """A ModelConfig's window as it was read, in tokens; None: not known.
+    """Return a ModelConfig's window as it was read, in tokens; None if it is not known.
 
     Raises ValueError where config.json leaves it in doubt.
     """
@@ -346,7 +346,7 @@ def original_window(config) -> int | None:
 
 
 def exported(hf: dict, window: int | None) -> dict:
-    """What of a config.json an export takes over: nothing that contradicts its window or rotary.
+    """Return what an export takes over of a config.json, nothing that contradicts it.
 
     hf: as read, with the new shape and rotary in it. window: tokens; None: not known. Code named by
     auto_map stays behind, and max_length, which would stop generation inside the window.

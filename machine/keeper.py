@@ -70,7 +70,7 @@ class StopSignal:
 
     @property
     def in_command(self) -> bool:
-        """Whether the process is a command of ours, not somebody's program that calls train."""
+        """Return whether the process is one of our commands, not a program that calls train."""
         return self.previous.get(signal.SIGINT) is interrupt
 
     def __exit__(self, *exc):
@@ -115,7 +115,7 @@ def clear_run(out_dir: Path, ckpt: str) -> None:
 
 
 def same_place(config: dict, out_dir: Path, ckpt: str) -> bool:
-    """Whether a run's checkpoint is this one, also where both moved together."""
+    """Return whether a run's checkpoint is this one, also if both were moved together."""
     was = os.path.relpath(str(config.get("ckpt")), str(config.get("out_dir")))
     return was == os.path.relpath(Path(ckpt).resolve(), out_dir)
 
@@ -221,7 +221,7 @@ class Keeper:
         return self.step
 
     def check_stop(self) -> None:
-        """Called between micro-batches: after a signal to stop, save the last step and exit."""
+        """Save the last step and exit if a signal asked for it. Called between micro-batches."""
         number = int(self.processes.total([self.stop.number or 0], "MAX")[0])
         if not number:
             return

@@ -43,7 +43,7 @@ _LOCKED = []  # buffers that CUDA has registered; each must stay mapped until it
 
 
 def host_buffer(nbytes: int, pin: bool) -> Tensor:
-    """One flat, zeroed buffer of host memory, page-locked so that the GPU copies at full speed.
+    """Return a flat, zeroed buffer of host memory, page-locked for copies at full speed.
 
     nbytes: its size; no rounding, where torch's own pinned allocator goes to the next power of
         two (10% more on Llama-3-8B's shapes). pin: register it with CUDA, which takes a GPU.
@@ -117,7 +117,7 @@ def empty_cache(device: torch.device | str) -> None:
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 -> (bf16 weight rounded half up in magnitude, int16 remainder); nothing is lost.
+    """Split fp32 into (bf16 weight rounded half up in magnitude, int16 remainder), without loss.
 
     Half up, not half to even: at an exact tie the latter may leave +32768, which int16 cannot hold.
     """
@@ -127,7 +127,7 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join_master(weight: Tensor, remainder: Tensor) -> Tensor:
-    """The fp32 number that `split_master` took apart, bit for bit."""
+    """Return the fp32 number that `split_master` split, bit for bit."""
     return ((weight.view(torch.int16).int() << 16) + remainder).view(torch.float32)
 
 
@@ -194,7 +194,7 @@ class AdamW:
 
     @torch.no_grad()
     def _take_over(self, params: list[Tensor]) -> None:
-        """fp32 parameters become bf16, their low bits the remainder; gradients become fp32."""
+        """Make fp32 parameters bf16, their low bits the remainder; gradients become fp32."""
         masters = {id(p): p.data.flatten() for p in params if p.dtype == torch.float32}
         for p in params:
             if id(p) in masters:
@@ -212,14 +212,14 @@ class AdamW:
         return -(-n * (2 + 2 * self.moments_dtype.itemsize) // 64) * 64  # aligned for the next one
 
     def _fields(self, state: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of a piece's buffer: m, v, remainder, (n,) each."""
+        """Return views of a piece's buffer: m, v, remainder, (n,) each."""
         size = n * self.moments_dtype.itemsize
         m, v = (state[i * size : (i + 1) * size].view(self.moments_dtype) for i in (0, 1))
         return m, v, state[2 * size : 2 * size + 2 * n].view(torch.int16)
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update from the accumulated gradients."""
+        """Update the weights once, from the accumulated gradients."""
         self.steps += 1
         for (p, start, end), state, grad in self._streamed():
             weight = p.view(-1)[start:end]
@@ -246,7 +246,7 @@ class AdamW:
             v.copy_(v32)
 
     def _streamed(self):
-        """Each piece with its state and gradient where its weight is; the state then goes home.
+        """Yield each piece with its state and gradient on the GPU; then copy the state back.
 
         Three buffers rotate on two side streams: one is filled and one emptied while the third is
         updated, so both directions of PCIe are busy. Llama-3-8B, fp32 moments: 80.3 GB each way.
@@ -308,7 +308,7 @@ class AdamW:
             p.grad = None
 
     def state_dict(self) -> dict:
-        """Everything but the bf16 weights, without a copy: the state's own buffers.
+        """Return everything except the bf16 weights, without a copy: the state's own buffers.
 
         torch.save streams them: from the host's flat buffer straight to the file, from the GPU one
         piece (160 MiB) at a time. To be saved before the next step, which writes them again.
@@ -415,7 +415,7 @@ class HostGradients:
         return self.sums
 
     def pieces(self) -> list[Tensor]:
-        """The settled sums in AdamW's pieces."""
+        """Return the settled sums in AdamW's pieces."""
         return [part for total in self.settled() for part in total.view(-1).split(self.chunk)]
 
     def upload(self, b: int, part: Tensor) -> Tensor:
@@ -423,7 +423,7 @@ class HostGradients:
         return self.buffers[b][: len(part)].copy_(part, non_blocking=True)
 
     def begin(self) -> None:
-        """A new step: each sum begins with its next gradient."""
+        """Begin a step: the first gradient of each parameter replaces its sum."""
         self.summed = set()
 
     def close(self) -> None:
@@ -462,7 +462,7 @@ class Offload:
         self.on_gpu, self.saved, self.fetched = {}, {}, {}  # tensors and events, by block
 
     def hooks(self, i: int, x: Tensor):
-        """Saved-tensor hooks that send block i's input x away and let everything else pass."""
+        """Return saved-tensor hooks that move block i's input x away and let all else pass."""
         address, shape = x.data_ptr(), x.shape  # not x itself: it has to be free to go
 
         def pack(t: Tensor):
@@ -528,7 +528,7 @@ def tiled_swiglu(
     rows: int,
     save: bool,
 ) -> Tensor:
-    """model.swiglu in tiles of `rows` tokens. save: keep gate and up for backward.
+    """Compute model.swiglu in tiles of `rows` tokens. save: keep gate and up for backward.
 
     apply_policy puts it into a model's MLPs; they must have no biases.
     """
@@ -591,7 +591,7 @@ class _Tiles(torch.autograd.Function):
 
 
 def _swiglu_backward(grad_out: Tensor, gate: Tensor, up: Tensor, down_weight: Tensor, sums: list):
-    """From (rows, D) to the gradients of gate and up, (rows, d_ff); adds that of down to sums."""
+    """Return the gradients of gate and up, (rows, d_ff); add that of down to sums."""
     act = F.silu(gate)
     _add_to_sum(sums, 2, grad_out, act * up)
     grad_act = grad_out @ down_weight
@@ -600,7 +600,7 @@ def _swiglu_backward(grad_out: Tensor, gate: Tensor, up: Tensor, down_weight: Te
 
 
 def _add_to_sum(sums: list, i: int, a: Tensor, b: Tensor) -> None:
-    """sums[i] += a.T @ b in fp32; the first tile's product is the sum so far."""
+    """Add a.T @ b to sums[i] in fp32; the first tile's product becomes the sum."""
     if sums[i] is None:
         sums[i] = fp32_product(a.T, b)
     else:
@@ -626,13 +626,13 @@ def _save_attention():
 
 
 def _contexts(save_attention: bool):
-    """The contexts a checkpointed block first runs in and is recomputed in."""
+    """Return the contexts in which a checkpointed block first runs and is recomputed."""
     first, second = _save_attention() if save_attention else (nullcontext(), nullcontext())
     return first, _recomputing(second)
 
 
 def _eager(block: nn.Module, recompute: bool, save: bool, *inputs) -> Tensor:
-    """A block, recomputed in backward or not, its attention's output saved or not."""
+    """Run a block; recompute: in backward again, save: without its attention's output."""
     if not recompute:
         return block(*inputs)
     contexts = partial(_contexts, save)

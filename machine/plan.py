@@ -47,7 +47,7 @@ class Card:
 
     @classmethod
     def of(cls, name: str) -> "Card | None":
-        """The card that torch calls `name`, by its published peaks; None: not known here."""
+        """Return the card that torch calls `name`, by its published peaks; None if unknown."""
         for known, (matmul, copy) in PEAKS.items():
             if known in name:
                 rates = (matmul / PEAKS["H200"][0] * x for x in H200_RATES[:3])
@@ -125,7 +125,7 @@ class Unit:
 
     @classmethod
     def of(cls, stream, c, most: int | None = None) -> "Unit":
-        """The passes that a step makes of a stream (longred.StepStream), by what its loss needs.
+        """Return the passes that a step makes of a longred.StepStream, by what its loss needs.
 
         most: sequences in a pass; default: all of a micro-batch.
         """
@@ -165,7 +165,7 @@ class Plan:
     context: int = 1  # processes to a sequence
 
     def reserved(self, name: str) -> int:
-        """Bytes that the allocator takes for a unit, about: allocated at the peak, and gaps."""
+        """Estimate the bytes that the allocator reserves for a unit: peak allocated, and gaps."""
         peak = sum(self.gpu[name].values())
         return int(peak + (self.gaps if self.expandable else STRANDED_FRACTION * peak))
 
@@ -175,7 +175,7 @@ class Plan:
         return 1.5 * PAGES if self.host_gradients else PAGES
 
     def table(self) -> str:
-        """The memory table, GiB: terms of each unit's peak on the GPU, one column a unit."""
+        """Format the memory table, GiB: terms of each unit's peak on the GPU, one column a unit."""
         each = f" of each of {self.processes}" if self.processes > 1 else ""
         lines = [f"memory plan{each}, GiB".ljust(38) + "".join(n.rjust(9) for n in self.gpu)]
         for term in dict.fromkeys(t for terms in self.gpu.values() for t in terms):
@@ -201,7 +201,7 @@ class Plan:
         return "\n".join(lines)
 
     def how(self, name: str) -> str:
-        """How the passes of a unit run, in words."""
+        """Say how the passes of a unit run."""
         unit, policy = self.units[name], self.policies.get(name)
         whole = f" of {unit.seq_len * self.context:,}" if self.context > 1 else ""
         size = f"{unit.batch} x {unit.seq_len:,}{whole} tokens a pass"
@@ -216,7 +216,7 @@ class Plan:
 
 
 def parameter_count(config: ModelConfig, lm_head: bool = True) -> int:
-    """Weights, norms and biases left out (0.003% of Llama-3-8B)."""
+    """Count the parameters, without norms and biases (0.003% of Llama-3-8B)."""
     heads = 2 * config.n_heads + 2 * config.n_kv_heads
     block = config.d_model * (heads * config.head_dim + 3 * config.d_ff)
     embeddings = 1 + (lm_head and not config.tie_embeddings)
@@ -224,7 +224,7 @@ def parameter_count(config: ModelConfig, lm_head: bool = True) -> int:
 
 
 def flops(config: ModelConfig, unit: Unit) -> dict[str, float]:
-    """FLOPs of one forward pass: matmuls and causal attention of ONE block, the LM head."""
+    """Count one forward pass's FLOPs: matmuls and causal attention of ONE block, the LM head."""
     block = parameter_count(replace(config, n_layers=1, vocab_size=0))
     q = config.n_heads * config.head_dim
     return {
@@ -235,7 +235,7 @@ def flops(config: ModelConfig, unit: Unit) -> dict[str, float]:
 
 
 def model_flops(config: ModelConfig, unit: Unit) -> float:
-    """FLOPs of a unit, nothing counted twice: student forward, twice that backward, teacher."""
+    """Count a unit's FLOPs without recomputing: student forward, twice that backward, teacher."""
     once = flops(config, unit)
     passes = 4 if unit.teacher else 3
     heads = 2 + unit.heads  # the student's three passes of it, and the teacher's one
@@ -243,7 +243,7 @@ def model_flops(config: ModelConfig, unit: Unit) -> float:
 
 
 def unit_seconds(config: ModelConfig, unit: Unit, policy: Policy, card: Card = H200) -> float:
-    """Seconds of a unit if every kernel ran at its ceiling, recomputation included."""
+    """Return a unit's seconds if every kernel ran at its peak, recomputation included."""
     once, n = flops(config, unit), config.n_layers
     matmul, attention = once["matmul"] / card.matmul, once["attention"] / card.attention_forward
     recomputed = n - policy.keep_all
@@ -369,7 +369,7 @@ def make_plan(
 
 
 def answer(question: Question) -> Plan | None:
-    """The fastest plan that fits, or None."""
+    """Return the fastest plan that fits, or None."""
     return fastest(question) if question.processes == 1 else spread(question)
 
 
@@ -428,7 +428,7 @@ def passes(config: ModelConfig, unit: Unit):
 
 
 def best_pass(q: Question, choices: list, room: float, offload: bool, each_pass: float):
-    """The fastest of `choices` that fits in `room` bytes: (seconds a step, unit, policy), or None.
+    """Return the fastest of `choices` that fits in `room`: (seconds a step, unit, policy), or None.
 
     offload: whether inputs may wait in host memory. each_pass: further seconds that a pass takes.
     """
@@ -488,7 +488,7 @@ def fastest(q: Question) -> Plan | None:
 
 
 def spread(q: Question) -> Plan | None:
-    """The plan of each of several GPUs over which a run's weights are spread (many.py)."""
+    """Return the plan of each of several GPUs over which the weights are sharded (many.py)."""
     plan = smallest_spread(q)
     return plan if most(plan) <= q.gpu_room and sum(plan.host.values()) <= q.host_room else None
 
@@ -535,7 +535,7 @@ def most(plan: Plan) -> int:
 
 
 def refusal(q: Question, flag: str, floor: int) -> str:
-    """Why nothing fits, and what would. flag, floor: make_plan's length."""
+    """Say why nothing fits, and what would. flag, floor: make_plan's length."""
     n, longest = parameter_count(q.config), max(unit.seq_len for unit in q.units)
     gpu, host = q.gpu_bytes / GIB, q.host_bytes / GIB
     if q.processes == 1:
@@ -626,7 +626,7 @@ def more_processes(q: Question) -> list:
 
 
 def report_steps(c, model: ModelConfig, streams) -> float:
-    """About what the closing report costs, in optimizer steps, by the FLOPs of both."""
+    """Estimate what the closing report costs, in optimizer steps, by the FLOPs of both."""
     if not c.eval_tokens:
         return 0.0
 
@@ -666,7 +666,7 @@ def _gpu_allocates() -> bool:
 
 
 def segments_expand() -> bool:
-    """Whether they do, by looking at one: the platform, the driver or the user may not allow it."""
+    """Return whether the allocator's segments expand: platform, driver or user may forbid it."""
     probe = torch.empty(32 * 2**20, dtype=torch.uint8, device="cuda")
     address = probe.data_ptr()
     return any(
@@ -677,7 +677,7 @@ def segments_expand() -> bool:
 
 
 def asked(flag: str, gib: float | None, free: int | None, grows: bool = False) -> int:
-    """Bytes to plan for: what a flag asks for, else all that is free.
+    """Return the bytes to plan for: what a flag asks for, else all that is free.
 
     Raises ValueError for more than is free. grows: the free memory of some systems grows as it is
     asked for, so more than is free is a warning and the run tries.
@@ -703,7 +703,7 @@ def gpu_room() -> int:
 
 
 def reserved_now(device: str) -> dict[str, float | None]:
-    """For the log: most GiB reserved by the allocator so far, and allocations tried again."""
+    """For the log: the most GiB that the allocator has reserved, and its retries."""
     if not device.startswith("cuda"):
         return {"reserved_gib": None, "alloc_retries": None}
     retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
@@ -712,7 +712,7 @@ def reserved_now(device: str) -> dict[str, float | None]:
 
 
 def trial(device: str) -> None:
-    """A tiny block forward and backward on the real device: seconds, before hours are planned.
+    """Run a tiny block forward and backward on the device, before hours are planned.
 
     Raises ValueError, one line, for what would stop the first pass: compiler, driver, old card.
     """
@@ -744,7 +744,7 @@ def trial(device: str) -> None:
 
 
 def why(error: Exception) -> str:
-    """One line on a failure of the trial: what was wrong, what to do."""
+    """Say in one line what was wrong in the trial, and what to do."""
     said = f"{type(error).__name__}: {error}"
     known = {
         "Failed to find C compiler": "Triton needs a C compiler; install gcc or set CC",
@@ -805,7 +805,7 @@ def check_batch(stream) -> None:
 
 
 def activation_bytes(model, tokens: int, recompute: bool) -> int:
-    """About what one forward pass keeps for backward in fp32, at `tokens` tokens.
+    """Estimate what one forward pass keeps for backward in fp32, at `tokens` tokens.
 
     A block keeps about 9 vectors of width d_model (inputs and outputs of norms and attention, q, k,
     v) and 4 of width d_ff (SmolLM2's shape, 6 layers, 512 tokens: 139 MB here, 140 MB measured).
@@ -834,7 +834,7 @@ def forecast(c, config: ModelConfig, streams, processes: int = 1) -> float:
 
 
 def check_disk(out_dir: Path, *, export: int, states: int, freed: int) -> None:
-    """ValueError unless out_dir's disk has room for the export and the states, in bytes."""
+    """Raise ValueError unless out_dir's disk has room for export and states, in bytes."""
     there = out_dir.absolute()
     while not there.is_dir():
         there = there.parent
@@ -848,7 +848,7 @@ def check_disk(out_dir: Path, *, export: int, states: int, freed: int) -> None:
 
 
 def check_memory(weights: int, activations: int) -> None:
-    """ValueError unless a run on the CPU fits what is free; weights: with gradients and AdamW."""
+    """Raise ValueError unless a CPU run fits what is free. weights: with gradients and AdamW."""
     free = available_memory()
     if free is not None and weights + activations > free:
         raise ValueError(
@@ -861,7 +861,7 @@ def check_memory(weights: int, activations: int) -> None:
 def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes this process can still take: the system's, within the limits of its containers.
 
-    None where neither can be read (macOS, Windows). root: the folder of proc/ and sys/.
+    None where neither can be read (macOS, Windows). root: where proc/ and sys/ lie.
     """
     free = []
     with suppress(OSError, KeyError, ValueError):
@@ -911,7 +911,7 @@ def _fields(path: Path) -> dict[str, int]:
 
 
 def peak_gib(device: str) -> float:
-    """Most memory held since forget_peak: the GPU allocator's, else this process's (0: unknown)."""
+    """Return the most memory held since forget_peak: the GPU's or this process's; 0: unknown."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / GIB
     with suppress(OSError, KeyError, IndexError):

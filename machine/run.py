@@ -4,7 +4,7 @@
 how, is in longred.py.
 
     settings.py     the machine's flags, and what is refused
-    plan.py         what fits: disk, memory, the fastest plan for one GPU
+    plan.py         what fits: disk, memory, the fastest plan for one GPU (which blocks recompute)
     memory.py       carries out that plan: AdamW in host memory, recomputing, tiles, the teacher
     files.py        files and folders written whole, locks, checksums, checked caches
     states.py       states on disk;  keeper.py: when they are saved, signals;  log.py
@@ -103,7 +103,7 @@ class Run(longred.Run):
     # ---------------------------------------------------------------------------- before step 1
 
     def open(self, config: Config) -> MachineConfig:
-        """The settings, all filled in. Raises ValueError, one line, for what cannot work."""
+        """Return the settings, all filled in. Raises ValueError, one line, for what cannot work."""
         if not isinstance(config, MachineConfig):  # longred.Config, with the defaults of the rest
             config = MachineConfig(**vars(config))
         config = after_restart(config)
@@ -281,21 +281,21 @@ class Run(longred.Run):
         print(f"the export's tokenizer makes the same {n:,} tokens of this text's beginnings")
 
     def choose_layers(self) -> list[int]:
-        """longred.choose_layers in the first process, with the weights whole."""
+        """Run longred.choose_layers in the first process, with the weights whole."""
         self.whole = True
         layers = self.once(super().choose_layers)
         self.whole = False
         return layers
 
     def load_whole(self) -> Llama:
-        """The original in this process alone, to be sampled from."""
+        """Load the original in this process alone, to be sampled from."""
         self.whole = True
         model = self.load()
         self.whole = False
         return model
 
     def load(self, theta: float | None = None, scaling: dict | None = None) -> Llama:
-        """The original, which is only read, or the model to train, its rotary embedding rescaled.
+        """Load the original, which is only read, or with a new rotary embedding the model to train.
 
         Of many processes each has its shards, except while layers are chosen. The original needs no
         more digits than passes compute with.
@@ -311,7 +311,7 @@ class Run(longred.Run):
         return load_checkpoint(self.source, theta, scaling, self.c.device, dtype, shard)
 
     def optimizer(self, student: Llama, teacher: Llama):
-        """Return AdamW for this machine, and make the student's blocks run by the plan."""
+        """Return AdamW for this machine. On one GPU also carry out the rest of the plan."""
         c = self.c
         adamw = dict(lr=c.lr, betas=(c.beta1, c.beta2), eps=1e-8, weight_decay=c.weight_decay)
         self.student = student
@@ -413,13 +413,13 @@ class Run(longred.Run):
             files.write_json(self.out_dir / "longred.json", self.record)
 
     def batches(self, stream, step: int) -> Iterator[data.Batch]:
-        """This process's part of what a step reads of a stream, as data.Batch, one a forward pass.
+        """Yield this process's part of what a step reads of a stream, a data.Batch for each pass.
 
         Yields nothing in a step that does not read the stream.
         """
         if step not in stream.steps:
             return
-        if self.one_gpu:
+        if self.one_gpu:  # which blocks backward recomputes, and where the teacher is
             self.one_gpu.ready(stream.name)
         c = self.c
         numbers, piece, pieces = self.processes.share(stream.micro * stream.batch)
@@ -446,7 +446,7 @@ class Run(longred.Run):
             yield batch
 
     def with_gradients(self):
-        """The student's parameters, or what holds their gradients in host memory."""
+        """Return the student's parameters, or what holds their gradients in host memory."""
         return self.adamw.with_gradients() if self.plan else self.student.parameters()
 
     def log_step(self, means: dict[str, Tensor], norm: Tensor) -> bool:
@@ -478,7 +478,7 @@ class Run(longred.Run):
     # ----------------------------------------------------------------------------- after the last
 
     def gather(self, student: Llama, teacher: Llama) -> tuple[Llama, Llama]:
-        """Both whole, here; in all but the first process without memory, to be left alone.
+        """Return both models whole, in the first process; in the others they have no memory.
 
         Frees the optimizer's state first: the export and the report need the memory.
         """
@@ -533,12 +533,12 @@ class Run(longred.Run):
 
 
 def train(config: Config) -> Path:
-    """longred.train with the run below. Returns the folder of the exported model."""
+    """Run longred.train with the Run of this file. Returns the folder of the exported model."""
     return longred.train(config, Run())
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line. An error that the user can correct ends it with a message of one line."""
+    """Run the command line. An error that the user can correct ends it with one line."""
     log.outlive_readers()
     if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)

@@ -112,7 +112,7 @@ def source_shares(c: MachineConfig, specs: list[str]) -> list[float] | None:
 
 
 def check_sources(c: MachineConfig) -> None:
-    """Sources are well spelt, and every share's is one that this run reads."""
+    """Check that sources are spelt well, and that every share's source is one of this run."""
     lists = [c.long_data, c.short_data, c.s2l_data, c.replay_data]
     read = [spec for specs in lists for spec in specs or ()]
     for spec in read:
@@ -149,7 +149,7 @@ def resolve(config: MachineConfig, model: ModelConfig, ckpt: Path) -> MachineCon
 
 
 def check_flags(c: MachineConfig) -> None:
-    """SystemExit, in one line, for flags that do not go with --resume or need --ckpt."""
+    """Raise SystemExit, in one line, for flags that do not fit --resume or need --ckpt."""
     given = {f.name for f in fields(c) if getattr(c, f.name) != f.default}
     extra = given - {"resume", "resume_anyway", *MAY_CHANGE}
     if c.resume and extra and not c.resume_anyway:
@@ -165,7 +165,7 @@ def check_flags(c: MachineConfig) -> None:
 
 
 def check_device(c: MachineConfig, parameters: int) -> None:
-    """Of a --device, whether it is here; `parameters`: of the model, where none is asked for."""
+    """Raise ValueError if --device is not here, or if the model is too large for a CPU."""
     if c.device and not re.fullmatch(r"cpu|cuda(:\d+)?", c.device):
         raise ValueError(f"--device {c.device}: need cpu or cuda (one of many: cuda:1)")
     if c.device and c.device != "cpu":
@@ -188,7 +188,7 @@ def check_device(c: MachineConfig, parameters: int) -> None:
 
 
 def check_lengths(c: MachineConfig, model: ModelConfig) -> None:
-    """What attention asks of lengths: on a GPU, and where processes share a sequence."""
+    """Check what attention asks of lengths: on a GPU, and where processes share a sequence."""
     lengths = c.train_len, c.short_len, c.original_len
     if c.document_mask and (c.context > 1 or c.compile):
         other = f"--context {c.context}" if c.context > 1 else "--compile"
@@ -211,7 +211,7 @@ def check_lengths(c: MachineConfig, model: ModelConfig) -> None:
 
 
 def whole_path(path: str, flag: str) -> str:
-    """An absolute path, so that a run can be resumed from any folder."""
+    """Return an absolute path, so that a run can be resumed from any folder."""
     found = os.path.expanduser(path)
     if found.startswith("~"):
         raise ValueError(f"--{flag} {path}: no such user; write the path out")
@@ -219,7 +219,7 @@ def whole_path(path: str, flag: str) -> str:
 
 
 def settle_paths(c: MachineConfig) -> None:
-    """Every path of the settings becomes absolute; hub datasets and self stay as they are."""
+    """Make every path of the settings absolute; hub datasets and self stay as they are."""
     for name in ("out_dir", "cache_dir"):
         if getattr(c, name):
             setattr(c, name, whole_path(getattr(c, name), name))

@@ -59,11 +59,11 @@ class Tokenizer:
         return None
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, without special tokens; markup such as <s> is plain text."""
+        """Return the ids of each text, without special tokens; markup such as <s> is plain text."""
         return [[int(i) for i in ids] for ids in self.encode(texts)]
 
     def check_fits(self, vocab_size: int) -> None:
-        """ValueError if a document can hold ids that a model's vocabulary does not."""
+        """Raise ValueError if a document can hold ids that a model's vocabulary does not have."""
         final = [self.bos_id if self.add_bos else 0, self.eos_id if self.add_eos else 0]
         final += [i for part in self.template for i in part]
         if (largest := max(max(self.ordinary, default=0), *final)) >= vocab_size:
@@ -74,7 +74,7 @@ class Tokenizer:
 
 
 def find_tokenizer(folder: str | Path) -> Path:
-    """A folder's tokenizer.json, else its tokenizer.model. Raises ValueError for none that is read.
+    """Return a folder's tokenizer.json, else its tokenizer.model. Raises ValueError for others.
 
     Such a tokenizer.model is tiktoken's ranks; sentencepiece's is not read.
     """
@@ -157,7 +157,7 @@ except BaseException as error:
 
 @functools.lru_cache(64)
 def _tried(path: Path, stat: tuple) -> str | None:
-    """What goes wrong when a process of its own, with limits, tries a tokenizer; None: nothing."""
+    """Try a tokenizer in a process of its own, with limits; return what goes wrong, or None."""
     cpu, memory = 15 + stat[0] // 2**21, 2**32 + 64 * stat[0]  # seconds, bytes
     given = json.dumps([str(path), PROBE, sys.path, cpu, memory])
     # One thread: a pool's threads cost address space, and their stacks count against the limit.
@@ -215,7 +215,7 @@ def _settings(path: Path) -> dict:
 
 
 def _end_of_text(named: int | None, listed: list[int], spell: Callable, find: Callable):
-    """(id or None, whether documents end with it) of a tokenizer's EOS, which may end a turn only.
+    """Return (id or None, whether documents end with it) of EOS, which may only end a turn.
 
     named: its EOS, if it is special; listed: the special ones among config.json's; spell(id) and
     find(token) go between an id and the special token, or None.
@@ -254,7 +254,7 @@ def _named_alone(tk, config: dict) -> dict[int, str]:
 
 
 def _load_json(path: Path, config: dict) -> Tokenizer:
-    """Hugging Face's tokenizer.json."""
+    """Load Hugging Face's tokenizer.json."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns after a fork
     import tokenizers
 
@@ -277,7 +277,7 @@ def _load_json(path: Path, config: dict) -> Tokenizer:
             specials[i] = token
 
     def special(kind: str) -> tuple[int | None, list[int]]:
-        """(the one named, those of config.json): special tokens only."""
+        """Return (the one named, those of config.json), special tokens only."""
         token = config[f"{kind}_token"]
         named = of_token.get(token, tk.token_to_id(token)) if token else None
         if token and named not in specials:
@@ -331,7 +331,7 @@ LLAMA3_PATTERN = (
 
 
 def llama3_special_tokens(n_ranks: int) -> dict[str, int]:
-    """Llama 3's 256 special tokens, which follow the n_ranks ordinary ones."""
+    """Return Llama 3's 256 special tokens, which follow the n_ranks ordinary ones."""
     names = [f"reserved_special_token_{i}" for i in range(251)]
     names[:0] = ["begin_of_text", "end_of_text"]
     names[6:6] = ["start_header_id", "end_header_id"]
@@ -340,7 +340,7 @@ def llama3_special_tokens(n_ranks: int) -> dict[str, int]:
 
 
 def read_ranks(path: Path) -> dict[bytes, int] | None:
-    """Tokens of a tiktoken file (base64, space, rank on each line); None if it is not one."""
+    """Read a tiktoken file's tokens (base64, space, rank on each line); None if it is not one."""
     try:
         pairs = (line.split() for line in path.read_bytes().splitlines() if line)
         return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
@@ -349,7 +349,7 @@ def read_ranks(path: Path) -> dict[bytes, int] | None:
 
 
 def _load_ranks(path: Path, config: dict) -> Tokenizer:
-    """Meta's tokenizer.model: tiktoken's ranks."""
+    """Load Meta's tokenizer.model, tiktoken's ranks."""
     import tiktoken
 
     ranks = read_ranks(path)
@@ -389,13 +389,13 @@ DROP = r"(?<=[^\W\d_]) (?=[^\W\d_])"
 
 
 def _pairs(vocab: Iterable[str]) -> frozenset[str]:
-    """The neighbouring characters of all tokens, two and two."""
+    """Return every two neighbouring characters of all tokens."""
     tokens = [token.replace(BLANK, " ") for token in vocab if not BYTE.fullmatch(token)]
     return frozenset(token[i : i + 2] for token in tokens for i in range(len(token) - 1))
 
 
 def _find_cut(tokenizer: Tokenizer) -> re.Pattern | None:
-    """Where a long text may be cut so that its pieces' tokens are the tokens of the whole.
+    """Return where a long text may be cut so that its pieces' tokens are the tokens of the whole.
 
     Byte-level tokenizers cut at word borders first: after a lone newline, or before a lone space,
     is safe. Sentencepiece's put a space in front of every text: cut at a space and drop it. Which
@@ -490,13 +490,13 @@ def check_export(source: Path, tokenizer: Tokenizer, texts: list[str] | None = N
 
 
 def _shown(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Tokens as text and as ids: two texts may look alike."""
+    """Show tokens as text and as ids: two texts may look alike."""
     return f"{tokenizer.decode(ids)!r} {ids}" if ids else "nothing"
 
 
 @functools.lru_cache(4)
 def _export_encoder(source: Path) -> Callable[[str], list[int]]:
-    """text -> ids, by the tokenizer.json that an export of this folder has, with its template."""
+    """Return text -> ids by the tokenizer.json that an export of this folder has."""
     from tokenizers import Tokenizer as Fast
 
     with tempfile.TemporaryDirectory() as folder:
@@ -539,7 +539,7 @@ def _convert(source: Path, out_dir: Path) -> dict:
 
 
 def _convert_ranks(ranks: dict[bytes, int]):
-    """tiktoken's ranks as a byte-level BPE: (tokenizer, its special tokens, which follow)."""
+    """Turn tiktoken's ranks into a byte-level BPE: (tokenizer, its special tokens)."""
     from tokenizers import Regex, decoders, models
     from tokenizers import Tokenizer as Fast
     from tokenizers import pre_tokenizers as cutters
@@ -558,7 +558,7 @@ def _convert_ranks(ranks: dict[bytes, int]):
 
 
 def _merges(vocab: dict[str, int], order: list[str]) -> list[tuple[str, str]]:
-    """Every pair of tokens that make a third, in the order in which BPE prefers the result.
+    """Return every pair of tokens that make a third, in the order in which BPE prefers the result.
 
     The file of ranks does not keep the pairs: any two neighbours merge whose union is a token.
     """
