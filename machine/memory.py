@@ -632,7 +632,7 @@ def _contexts(save_attention: bool):
 
 
 def _eager(block: nn.Module, recompute: bool, save: bool, *inputs) -> Tensor:
-    """Run a block; recompute: in backward again, save: without its attention's output."""
+    """Run a block; with `recompute` backward runs it again, with `save` all but its attention."""
     if not recompute:
         return block(*inputs)
     contexts = partial(_contexts, save)
