@@ -155,11 +155,7 @@ class Run(longred.Run):
         self.streams = streams
         self.units = [plan.Unit.of(s, c, c.unit_tokens // s.seq_len) for s in streams.values()]
         freed = states.bytes_in(self.out_dir / "checkpoints")
-        self.once(
-            lambda: plan.preflight(
-                c, self.original, streams.values(), self.units, processes=size, freed=freed
-            )
-        )
+        self.once(lambda: plan.preflight(c, self.original, self.units, processes=size, freed=freed))
         self.take_plan(self.plan_memory() if c.device.startswith("cuda") else None)
 
     def take_plan(self, found: plan.Plan | None) -> None:

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import END_OF_TEXT, END_OF_TURN
+import data
 from machine.files import LFS_REMEDY, digest, is_lfs_pointer, read_json, write_json
 from machine.hf_config import say_once
 from model import TOKENIZER_FILES
@@ -183,122 +183,55 @@ def _try_in_a_child(path: Path) -> None:
 
 
 def _settings(path: Path) -> dict:
-    """Read the files next to a tokenizer: tokenizer_config.json, else special_tokens_map.json.
+    """Read the files next to a tokenizer (data.read_settings).
 
-    Under "ids" those of config.json and generation_config.json: {"bos" or "eos": [id, ...]}.
     Raises ValueError naming the file that is damaged.
     """
-    settings = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        beside = path.with_name(name)
-        for key, value in (read_json(beside) if beside.is_file() else {}).items():
-            if value is not None:
-                settings[key] = value
-    for kind in ("bos", "eos"):
-        token = settings.get(f"{kind}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if not isinstance(token, str | None):
+    for name in "special_tokens_map tokenizer_config config generation_config".split():
+        if (beside := path.with_name(f"{name}.json")).is_file():
+            read_json(beside)
+    settings = data.read_settings(path.parent)
+    for kind in ("bos_token", "eos_token"):
+        if not isinstance(settings[kind], str | None):
             raise ValueError(
-                f"{path.with_name('tokenizer_config.json')}: {kind}_token is {token!r:.60}, need a "
-                "string; fetch it again"
+                f"{path.with_name('tokenizer_config.json')}: {kind} is {settings[kind]!r:.60}, "
+                "need a string; fetch it again"
             )
-        settings[f"{kind}_token"] = token
-    ids = {"bos": [], "eos": []}
-    for name in ("config.json", "generation_config.json"):
-        beside = path.with_name(name)
-        found = read_json(beside) if beside.is_file() else {}
-        for kind in ids:
-            value = found.get(f"{kind}_token_id")
-            value = value if isinstance(value, list) else [value]
-            ids[kind] += [(i, name) for i in value if type(i) is int]
-    return settings | {"ids": ids}
-
-
-def _end_of_text(named: int | None, listed: list[int], spell: Callable, find: Callable):
-    """Return (id or None, whether documents end with it) of EOS, which may only end a turn.
-
-    named: its EOS, if it is special; listed: the special ones among config.json's; spell(id) and
-    find(token) go between an id and the special token, or None.
-    """
-    first = [named] if named is not None else []
-    for i in [*first, *listed]:
-        if spell(i) not in END_OF_TURN:
-            return i, True
-    turns = [*first, *listed]
-    if not turns:
-        return None, False
-    for token in END_OF_TEXT:
-        if (i := find(token)) is not None:
-            return i, True
-    final = spell(turns[0])
-    if final != "<|end|>":  # Phi's end of a turn is others' end of text
-        say_once(
-            f"documents end with nothing: {final} ends a turn, not a text (--add_eos: with it)"
-        )
-    return turns[0], final == "<|end|>"
+    return settings
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(tokens, reverse=True))) or r"(?!)")
 
 
-def _named_alone(tk, config: dict) -> dict[int, str]:
-    """Special tokens that only tokenizer_config.json names: transformers adds them, and no text
-    becomes one."""
-    found, entries = {}, config.get("added_tokens_decoder") or {}
+def _named_alone(config: dict) -> dict[int, str]:
+    """Special tokens of tokenizer_config.json, by id: of those that tokenizer.json lacks
+    transformers adds each, and no text becomes one."""
+    entries, found = config.get("added_tokens_decoder"), {}
     for i, entry in entries.items() if isinstance(entries, dict) else ():
         token = entry.get("content") if isinstance(entry, dict) and entry.get("special") else None
         if isinstance(token, str) and i.isdecimal() and int(i) < 2**32:
-            found |= {int(i): token} if tk.id_to_token(int(i)) is None else {}
+            found[int(i)] = token
     return found
 
 
 def _load_json(path: Path, config: dict) -> Tokenizer:
     """Load Hugging Face's tokenizer.json."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns after a fork
-    import tokenizers
-
-    tk = tokenizers.Tokenizer.from_file(str(path))
-    tk.no_truncation()
-    tk.no_padding()
-    tk.encode_special_tokens = True  # "<s>" inside a text is three characters, not the token
-    # What the post-processor puts around a text is the model's own habit.
-    bare, full = tk.encode("a", add_special_tokens=False).ids, tk.encode("a").ids
-    first = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
-    added = {"bos": full[:first], "eos": full[first + len(bare) :]}
-    made = {t: i for i, t in tk.get_added_tokens_decoder().items() if t.special}
-    specials = {i: t.content for t, i in made.items()}
-    specials |= _named_alone(tk, config)
-    of_token = {token: i for i, token in specials.items()}
-    for token in (config["bos_token"], config["eos_token"]):
-        # Named, in the vocabulary, and no text's token: special, though not marked as such.
-        i = tk.token_to_id(token) if token else None
-        if i is not None and i not in tk.encode(token, add_special_tokens=False).ids:
-            specials[i] = token
-
-    def special(kind: str) -> tuple[int | None, list[int]]:
-        """Return (the one named, those of config.json), special tokens only."""
-        token = config[f"{kind}_token"]
-        named = of_token.get(token, tk.token_to_id(token)) if token else None
-        if token and named not in specials:
-            what = "not in its vocabulary" if named is None else "an ordinary token"
-            say_once(f"{path}: {kind}_token {token!r:.40} is {what}: not taken for {kind.upper()}")
-        listed = [i for i, _ in config["ids"][kind] if i in specials]
-        for i, name in config["ids"][kind]:
-            if named not in specials and not listed:
-                token = tk.id_to_token(i) if 0 <= i < 2**32 else None
-                what = "beyond the vocabulary" if token is None else f"{token!r:.40}, ordinary text"
-                say_once(f"{name}'s {kind}_token_id {i} is {what}: not taken for {kind.upper()}")
-        if named not in specials:
-            named = next((i for i in added[kind] if i in specials and not listed), None)
-        return named, listed
-
-    bos_id, listed = special("bos")
-    bos_id = bos_id if bos_id is not None or not listed else listed[0]
-    by_token = {t: i for i, t in specials.items()}
-    eos_id, final = _end_of_text(*special("eos"), specials.get, by_token.get)
-    adds = config.get("add_bos_token")
-    add_bos = bos_id is not None and (bos_id in added["bos"] if adds is None else adds)
+    plain = data.Tokenizer(path.parent, _named_alone(config))
+    tk, specials, eos_id = plain.tokenizer, plain.special, plain.eos_id
+    if eos_id is None and plain.ends:
+        eos_id = plain.ends[0]
+        say_once(
+            f"documents end with nothing: {specials[eos_id]} ends a turn, not a text (--add_eos: "
+            "with it)"
+        )
+    for kind in ("bos", "eos"):
+        named = [config[f"{kind}_token"], *config[f"{kind}_token_id"]]
+        named = [x for x in named if x is not None]
+        if named and not any(x in specials or x in specials.values() for x in named):
+            said = ", ".join(f"{x!r:.40}" for x in named)
+            say_once(f"{path}: {kind.upper()} {said} is no special token of it: not taken")
 
     def encode(texts: list[str]) -> list[array]:
         try:
@@ -315,10 +248,11 @@ def _load_json(path: Path, config: dict) -> Tokenizer:
         encode,
         lambda ids: tk.decode([int(i) for i in ids], skip_special_tokens=False),
         max(*vocab, *specials, 0) + 1,
-        *(bos_id, eos_id, bool(add_bos), final, digest(path.read_bytes())),
+        *(plain.bos_id, eos_id, bool(plain.add_bos), plain.eos_id is not None),
+        digest(path.read_bytes()),
         frozenset(i for i in vocab if i not in specials),
         _any_of(specials.values()),
-        (added["bos"], added["eos"]),
+        plain.around,
         pairs=_pairs(tk.get_vocab()),
     )
 
@@ -507,7 +441,7 @@ def _export_encoder(source: Path) -> Callable[[str], list[int]]:
 
 
 def _convert(source: Path, out_dir: Path) -> dict:
-    """Write Meta's tokenizer.model as a tokenizer.json that encodes alike; refuse if it does not.
+    """Write Meta's tokenizer.model as a tokenizer.json that encodes alike: check_export tries it.
 
     Returns config.json's ids of begin and end of text. The ranks' own file stays behind: readers of
     Hugging Face folders take it for a sentencepiece model, and break on it.
@@ -515,8 +449,8 @@ def _convert(source: Path, out_dir: Path) -> dict:
     from tokenizers import AddedToken
     from tokenizers.processors import TemplateProcessing
 
-    path, original = source / "tokenizer.model", load_tokenizer(source)
-    converted, special = _convert_ranks(read_ranks(path))
+    original = load_tokenizer(source)
+    converted, special = _convert_ranks(read_ranks(source / "tokenizer.model"))
     converted.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     ids = {"bos": original.bos_id, "eos": original.eos_id}
     tokens = {kind: converted.id_to_token(i) for kind, i in ids.items()}
@@ -530,11 +464,6 @@ def _convert(source: Path, out_dir: Path) -> dict:
     write_json(
         out_dir / "tokenizer_config.json", settings | {"clean_up_tokenization_spaces": False}
     )
-    probe = [PROBE, " a", "", "a  b ", *PROBE.split()]
-    converted.encode_special_tokens = True
-    for text, want in zip(probe, original.encode_batch(probe), strict=True):
-        if converted.encode(text, add_special_tokens=False).ids != want:
-            raise ValueError(f"{path} has no known equal as tokenizer.json; add one next to it")
     return {f"{kind}_token_id": i for kind, i in ids.items()}
 
 

@@ -100,8 +100,8 @@ def test_a_document_in_pieces_has_the_tokens_of_the_whole(which, parts):
 def in_pieces(tk, text):
     """The tokens of a text, cut as a document is."""
     pieces = list(machine.corpus._split([text], tk))
-    encoded = tk.encode_batch([piece for piece, _, _ in pieces])
-    skipped = (tk.encode_batch([piece[:skip]])[0] if skip else [] for piece, _, skip in pieces)
+    encoded = tk.encode_batch([piece for piece, *_ in pieces])
+    skipped = (tk.encode_batch([piece[:skip]])[0] if skip else [] for piece, _, skip, _ in pieces)
     return [i for ids, skip in zip(encoded, skipped, strict=True) for i in ids[len(skip) :]]
 
 
@@ -136,7 +136,7 @@ def test_no_joint_is_seen_between_letters_that_a_token_holds_side_by_side(tmp_pa
 def test_a_document_without_a_place_to_cut_has_the_tokens_of_the_whole(tmp_path, name):
     tk, text = load_tokenizer(STORIES), AWKWARD[name]
     pieces = list(machine.corpus._split([text], tk))
-    assert len(pieces) > 2 and max(len(piece) for piece, _, _ in pieces) <= (1 << 16) + 1
+    assert len(pieces) > 2 and max(len(piece) for piece, *_ in pieces) <= (1 << 16) + 1
     assert in_pieces(tk, text) == tk.encode_batch([text])[0]
     (tmp_path / "a.txt").write_text(text, newline="")
     (ids,) = documents(tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache"))
