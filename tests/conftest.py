@@ -259,7 +259,7 @@ WORDS = "the a red long short cat dog runs reads window of in to and 7 42 on, is
 
 @pytest.fixture(scope="session")
 def ckpt(tmp_path_factory):
-    """A tiny byte-level checkpoint, window 64, with text beside it: (folder, long, short)."""
+    """A tiny byte-level checkpoint, window 64, and text for it: (folder, long, short)."""
     root = tmp_path_factory.mktemp("tiny")
     model = tiny_llama(vocab_size=256, std=0.1)
     write_byte_tokenizer(root / "tokenizer")

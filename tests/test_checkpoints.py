@@ -264,11 +264,11 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 PARTIAL = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
 ROTARIES = {
-    "scaling beside parameters": dict(
+    "scaling next to parameters": dict(
         rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         rope_scaling=YARN,
     ),
-    "linear beside parameters": dict(
+    "linear next to parameters": dict(
         rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         rope_scaling=LINEAR,
     ),
@@ -506,7 +506,7 @@ def test_names_of_tensors_that_others_write_get_the_remedy(tmp_path, case, tied)
         load_checkpoint(folder)
     assert "\n" not in str(refused.value)
     if case == "base model" and tied:
-        command = str(refused.value).partition("save it anew: ")[2]
+        command = str(refused.value).partition("resave it: ")[2]
         command = command.replace("python -c", f"{sys.executable} -c")
         subprocess.run(["bash", "-c", command], check=True, capture_output=True)
         assert load_checkpoint(f"{folder}-whole").config.n_layers == 3
@@ -551,7 +551,7 @@ def test_a_larger_theta_over_yarn_is_refused_before_anything_is_read(ckpt, tmp_p
         train(run)
 
 
-def test_an_export_carries_what_stood_beside_the_weights(tmp_path):
+def test_an_export_carries_what_was_next_to_the_weights(tmp_path):
     write_byte_tokenizer(tmp_path / "tokenizer")
     source = save_checkpoint(tiny_llama(), tmp_path / "source", tmp_path / "tokenizer")
     (source / "generation_config.json").write_text(

@@ -154,7 +154,7 @@ def test_a_changed_file_is_tokenised_anew_even_with_its_old_time_and_size(
     tk, tmp_path, monkeypatch, clock
 ):
     now = time.time_ns()
-    if clock == "long ago":  # files are remembered, the second one by its ctime told apart
+    if clock == "long ago":  # files are remembered; the second differs in its ctime
         monkeypatch.setattr(machine.corpus.time, "time_ns", lambda: now + 10**11)
     else:
         monkeypatch.setattr(machine.corpus, "_stat", lambda path: (3, now, now))

@@ -213,7 +213,7 @@ def test_metas_tokenizer_is_exported_as_one_that_encodes_alike(tmp_path):
 
 
 def named(folder, *special, config=None, beside=None, settings=None):
-    """byte_tokenizer's folder with other special tokens, from 256 on, and files beside it."""
+    """byte_tokenizer's folder with other special tokens, from 256 on, and files next to it."""
     from tokenizers import AddedToken
 
     byte_tokenizer(folder)
