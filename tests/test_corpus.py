@@ -117,9 +117,9 @@ def test_a_checksum_is_that_of_the_whole_text_wherever_it_is_cut(tmp_path, kind)
     tk, texts = make(tmp_path / "tk"), [f"{i} words to cut it at " * 3000 for i in range(3)]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (tmp_path / "a.jsonl").write_text(lines)
-    (tmp_path / "b.txt").write_text(texts[0])
+    (tmp_path / "b.txt").write_text(texts[0] * 20)  # a file of one document: read by the MiB
     corpus = tokenize([tmp_path / "a.jsonl", tmp_path / "b.txt"], tk, tmp_path / "cache")
-    whole = [zlib.crc32(text.encode()) for text in (*texts, texts[0])]
+    whole = [zlib.crc32(text.encode()) for text in (*texts, texts[0] * 20)]
     assert corpus.doc_checksums.tolist() == whole
     pieces = [piece for piece, _, _ in machine.corpus._split([texts[0]], tk)]
     assert len(pieces) > 3 and ("".join(pieces) == texts[0]) == (kind == "keep")
