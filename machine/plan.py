@@ -766,13 +766,14 @@ def preflight(c, model: ModelConfig, units: list[Unit], *, processes: int, freed
     alone = processes == 1
     n = parameter_count(model)
     export = n * (stored_dtype(model) or torch.float32).itemsize
-    # A state: fp32 weights (on a GPU bf16 and a remainder) and AdamW's two moments.
-    bf16 = c.device.startswith("cuda") and c.moments == "bf16" and alone
+    # A state: fp32 weights (or bf16 and a remainder) and AdamW's two moments.
+    bf16 = (c.device.startswith("cuda") or c.dtype) and c.moments == "bf16" and alone
     states = c.keep and (c.keep + 1) * n * (8 if bf16 else 12)
     check_disk(Path(c.out_dir), export=export, states=states, freed=freed)
-    if not alone and (c.gpu_gib or c.host_gib or c.compile or c.moments != "fp32"):
+    if not alone and (c.gpu_gib or c.host_gib or c.compile or c.dtype or c.moments != "fp32"):
         raise ValueError(
-            "--gpu_gib, --host_gib, --moments and --compile are one GPU's: drop them with torchrun"
+            "--gpu_gib, --host_gib, --dtype, --moments and --compile are for one process: drop "
+            "them with torchrun"
         )
     if c.device.startswith("cuda"):
         trial(c.device)
@@ -800,7 +801,9 @@ def forecast(c, config: ModelConfig, streams, processes: int = 1) -> float:
 
     That speed is measured here, in a fraction of a second, with the threads the run will have.
     """
-    x, w = torch.randn(1024, config.d_model), torch.randn(config.d_model, config.d_ff)
+    dtype = torch.bfloat16 if c.dtype else torch.float32
+    x = torch.randn(1024, config.d_model, dtype=dtype)
+    w = torch.randn(config.d_model, config.d_ff, dtype=dtype)
     torch.mm(x, w)
     began, n = time.perf_counter(), 0
     while n < 3 or time.perf_counter() - began < 0.2:

@@ -60,7 +60,8 @@ class Run(longred.Run):
         self.processes = Processes()
         self.keeper = Keeper(self.processes)
         self.once = self.processes.from_rank_0  # call a function in one process, for all of them
-        self.plan = self.one_gpu = None  # of the memory of one GPU; None on a CPU or on many
+        # Of the memory of one GPU, or of a CPU in bf16; None where weights are fp32.
+        self.plan = self.one_gpu = None
         self.resumed = None  # longred.json of the run that is continued
         self.data_seconds = 0.0  # waited for text in this step
         self.own = {}  # the source self:N -> its file and cost
@@ -117,7 +118,8 @@ class Run(longred.Run):
             torch.cuda.set_device(c.device)
         # A GPU's attention takes nothing wider than bf16. Weights are fp32 (FSDP casts shards as it
         # gathers them), but under a plan, whose AdamW holds the rest of their digits.
-        self.compute = torch.bfloat16 if c.device.startswith("cuda") else torch.float32
+        in_bf16 = c.device.startswith("cuda") or c.dtype == "bf16"
+        self.compute = torch.bfloat16 if in_bf16 else torch.float32
         self.stored = torch.float32
         return c
 
@@ -148,11 +150,11 @@ class Run(longred.Run):
         self.units = [plan.Unit.of(s, c, c.unit_tokens // s.seq_len) for s in streams.values()]
         freed = states.bytes_in(self.out_dir / "checkpoints")
         self.once(lambda: plan.preflight(c, self.original, self.units, processes=size, freed=freed))
-        self.take_plan(self.plan_memory() if c.device.startswith("cuda") else None)
+        self.take_plan(self.plan_memory() if self.compute == torch.bfloat16 else None)
 
     def take_plan(self, found: plan.Plan | None) -> None:
         """Print a plan and follow it from here on."""
-        if found:
+        if found and found.gpu:
             print(found.table(), flush=True)
         units = found.units.values() if found else self.units
         self.sequences = {unit.name: unit.batch for unit in units}
@@ -160,11 +162,17 @@ class Run(longred.Run):
             self.plan, self.stored = found, torch.bfloat16
 
     def plan_memory(self, host_memory: bool = True) -> plan.Plan:
-        """Return the memory plan of a GPU, the same in every process.
+        """Return where everything is and how passes run in bf16; the same in every process.
 
+        On a CPU nothing has to be away, and blocks are recomputed if --recompute asks for that.
         host_memory: whether a plan for one GPU may use any.
         """
         c, processes = self.c, self.processes
+        moments = torch.bfloat16 if c.moments == "bf16" else torch.float32
+        if c.device == "cpu":
+            units = {unit.name: unit for unit in self.units}
+            policy = plan.Policy(keep_all=0 if c.recompute else self.original.n_layers)
+            return plan.Plan(False, True, moments, units, dict.fromkeys(units, policy))
         room = plan.asked("--gpu_gib", c.gpu_gib, plan.gpu_room())
         host = plan.asked("--host_gib", c.host_gib, plan.available_memory(), grows=True)
         skipped = c.train_len < c.target_len
@@ -176,7 +184,7 @@ class Run(longred.Run):
             self.units,
             gpu_bytes=room,
             host_bytes=host if host_memory else 0,
-            moments=torch.bfloat16 if c.moments == "bf16" else torch.float32,
+            moments=moments,
             processes=processes.size,
             context=c.context,
             compile=c.compile,

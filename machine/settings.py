@@ -61,7 +61,10 @@ class MachineConfig(Config):
     context: int | None = opt(None, "processes to a sequence, under torchrun (default: 1)", least=1)
     gpu_gib: float | None = opt(None, "GPU memory to plan for (default: all that is free)", least=0)
     host_gib: float | None = opt(None, "host memory to plan for (default: all free)", least=0)
-    moments: Literal["fp32", "bf16"] = opt("fp32", "AdamW's m and v on a GPU")
+    dtype: Literal["bf16"] | None = opt(
+        None, "bf16: compute on a CPU as on one GPU, with bf16 weights (default there: fp32)"
+    )
+    moments: Literal["fp32", "bf16"] = opt("fp32", "AdamW's m and v, if weights are bf16")
     compile: bool = opt(False, "torch.compile the blocks on a GPU")
     save_every: int = opt(64, "steps between states that --resume can continue from", least=1)
     save_minutes: float = opt(30.0, "minutes until one is saved anyway; 0: never", least=0)
@@ -77,8 +80,8 @@ class MachineConfig(Config):
 # Settings that a resumed run may change. None changes a step's numbers by more than rounding,
 # except --steps, which decides when a replay begins.
 MAY_CHANGE = {f.name for f in fields(MachineConfig)} - {f.name for f in fields(Config)}
-MAY_CHANGE -= {"recompute", "moments", "skip_bad_lines", "source_weights", "min_doc_len"}
-MAY_CHANGE -= {"length_upsample", "add_eos"}
+MAY_CHANGE -= {"recompute", "dtype", "moments", "skip_bad_lines", "source_weights"}
+MAY_CHANGE -= {"min_doc_len", "length_upsample", "add_eos"}
 MAY_CHANGE |= {"out_dir", "device", "unit_tokens"}
 # Text and weights are compared by their content (states.check_same), not by their paths.
 TEXTS = "long_data", "short_data", "s2l_data", "replay_data"

@@ -346,8 +346,9 @@ def _read_state(folder: Path, student: nn.Module, optimizer) -> None:
         ours, theirs = (any(shards[n] for n in shards if n.startswith(kind)) for kind in kinds)
         if theirs:
             raise ValueError(
-                f"{folder}: one GPU's state (bf16 weights, remainders) and that of CPUs or many "
-                "GPUs (fp32) do not convert; resume as the run began, on one GPU or not"
+                f"{folder}: a state in bf16 (one GPU's, or --dtype bf16) and one in fp32 (CPUs' or "
+                "many GPUs') do not convert; resume as the run began, or one GPU's on a CPU with "
+                "--dtype bf16 --resume_anyway"
             )
         if not (one_gpu and ours):
             raise ValueError("its tensors are not this model's, or some are missing")

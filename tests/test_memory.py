@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import sys
 import warnings
 import weakref
@@ -15,6 +16,7 @@ from unittest import mock
 
 import pytest
 import torch._dynamo.testing
+from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,7 +25,7 @@ import data
 import longred
 from longred import cosine_distance, fill, main, plan_streams
 from machine import memory, plan, run
-from machine.formats import load_checkpoint
+from machine.formats import load_checkpoint, save_checkpoint
 from machine.plan import (
     GIB,
     Policy,
@@ -39,7 +41,7 @@ from machine.run import train
 from machine.settings import MachineConfig as Config
 from measure import timing
 from model import Attention, Llama, ModelConfig, next_token_loss
-from tests.conftest import killed_after_two, read_log, same_run, tiny_config, tiny_run
+from tests.conftest import DEVICE, killed_after_two, read_log, same_run, tiny_config, tiny_run
 
 # -------------------------------------------------------------------------------------------- AdamW
 
@@ -426,6 +428,45 @@ def test_a_run_whose_gradients_go_to_the_host_is_the_same_run(ckpt, tmp_path, sm
     # A state knows nothing of where gradients were.
     main(["--resume", str(killed_after_two(tmp_path / "stay", tmp_path / "parts"))])
     assert same_run(tmp_path / "stay", tmp_path / "parts")
+
+
+BF16_RUN = dict(original_len=128, target_len=256, save_every=2, eval_tokens=0)
+BF16_RUN |= dict(long_micro=1, s2l_micro=0, short_batch=1, distill_layers=[1, 3])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the kernels of a real GPU round otherwise")
+def test_bf16_on_a_cpu_has_the_bits_of_one_gpus_path(ckpt, tmp_path, a_gpu):
+    states = []
+    for name, where in {"gpu": dict(device="cuda"), "cpu": dict(dtype="bf16")}.items():
+        train(tiny_run(ckpt, tmp_path / name, **BF16_RUN, **where))
+        last = tmp_path / name / "checkpoints" / "step-000004"
+        states.append(load_file(last / "shard-00000.safetensors"))
+    assert same_run(tmp_path / "gpu", tmp_path / "cpu")
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])  # masters, too
+    moved = killed_after_two(tmp_path / "gpu", tmp_path / "moved")
+    main(["--resume", str(moved), "--device", "cpu", "--dtype", "bf16", "--resume_anyway"])
+    assert same_run(tmp_path / "cpu", moved)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_bf16_on_a_cpu_stays_near_fp32_resumes_to_the_bit_and_keeps_the_exports_dtype(
+    ckpt, tmp_path, stored, capsys
+):
+    folder = shutil.copytree(ckpt[0], tmp_path / "original")
+    save_checkpoint(load_checkpoint(folder).to(stored), folder, tokenizer_from=ckpt[0])
+    for name, more in {"fp32": {}, "bf16": dict(dtype="bf16", recompute=True)}.items():
+        train(tiny_run((folder, *ckpt[1:]), tmp_path / name, **BF16_RUN, **more))
+        exported = load_file(tmp_path / name / "hf" / "model.safetensors").values()
+        assert {t.dtype for t in exported} == {stored}
+    assert "memory plan" not in capsys.readouterr().out  # which is a GPU's
+    logs = [read_log(tmp_path / name) for name in ("fp32", "bf16")]
+    for a, b in zip(*logs, strict=True):
+        assert b["loss_long"] == pytest.approx(a["loss_long"], rel=2**-8)  # a bf16 half step
+    assert logs[0][-1]["loss_long"] < 0.98 * logs[0][0]["loss_long"]  # it does train
+    killed = killed_after_two(tmp_path / "bf16", tmp_path / "killed")
+    main(["--resume", str(killed)])
+    assert same_run(tmp_path / "bf16", killed)
 
 
 # ----------------------------------------------------------------------------------------- plan.py

@@ -301,7 +301,7 @@ def test_states_of_one_gpu_and_of_others_are_told_apart(whole):
     state = states.newest_state(whole)
     student = load_checkpoint(whole).bfloat16()
     optimizer = AdamW(student.parameters(), 0.1, (0.9, 0.95), 1e-8, 0.0, host=True)
-    with pytest.raises(ValueError, match="step-000004: one GPU's state .* do not convert"):
+    with pytest.raises(ValueError, match="step-000004: a state in bf16 .* do not convert"):
         states.read_state(state, student, optimizer)
 
 

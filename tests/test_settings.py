@@ -54,6 +54,15 @@ def test_the_disk_must_hold_the_export_and_keep_and_one_more_states(
             plan.preflight(c, model, units, processes=1, freed=freed)
 
 
+def test_bf16_on_a_cpu_is_for_one_process_and_for_machine(ckpt, tmp_path):
+    model = load_config(ckpt[0])
+    c = resolve(tiny_run(ckpt, tmp_path / "run", dtype="bf16"), model, ckpt[0])
+    with pytest.raises(ValueError, match="--dtype, .* are for one process: drop them"):
+        plan.preflight(c, model, [], [], processes=2, freed=0)
+    with pytest.raises(SystemExit, match="--dtype bf16; .* many flags need the folder machine/"):
+        longred.parse_args(["--dtype", "bf16"])
+
+
 # What is wrong: flags changed in a good command line (@: in the test's folder), what is said
 BAD_INPUTS = {
     "unknown flag": ({"--target_length": 9}, "unrecognized arguments: --target_length"),
