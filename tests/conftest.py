@@ -6,6 +6,8 @@ real weights and texts use ../shared and skip where it is absent.
 """
 
 import base64
+import functools
+import gc
 import json
 import os
 import random
@@ -33,7 +35,7 @@ if not torch.cuda.is_available():
 
 import data
 import rope_kernels
-from machine import memory
+from machine import memory, states
 from machine.formats import load_checkpoint, save_checkpoint
 from machine.run import train
 from machine.settings import MachineConfig as Config
@@ -53,6 +55,17 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embedding
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 rope_kernels.interpret_on_cpu = False  # what is not about the kernel shall not pay for it
 torch.set_num_threads(1)  # tiny shapes: threads would mostly wait for each other
+states.code_fingerprints = functools.cache(states.code_fingerprints)  # was half of a tiny run
+
+
+def pytest_collection_finish():
+    """Take what the imports left out of every later gc.collect(): each looked at all of it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 # ------------------------------------------------------------------------------------------- models
