@@ -9,12 +9,13 @@ import base64
 import functools
 import gc
 import json
+import multiprocessing
 import os
 import random
 import re
 import shutil
-import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -257,10 +258,34 @@ def made_corpus(lengths, checksums=None, sources=None):
     return data.Corpus("made", np.arange(starts[-1]), starts, checksums, sources)
 
 
-def run_python(code, *args, before=(), **env):
-    command = [*before, sys.executable, "-c", code, *map(str, args)]
-    env = {**os.environ, "PYTHONPATH": str(HERE), **env}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "tokenizers"])
+
+
+def run_python(code, *args, **env):
+    """Start code in a process forked from one that has imported torch, and nothing of ours."""
+    handle, path = tempfile.mkstemp()
+    os.close(handle)
+    begin = f"""
+import os, sys, torch
+torch.set_num_threads(1)
+os.environ.update({env!r})
+sys.argv[1:] = {[*map(str, args)]!r}
+for fd in 1, 2:
+    os.dup2(os.open({path!r}, os.O_WRONLY | os.O_APPEND), fd)
+"""
+    process = FORKSERVER.Process(target=exec, args=(begin + code, {"__name__": "__main__"}))
+    process.path = Path(path)
+    process.start()
+    return process
+
+
+def printed(process) -> str:
+    """What a process of run_python printed, once it has ended."""
+    process.join()
+    text = process.path.read_text()
+    process.path.unlink()
+    return text
 
 
 # --------------------------------------------------------------------------------------------- runs
@@ -292,6 +317,14 @@ def tiny_run(ckpt, out_dir, **changes) -> Config:
         s2l_batch=2, cache_dir=str(out_dir.parent / "tokens"), eval_tokens=512, device="cpu"
     )
     return Config(**(settings | changes))
+
+
+def command_line(c) -> list[str]:
+    """The flags that say what is not a default in a run's settings."""
+    default = vars(Config())
+    given = {name: value for name, value in vars(c).items() if value != default[name]}
+    flags = ([f"--{k}", *(v if isinstance(v, list) else [v])] for k, v in given.items())
+    return [str(x) for flag in flags for x in flag]
 
 
 def read_log(out_dir):

@@ -29,6 +29,7 @@ from machine.mixture import Mixture, choose_documents
 from machine.run import train
 from machine.tokenizer import load_tokenizer
 from tests.conftest import (
+    HERE,
     PROPERTY,
     STORIES,
     TEXTS,
@@ -38,6 +39,7 @@ from tests.conftest import (
     killed_after_two,
     made_corpus,
     needs_stories,
+    printed,
     prose,
     run_python,
     same_run,
@@ -225,12 +227,12 @@ def test_a_killed_run_goes_on_after_its_last_shard_and_loses_nothing(tk, tmp_pat
             time.sleep(0.01)
         time.sleep(0.2)  # into the next shard
         os.kill(run.pid, signal.SIGKILL)
-        assert b"tokens in" not in run.communicate()[0]
+        assert "tokens in" not in printed(run)
         for name in ("tokens.bin", "documents.bin"):  # half a shard more
             with open(next(tmp_path.glob(f"c*/*.part/{name}")), "ab") as stream:
                 stream.write(b"torn")
         assert not list((tmp_path / "cache").glob("tokens-*[!kt]"))  # but .lock and .part
-    out = run_python(*args, 0).communicate()[0].decode()
+    out = printed(run_python(*args, 0))
     assert "going on after" in out and "23 bad records left out" in out
     folder = next(p for p in (tmp_path / "cache").glob("tokens-*") if p.is_dir())
     stored = np.fromfile(folder / "tokens.bin", np.uint16)
@@ -251,12 +253,13 @@ def test_two_runs_at_once_build_one_whole_cache(tk, tmp_path):
     (tmp_path / "a.txt").write_text(prose()[:9_000])
     args = [SLOW_BUILD, tmp_path / "tk", tmp_path / "a.txt", tmp_path / "cache", 0.05]
     runs = [run_python(*args) for _ in range(2)]
-    outs = [run.communicate()[0].decode() for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], outs
+    outs = [printed(run) for run in runs]
+    assert [run.exitcode for run in runs] == [0, 0], outs
     assert sum("M/s" in out for out in outs) == 1
     assert not list((tmp_path / "cache").glob("*.part"))
 
 
+BOTH = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 FULL_DISK = """
 import resource, signal, subprocess, sys
 import machine.corpus
@@ -282,8 +285,9 @@ def test_a_full_disk_is_one_line_and_costs_no_finished_shard(tk, tmp_path):
     (tmp_path / "a.txt").write_text(prose())
     alone = ["unshare", "--user", "--map-root-user", "--mount"]
     can = subprocess.run([*alone, "true"], capture_output=True).returncode == 0
-    args = [FULL_DISK, tmp_path / "tk", tmp_path / "a.txt", tmp_path / "cache"]
-    out = run_python(*args, before=alone if can else ()).communicate()[0].decode()
+    command = [*(alone if can else ()), sys.executable, "-c", FULL_DISK, tmp_path / "tk"]
+    done = subprocess.run([*command, tmp_path / "a.txt", tmp_path / "cache"], cwd=HERE, **BOTH)
+    out = done.stdout
     error = next(line for line in out.splitlines() if line.startswith("ERROR"))
     assert "disk is full, free" in error and "run again" in error
     assert "going on after" in out
@@ -395,7 +399,7 @@ def test_hub_datasets_are_fetched_once_and_stay_as_they_were(tk, tmp_path):
     env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf")}
     env["HF_HUB_DISABLE_PROGRESS_BARS"] = env["HF_HUB_DISABLE_XET"] = "1"
     for network in (True, False):
-        out = run_python(code, tmp_path / "tk", tmp_path / "cache", **env).communicate()[0].decode()
+        out = printed(run_python(code, tmp_path / "tk", tmp_path / "cache", **env))
         assert out.split("\n")[:5] == ["one two", "three", "four", "before", "before"], out
         assert ("no file 'fr/*.gz' in me/texts" if network else "cannot list hf:me") in out
         server.shutdown()

@@ -38,7 +38,7 @@ from machine.run import train
 from machine.settings import MachineConfig as Config
 from machine.settings import of_today, resolve
 from machine.tokenizer import load_tokenizer
-from tests.conftest import HERE, read_log, run_python, same_run, tiny_run
+from tests.conftest import HERE, command_line, killed_after_two, read_log, same_run, tiny_run
 
 # ------------------------------------------------------------------------------------------- resume
 
@@ -366,36 +366,42 @@ def test_the_report_has_a_column_at_twice_the_window(ckpt, tmp_path):
 # ----------------------------------------------------------------- nobody listens, nothing is taken
 
 
-def run_in_shell(ckpt, out, shell, python="", **more):
-    """longred.py with its flags in place of $RUN in a line of shell; (exit status, stderr)."""
-    default, given = dataclasses.asdict(Config()), dataclasses.asdict(tiny_run(ckpt, out, **more))
-    given = {k: v for k, v in given.items() if v != default[k]}
-    flags = [
-        f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in given.items()
-    ]
-    run = f"{sys.executable} {python} {HERE}/longred.py {' '.join(flags)}"
-    command = ["bash", "-c", shell.replace("$RUN", run)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return done.returncode, done.stderr
+UNREAD = """
+import os, sys
+import torch._dynamo, torch.distributed.tensor
+import longred
+
+out, *flags = sys.argv[1:]
+for reader in ("gone", "full", "leaves"):
+    ours, pipe = os.pipe()
+    if reader == "gone":
+        os.close(ours)
+    child = os.fork()
+    if not child:
+        if reader == "leaves":
+            os.close(ours)
+        full = os.open("/dev/full", os.O_WRONLY)
+        for number in 1, 2:
+            os.dup2(full if reader == "full" else pipe, number)
+        os.close(pipe)
+        sys.argv = ["longred.py", *flags, "--out_dir", f"{out}-{reader}"]
+        sys.exit(longred.main())
+    os.close(pipe)
+    if reader == "leaves":
+        with open(ours, "rb", buffering=0) as f:
+            assert f.readline()
+    print(reader, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+BOTH = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize(
-    "shell",
-    [
-        "$RUN 2>&1 | true; exit ${PIPESTATUS[0]}",
-        "$RUN >/dev/full 2>/dev/full",
-        "$RUN >&- 2>&-",
-        "($RUN; echo $? >$0.code) 2>&1 | (head -n 1 >/dev/null)",
-    ],
-)
-def test_a_run_outlives_whoever_reads_what_it_prints(ckpt, whole, tmp_path, shell):
-    code, said = run_in_shell(
-        ckpt, tmp_path / "run", shell.replace("$0", str(tmp_path / "x")), save_every=2
-    )
-    assert code == 0 and said == "", said
-    if "code" in shell:
-        assert (tmp_path / "x.code").read_text() == "0\n"
-    assert same_run(whole, tmp_path / "run")
+def test_a_run_outlives_whoever_reads_what_it_prints(ckpt, whole, tmp_path):
+    flags = command_line(tiny_run(ckpt, tmp_path / "run", save_every=2))
+    command = [sys.executable, "-c", UNREAD, tmp_path / "run", *flags]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.stdout == "gone 0\nfull 0\nleaves 0\n", done.stderr[-2000:]
+    for reader in ("gone", "full", "leaves"):
+        assert same_run(whole, tmp_path / f"run-{reader}"), reader
 
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["terminal", "nohup"])
@@ -434,13 +440,14 @@ def test_a_second_ctrl_c_gives_up_at_once_and_another_sigterm_changes_nothing():
 
 
 SECOND_CTRL_C = """
-import json, os, pathlib, signal, sys, threading
+import functools, json, os, pathlib, signal, sys, threading
 from contextlib import ExitStack
 import torch._dynamo, torch.distributed.tensor
 import longred
 from machine import log, states
 
-out, *flags = sys.argv[1:]
+states.code_fingerprints = functools.cache(states.code_fingerprints)
+states.code_fingerprints()  # once for all children
 PLACES = {"join": (threading.Thread, "join"), "set": (threading.Event, "set")}
 PLACES |= {"flush": (os, "fsync"), "rename": (pathlib.Path, "rename")}
 PLACES |= {"close": (ExitStack, "close"), "write": (states, "write_shard")}
@@ -461,7 +468,7 @@ def run(place):
 
     log.print_step = first
     setattr(owner, name, second)
-    sys.argv = ["longred.py", "--out_dir", f"{out}-{place}", *flags]
+    sys.argv = ["longred.py", "--resume", f"{sys.argv[1]}-{place}"]
     longred.main()
 
 for place in PLACES:
@@ -474,19 +481,14 @@ for place in PLACES:
 """
 
 
-def test_a_second_ctrl_c_in_any_clean_up_ends_by_its_code_without_a_traceback(
-    ckpt, whole, tmp_path
-):
-    default = dataclasses.asdict(Config())
-    given = dataclasses.asdict(tiny_run(ckpt, tmp_path / "run", save_every=2))
-    given = {k: v for k, v in given.items() if v != default[k] and k != "out_dir"}
-    flags = [(f"--{k}", *(v if isinstance(v, list) else [v])) for k, v in given.items()]
-    flags = [str(x) for flag in flags for x in flag]
-    said, _ = run_python(SECOND_CTRL_C, tmp_path / "run", *flags, OMP_NUM_THREADS="1").communicate()
-    said = said.decode()
-    codes = [json.loads(line) for line in said.splitlines() if line.startswith('{"')]
+def test_a_second_ctrl_c_in_any_clean_up_ends_by_its_code_without_a_traceback(whole, tmp_path):
     places = "join", "set", "flush", "rename", "close", "write"
-    assert codes == [{place: 130} for place in places] and "Traceback" not in said, said[-2000:]
+    for place in places:
+        killed_after_two(whole, tmp_path / f"run-{place}")
+    done = subprocess.run([sys.executable, "-c", SECOND_CTRL_C, tmp_path / "run"], cwd=HERE, **BOTH)
+    codes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
+    assert codes == [{place: 130} for place in places], done.stdout[-2000:]
+    assert "Traceback" not in done.stdout, done.stdout[-2000:]
     for place in places:
         main(["--resume", str(tmp_path / f"run-{place}")])
         assert same_run(whole, tmp_path / f"run-{place}"), place
@@ -514,16 +516,20 @@ def test_a_second_ctrl_c_in_a_join_reaches_whoever_called_main(at_two, monkeypat
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_a_run_started_oddly_works_or_says_why(ckpt, whole, tmp_path):
-    code, said = run_in_shell(ckpt, tmp_path / "run", "$RUN", python="-OO", save_every=2)
-    assert code == 0 and same_run(whole, tmp_path / "run"), said
-    for env, line in {
-        "LOCAL_RANK=1": "already holds a run",
-        "RANK=3 LOCAL_RANK=3": "already holds a run",
-        "WORLD_SIZE=4": "RANK is missing: start with torchrun",
-    }.items():
-        code, said = run_in_shell(ckpt, tmp_path / "run", f"{env} $RUN")
-        assert code == 1 and line in said and said.count("\n") == 1, said
+def test_a_run_started_oddly_works_or_says_why(ckpt, whole, tmp_path, monkeypatch, capfd):
+    flags = command_line(tiny_run(ckpt, tmp_path / "run", save_every=2))
+    run = f"{sys.executable} -OO {HERE}/longred.py {' '.join(flags)} >&- 2>&-"
+    assert subprocess.run(["bash", "-c", run]).returncode == 0
+    assert same_run(whole, tmp_path / "run")
+    for env, line in (
+        (dict(LOCAL_RANK="1"), "already holds a run"),
+        (dict(RANK="3", LOCAL_RANK="3"), "already holds a run"),
+        (dict(WORLD_SIZE="4"), "RANK is missing: start with torchrun"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match=line) as end:
+            [patch.setenv(*item) for item in env.items()]
+            main(flags)
+        assert "\n" not in end.value.code and not capfd.readouterr().err
 
 
 def test_a_lock_file_that_is_removed_lets_no_second_run_in(at_two):
