@@ -554,9 +554,3 @@ def test_jobs_are_subcommands_and_the_form_without_one_is_compare(capsys):
         SystemExit, match="unrecognized arguments: --merge 0.5; all flags: .*samples"
     ):
         evaluate.parse_args(["samples", "f", "--base", "x", "--merge", "0.5"])
-    for job in ("compare", "samples", "corpus"):
-        with pytest.raises(SystemExit):
-            evaluate.main([job, "--help"])
-        text = capsys.readouterr().out
-        said = re.split(r"^  (?=--)", text, flags=re.M)[1:]
-        assert said and all("default" in s for s in said if not s.startswith("--base")), said
