@@ -16,7 +16,6 @@ import re
 import shutil
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -144,22 +143,6 @@ def meta_folder(folder, model, shards, embedding_dim=0, **params):
     return folder
 
 
-def tiktoken_file(path, text, merges=300):
-    """Ranks as in Meta's Llama 3 tokenizer.model: the bytes, then BPE's merges, learnt on text."""
-    ranks = {bytes([i]): i for i in range(256)}
-    words = [[bytes([b]) for b in word.encode()] for word in re.findall(r" ?\S+|\s+", text)]
-    for rank in range(256, 256 + merges):
-        pairs = Counter(pair for word in words for pair in zip(word, word[1:], strict=False))
-        left, right = max(pairs, key=lambda p: (pairs[p], p))
-        ranks[left + right] = rank
-        for word in words:
-            for i in range(len(word) - 2, -1, -1):
-                if word[i : i + 2] == [left, right]:
-                    word[i : i + 2] = [left + right]
-    lines = (f"{base64.b64encode(token).decode()} {rank}" for token, rank in ranks.items())
-    path.write_text("\n".join(lines) + "\n")
-
-
 @pytest.fixture(params=[False, True], ids=["llama", "qwen3"])
 def pairs(tmp_path, request):
     """The same teacher and student, ours and transformers': student with another theta."""
@@ -211,8 +194,8 @@ def tk(tmp_path):
     return byte_tokenizer(tmp_path / "tk")
 
 
-def bpe(pattern=None):
-    """A byte-level BPE of 600 tokens, trained on English and Python."""
+def bpe(pattern=None, vocab_size=600):
+    """A byte-level BPE, trained on English and Python."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tk = Tokenizer(models.BPE(ignore_merges=True))
@@ -221,7 +204,8 @@ def bpe(pattern=None):
     tk.pre_tokenizer = pre_tokenizers.Sequence([split, level])
     tk.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    more = dict(initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, **more)
     tk.train_from_iterator([prose(), Path(__file__).read_text()], trainer)
     return tk
 

@@ -40,6 +40,7 @@ from tests.conftest import (
     HERE,
     LLAMA3,
     PROPERTY,
+    bpe,
     byte_tokenizer,
     edit_weights,
     hf_model,
@@ -47,7 +48,7 @@ from tests.conftest import (
     printed,
     rel,
     run_python,
-    tiktoken_file,
+    tiktoken_folder,
     tiny_config,
     tiny_llama,
     tiny_run,
@@ -646,7 +647,7 @@ def test_a_damaged_meta_folder_is_refused_in_one_line(tmp_path, damage, said):
 
 def test_metas_folder_is_extended_and_its_export_is_a_checkpoint(ckpt, tmp_path):
     folder = meta_folder(tmp_path / "meta", tiny_llama(vocab_size=612, n_layers=2, std=0.1), 2)
-    tiktoken_file(folder / "tokenizer.model", ckpt[1].read_text()[:4000], merges=20)
+    tiktoken_folder(folder, bpe(vocab_size=276))
     run = tiny_run(ckpt, tmp_path / "out", steps=1, distill_layers=[2], eval_tokens=0)
     run.ckpt = str(folder)
     with pytest.raises(ValueError, match="--original_len is missing: .* 4096 for Llama 2"):

@@ -23,11 +23,12 @@ from machine.tokenizer import load_tokenizer
 from measure import evaluate, losses, pcd, select_corpus
 from model import Llama, attention_kl
 from tests.conftest import (
+    bpe,
     distance_by_hand,
     edit_weights,
     meta_folder,
     rel,
-    tiktoken_file,
+    tiktoken_folder,
     tiny_llama,
     tiny_run,
     tokens,
@@ -349,7 +350,7 @@ def test_bad_input_to_evaluate_ends_in_one_line(comparison, flag):
 
 def test_metas_folder_can_be_the_original(ckpt, sentences, tmp_path, capsys):
     folder = meta_folder(tmp_path / "meta", tiny_llama(vocab_size=612, n_layers=2, std=0.1), 2)
-    tiktoken_file(folder / "tokenizer.model", ckpt[1].read_text()[:4000], merges=20)
+    tiktoken_folder(folder, bpe(vocab_size=276))
     argv = ["--base", folder, "--data", sentences, "--tasks", "kept", "--device", "cpu"]
     argv += ["--eval_tokens", 600, "--cache_dir", tmp_path / "tokens", "--out_dir", tmp_path / "o"]
     with pytest.raises(SystemExit, match="--original_len is missing"):

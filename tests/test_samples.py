@@ -19,11 +19,12 @@ from machine.settings import resolve
 from machine.tokenizer import load_tokenizer
 from model import config_to_hf
 from tests.conftest import (
+    bpe,
     byte_tokenizer,
     killed_after_two,
     read_log,
     same_run,
-    tiktoken_file,
+    tiktoken_folder,
     tiny_config,
     tiny_run,
     with_eos,
@@ -182,8 +183,7 @@ def chat_tokenizer(folder):
 
 def ranks_tokenizer(folder):
     """Llama 3's kind of file, 266 ranks and 256 special tokens, under an embedding of 640 rows."""
-    folder.mkdir()
-    tiktoken_file(folder / "tokenizer.model", "the window of the text", merges=10)
+    tiktoken_folder(folder, bpe(vocab_size=266))
     return 640, {*range(266, 522)} - {267}, 267
 
 
