@@ -62,7 +62,7 @@ class MachineConfig(Config):
     gpu_gib: float | None = opt(None, "GPU memory to plan for (default: all that is free)", least=0)
     host_gib: float | None = opt(None, "host memory to plan for (default: all free)", least=0)
     dtype: Literal["bf16"] | None = opt(
-        None, "bf16: compute on a CPU as on one GPU, with bf16 weights (default there: fp32)"
+        None, "bf16: compute on a CPU as on one GPU, with bf16 weights (default: fp32)"
     )
     moments: Literal["fp32", "bf16"] = opt("fp32", "AdamW's m and v, if weights are bf16")
     compile: bool = opt(False, "torch.compile the blocks on a GPU")

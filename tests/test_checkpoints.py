@@ -735,12 +735,13 @@ for name in sys.argv[1:]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
+    env["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     process = run_python(code, *answers, **env, HF_TOKEN="", HF_HUB_OFFLINE="")
     lines = printed(process).splitlines()
     server.shutdown()
     assert process.exitcode == 0, lines
     for (name, want), got in zip(answers.items(), lines, strict=True):
-        assert re.search(want, got), (name, got)
+        assert re.search(want, got), (name, lines)
         assert got == want or ("hf auth login" in got and "hf download" in got), got
     assert sorted(set(Hub.asked)) == ["config.json", "model.safetensors"]
 

@@ -58,7 +58,7 @@ def test_bf16_on_a_cpu_is_for_one_process_and_for_machine(ckpt, tmp_path):
     model = load_config(ckpt[0])
     c = resolve(tiny_run(ckpt, tmp_path / "run", dtype="bf16"), model, ckpt[0])
     with pytest.raises(ValueError, match="--dtype, .* are for one process: drop them"):
-        plan.preflight(c, model, [], [], processes=2, freed=0)
+        plan.preflight(c, model, [], processes=2, freed=0)
     with pytest.raises(SystemExit, match="--dtype bf16; .* many flags need the folder machine/"):
         longred.parse_args(["--dtype", "bf16"])
 
