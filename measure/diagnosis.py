@@ -128,7 +128,7 @@ def measure(base: Llama, model: Llama, short: dict, copies: Tensor, distances: l
         others = copies.roll(-1, 0)  # another passage is the next text's
         gains = [
             copy_gains(model, text, other[-(len(text) // PASSAGE) :], distances)
-            for text, other in zip(tqdm(copies, "copy"), others, strict=True)
+            for text, other in zip(tqdm(copies, "copy", disable=None), others, strict=True)
         ]
         by_distance = np.array(gains).T.tolist()
         found["copy"] = {str(d): x for d, x in zip(distances, by_distance, strict=True)}

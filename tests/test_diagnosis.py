@@ -128,6 +128,7 @@ def test_the_whole_command_on_a_tiny_model(small, few, tmp_path, capsys, monkeyp
     distances = ["64", "256", "512", "1024", "1536", "1792", "1984"]
     assert list(abf["copy"]) == list(original["copy"]) == distances
     assert {len(x) for x in abf["copy"].values()} == {2} and not content["rows"]["ABF x2"]["copy"]
+    assert np.abs([*abf["copy"].values()]).min() > 1e-5  # the placebo is not the passage itself
 
     text = torch.tensor(load_tokenizer(small[1]).encode_batch([diagnosis.docstrings()])[0])
     starts = np.linspace(0, len(text) - 65, 3).astype(int)
