@@ -293,13 +293,12 @@ def draw(content: dict, path: Path) -> None:
             row = rows[f"{scaling} x{factor}"]
             rise = by_sequence(row, "loss") - by_sequence(rows["original"], "loss")
             places.append((drift(row), rise.mean(), standard_error(rise.tolist())))
-            label = f"{scaling} x{factor}"
-            left.annotate(label, places[-1][:2], (6, -9), textcoords="offset points", color=color)
+            label = dict(textcoords="offset points", color=color, fontsize=8)
+            left.annotate(f"x{factor}", places[-1][:2], (5, -9), **label)
         x, y, error = zip(*places, strict=True)
-        left.errorbar(x, y, error, fmt="o-", ms=4, lw=1, color=color)
-    left.set(
-        xlabel="drift of the last hidden state, 1 - cos", ylabel="rise of the short loss, nats"
-    )
+        left.errorbar(x, y, error, fmt="o-", ms=4, lw=1, color=color, label=scaling)
+    left.set(xscale="log", xlabel="drift of the last hidden state, 1 - cos")
+    left.set(ylabel="rise of the short loss, nats")
     left.set_title("untrained scalings on short text (bars: standard errors)", fontsize=10)
     titles = ["original", *(f"{scaling} x{FACTOR}" for scaling in SCALINGS)]
     for color, title in zip([GREY, *COLORS], titles, strict=False):
@@ -308,12 +307,12 @@ def draw(content: dict, path: Path) -> None:
         x = [int(distance) for distance in rows[title]["copy"]]
         right.errorbar(x, gains.mean(1), error, fmt="o-", ms=4, lw=1, color=color, label=title)
     right.axvline(window, color=GREY, ls=":", lw=1)
+    right.axhline(0, color=GREY, lw=0.5)
     right.set_xticks(x, map(tokens, x), fontsize=8)
-    right.set(xlabel="distance between the two occurrences, tokens (dotted: the old window)")
-    right.set(ylabel="nats a token saved")
+    right.set(xlabel="distance, tokens (dotted: the old window)", ylabel="nats a token saved")
     right.set_title("a repeated passage against another one (bars: standard errors)", fontsize=10)
-    right.legend(frameon=False)
     for axes in (left, right):
+        axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
