@@ -11,8 +11,8 @@ ABF, linear, NTK and YaRN scaling, by forward passes alone:
 
 Copying is measured against a placebo, another passage in the place of the first occurrence, and
 under position ids with a gap, so that no distance needs more tokens than another. The constants are
-the plan that results/PLAN.md declares. Every row is kept once it is measured, so a stopped command
-continues where it was. It writes diagnosis.json, diagnosis.md and diagnosis.png.
+the plan that results/PLAN.md declares. diagnosis.json, diagnosis.md and diagnosis.png are written
+after every row, with NOT RUN for what is missing, and a stopped command continues where it was.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import sys
 import sysconfig
 from pathlib import Path
@@ -50,6 +51,7 @@ from rope_kernels import rope_frequencies
 SCALINGS = {"ABF": None, "linear": "linear", "NTK": "ntk", "YaRN": "yarn"}  # name: --rope_type
 FACTOR = 4  # target / window; copying is measured at this one
 FACTORS = (FACTOR, 2, 8)
+ROWS = {"original": None} | {f"{s} x{f}": (s, f) for f in FACTORS for s in SCALINGS}
 SEQUENCES = 4  # of each short text
 ATTENTION_SEQUENCES = 1  # of these, on which attention maps are compared
 PASSAGES = 12
@@ -58,6 +60,7 @@ PASSAGE = 16  # the passage is 1 / PASSAGE of that text
 DISTANCES = (1 / 32, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8, 31 / 32)  # shares of FACTOR x window
 TOLD_APART = 2  # standard errors by which the short losses of two scalings must differ
 FORETELLS = 0.9  # share of the pairs told apart that a predictor must order as the loss does
+PAIRS = 10  # fewer of them decide nothing
 
 
 # -------------------------------------------------------------------------------------- measures
@@ -164,8 +167,8 @@ def read_texts(a) -> dict[str, str]:
     return {"docstrings": docstrings(), "help topics": "\n\n".join(topics), a.book.stem: book}
 
 
-def run_all(a) -> dict:
-    """Measure every row that is missing. Returns diagnosis.json's content."""
+def run_all(a):
+    """Measure every row that is missing; yield diagnosis.json's content after each."""
     folder = resolve_checkpoint(a.base)
     base, tokenizer, texts = load_checkpoint(folder), load_tokenizer(folder), read_texts(a)
     tokenizer.check_fits(base.config.vocab_size)
@@ -188,15 +191,14 @@ def run_all(a) -> dict:
         for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
     }
     rows = {}
-    for factor, name in [(1, "original"), *itertools.product(FACTORS, SCALINGS)]:
-        title = name if factor == 1 else f"{name} x{factor}"
+    for title, scaling in ROWS.items():
         print(f"{title} ...", flush=True)
-        model = base if factor == 1 else scaled(base, name, factor)
-        far = distances if factor in (1, FACTOR) else []
+        model = scaled(base, *scaling) if scaling else base
+        far = distances if not scaling or scaling[1] == FACTOR else []
         make = functools.partial(measure, base, model, short, copies, far)
         key = {"task": "diagnosis", "row": title, "far": far}
         rows[title] = remember(a.out_dir / "cache", key | about, make)
-    return {"about": about, "rows": rows}
+        yield {"about": about, "rows": rows}
 
 
 # ------------------------------------------------------------------------------------ statistics
@@ -217,37 +219,38 @@ PREDICTORS = {  # of the short loss, one number a row
 
 
 def rank_correlation(x, y) -> float:
-    """Return Spearman's rank correlation of numbers without ties."""
-    return float(np.corrcoef(np.argsort(np.argsort(x)), np.argsort(np.argsort(y)))[0, 1])
+    """Return Spearman's rank correlation of numbers without ties; nan for fewer than two."""
+    ranks = np.array([np.argsort(np.argsort(values)) for values in (x, y)])
+    return float(np.corrcoef(ranks)[0, 1]) if len(x) > 1 else math.nan
 
 
 def pairs_told_apart(rows: dict) -> list[tuple[str, str]]:
     """Return the pairs of one factor whose short losses differ: (the lower one, the higher one)."""
     found = []
-    for factor in FACTORS:
-        for pair in itertools.combinations(SCALINGS, 2):
-            one, two = (f"{name} x{factor}" for name in pair)
-            differences = by_sequence(rows[two], "loss") - by_sequence(rows[one], "loss")
-            if abs(differences.mean()) > TOLD_APART * standard_error(differences.tolist()):
-                found.append((one, two) if differences.mean() > 0 else (two, one))
+    for one, two in itertools.combinations([name for name in rows if ROWS[name]], 2):
+        differences = by_sequence(rows[two], "loss") - by_sequence(rows[one], "loss")
+        error = standard_error(differences.tolist())
+        if ROWS[one][1] == ROWS[two][1] and abs(differences.mean()) > TOLD_APART * error:
+            found.append((one, two) if differences.mean() > 0 else (two, one))
     return found
 
 
 def predictions(rows: dict) -> list[str]:
     """Print as a Markdown table how well each predictor orders the scalings by their short loss."""
-    pairs, scalings = pairs_told_apart(rows), [name for name in rows if name != "original"]
+    pairs, scalings = pairs_told_apart(rows), [name for name in rows if ROWS[name]]
     lines = ["| predictor | pairs ordered as the short loss | foretells |"]
-    lines[0] += f" rank correlation, factor {FACTOR} | all {len(scalings)} |"
+    lines[0] += f" rank correlation, factor {FACTOR} | of all |"
     lines += ["|---|---:|---|---:|---:|"]
     for title, predictor in PREDICTORS.items():
         right = sum(predictor(rows[low]) < predictor(rows[high]) for low, high in pairs)
-        says = "yes" if pairs and right >= FORETELLS * len(pairs) else "no"
-        ranks = []
-        for names in ([n for n in scalings if n.endswith(f" x{FACTOR}")], scalings):
+        says = "yes" if right >= FORETELLS * len(pairs) else "no"
+        says = says if len(pairs) >= PAIRS else "not decided"
+        cells = [f"{right} of {len(pairs)}", says if len(rows) == len(ROWS) else "NOT RUN"]
+        for names in ([n for n in scalings if ROWS[n][1] == FACTOR], scalings):
             losses = [by_sequence(rows[name], "loss").mean() for name in names]
-            ranks.append(rank_correlation([predictor(rows[name]) for name in names], losses))
-        cells = f"{right} of {len(pairs)} | {says} | {ranks[0]:.2f} | {ranks[1]:.2f}"
-        lines.append(f"| {title} | {cells} |")
+            rank = rank_correlation([predictor(rows[n]) for n in names], losses)
+            cells.append(f"{rank:.2f} ({len(names)} points)" if len(names) > 2 else "NOT RUN")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -264,7 +267,10 @@ def table(rows: dict) -> list[str]:
     head = ["scaling", *original["short"], "rise", "drift", "attention KL", "output KL"]
     head += [tokens(int(d)) for d in original["copy"]]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    for name, row in rows.items():
+    for name in ROWS:
+        if not (row := rows.get(name)):
+            lines.append(f"| {name} | NOT RUN |" + " |" * (len(head) - 2))
+            continue
         rise = by_sequence(row, "loss") - by_sequence(original, "loss")
         errors = [[*each["loss"]] for each in row["short"].values()] + [rise.tolist()]
         cells = [f"{np.mean(x):.3f} ± {standard_error(x):.3f}" for x in errors]
@@ -290,17 +296,19 @@ def draw(content: dict, path: Path) -> None:
     for color, scaling in zip(COLORS, SCALINGS, strict=False):
         places = []
         for factor in sorted(FACTORS):
-            row = rows[f"{scaling} x{factor}"]
+            if not (row := rows.get(f"{scaling} x{factor}")):
+                continue
             rise = by_sequence(row, "loss") - by_sequence(rows["original"], "loss")
             places.append((drift(row), rise.mean(), standard_error(rise.tolist())))
             label = dict(textcoords="offset points", color=color, fontsize=8)
             left.annotate(f"x{factor}", places[-1][:2], (5, -9), **label)
-        x, y, error = zip(*places, strict=True)
-        left.errorbar(x, y, error, fmt="o-", ms=4, lw=1, color=color, label=scaling)
+        if places:
+            x, y, error = zip(*places, strict=True)
+            left.errorbar(x, y, error, fmt="o-", ms=4, lw=1, color=color, label=scaling)
     left.set(xscale="log", xlabel="drift of the last hidden state, 1 - cos")
     left.set(ylabel="rise of the short loss, nats")
     left.set_title("untrained scalings on short text (bars: standard errors)", fontsize=10)
-    titles = ["original", *(f"{scaling} x{FACTOR}" for scaling in SCALINGS)]
+    titles = [name for name, row in rows.items() if row["copy"]]
     for color, title in zip([GREY, *COLORS], titles, strict=False):
         gains = np.array([*rows[title]["copy"].values()])
         error = gains.std(1, ddof=1) / gains.shape[1] ** 0.5
@@ -331,15 +339,17 @@ def main(argv: list[str] | None = None) -> None:
     beside = [path.with_suffix(".md"), path.with_suffix(".png")]
     try:
         refuse_foreign(path, {"about", "rows"}, "diagnosis", beside)
-        content = run_all(a)
-        write_json(path, content, indent=None)
-        lines = [*table(content["rows"]), "", *predictions(content["rows"])]
+        for content in run_all(a):
+            write_json(path, content, indent=None)
+            lines = [*table(content["rows"]), "", *predictions(content["rows"])]
+            with whole_file(beside[0]) as f:
+                f.write("\n".join(lines) + "\n")
+            try:
+                if len(content["rows"]) > 1:
+                    draw(content, beside[1])
+            except ImportError:
+                lines += ["", "for the picture: pip install matplotlib, then the same command"]
         print("\n".join(lines))
-        with whole_file(beside[0]) as f:
-            f.write("\n".join(lines) + "\n")
-        draw(content, beside[1])
-    except ImportError:
-        print("for the picture: pip install matplotlib, then the same command")
     except (ValueError, OSError) as e:
         raise SystemExit(f"diagnosis: {e}") from None
 

@@ -157,7 +157,8 @@ def test_a_stopped_command_continues_with_the_row_that_it_was_at(small, few, tmp
     monkeypatch.setattr(diagnosis, "draw", lambda *_: None)
     with pytest.raises(SystemExit, match="stopped"):
         main([*small, "--out_dir", str(tmp_path)])
-    assert not (tmp_path / "diagnosis.json").exists()
+    table = (tmp_path / "diagnosis.md").read_text().splitlines()
+    assert sum("NOT RUN" in line for line in table) == 9 + 5  # rows, and verdicts
     main([*small, "--out_dir", str(tmp_path)])
     assert len(done) == 5 + 9  # 13 rows, of which one was begun twice
 
@@ -182,7 +183,7 @@ def test_a_predictor_is_judged_by_the_pairs_of_one_factor_that_are_told_apart():
     assert ("ABF x4", "linear x4") in pairs and ("linear x4", "ABF x4") not in pairs
     lines = {line.split(" | ")[0][2:]: line for line in predictions(rows)[2:]}
     assert "| 15 of 15 | yes |" in lines["drift, mean over blocks"]
-    assert "| 0 of 15 | no | -1.00 | -1.00 |" in lines["output KL"]
+    assert "| 0 of 15 | no | -1.00 (4 points) | -1.00 (12 points) |" in lines["output KL"]
     assert "| 9 of 15 | no |" in lines["change of the frequencies (no model)"]
     assert rank_correlation([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(0.8)
 
