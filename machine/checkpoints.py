@@ -31,6 +31,7 @@ from machine.files import (
     LFS,
     LFS_REMEDY,
     MOST_JSON,
+    downloading,
     free_name,
     is_lfs_pointer,
     publish,
@@ -113,12 +114,13 @@ def _download(name: str, repo: str, revision: str | None) -> Path:
     wanted += ["adapter_config.json"]  # its presence is refused
     login = "your token was refused" if get_token() else "you are not logged in"
     try:
-        found = snapshot_download(
-            repo,
-            revision=revision,
-            allow_patterns=[*wanted, *TOKENIZER_FILES, *CARRIED],
-            ignore_patterns=["original/*", "consolidated*"],  # Meta's copy doubles the download
-        )
+        with downloading():
+            found = snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=[*wanted, *TOKENIZER_FILES, *CARRIED],
+                ignore_patterns=["original/*", "consolidated*"],  # Meta's copy doubles the download
+            )
         return resolve_checkpoint(found)
     except ValueError:
         raise
@@ -240,12 +242,10 @@ WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig
 def _check_tied(path: Path, head: Tensor, embedding: Tensor) -> None:
     """ValueError where config.json says that one matrix is both, and the file holds two.
 
-    Transformers 5 keeps the file's own head, transformers 4 and vLLM take the embedding. Where they
-    differ the first rows mostly tell; a true copy costs reading both matrices once more.
+    Transformers 5 keeps the file's own head, transformers 4 and vLLM take the embedding.
     """
-    if head.shape == embedding.shape and torch.equal(head[:8], embedding[:8].to(head.dtype)):
-        if torch.equal(head, embedding.to(head.dtype)):
-            return
+    if head.shape == embedding.shape and torch.equal(head, embedding.to(head.dtype)):
+        return
     raise ValueError(
         f"{path} holds an lm_head.weight of its own, while config.json says tie_word_embeddings: "
         "true, and readers differ over which counts; set tie_word_embeddings to false to keep the "
@@ -344,7 +344,8 @@ def _check_names(place: Path, expected: Set[str], found: Set[str]) -> None:
             "it to true where the embedding is the head too (Unsloth and mergekit write such "
             "folders), else fetch the weights again"
         )
-    _refuse_prefix(place, expected, found)
+    if unknown:
+        _refuse_prefix(place, expected, found)
     if scales := sorted(name for name in unknown if QUANTISED.search(str(name))):
         raise ValueError(f"{place} has {len(scales)} tensors like {scales[0]:.99}; {UNQUANTISED}")
     for problem, names in (("lacks", missing), ("has the unknown", unknown)):
@@ -358,26 +359,20 @@ def _check_names(place: Path, expected: Set[str], found: Set[str]) -> None:
 
 def _refuse_prefix(place: Path, expected: Set[str], found: Set[str]) -> None:
     """ValueError where the names are the expected ones behind, or without, a prefix."""
-    if found and {f"model.{name}" for name in found} <= expected:
-        whole = expected - {f"model.{name}" for name in found}
+    if found and (whole := {f"model.{name}" for name in found}) <= expected:
+        how = " without its lm_head; take the whole model's checkpoint"
+        if whole == expected:
+            how = "; save it anew: python -c 'from transformers import AutoModelForCausalLM as M; "
+            how += f'M.from_pretrained("{place}").save_pretrained("{place}-whole")\''
         raise ValueError(
             f"{place}: its names lack the prefix 'model.', it was saved from transformers' base "
-            f"model{' without its lm_head' if whole else ''}; "
-            + (
-                "take the whole model's checkpoint"
-                if whole
-                else "save it anew: python -c 'from transformers import AutoModelForCausalLM as M; "
-                f'M.from_pretrained("{place}").save_pretrained("{place}-whole")\''
-            )
+            f"model{how}"
         )
-    names = [n for n in found if isinstance(n, str) and n.endswith(EMBEDDING)]
-    prefixes = {name.removesuffix(EMBEDDING) for name in names} - {""}
-    wrapped = [prefix for prefix in prefixes if expected <= {n.removeprefix(prefix) for n in found}]
-    if inside := sorted({m[0] for name in found for m in WRAPPERS.finditer(str(name))}):
-        wrapped += inside if expected <= {WRAPPERS.sub("", str(name)) for name in found} else []
-    if wrapped:
+    names = [str(name) for name in found]
+    inside = {name.removesuffix(EMBEDDING) for name in names if name.endswith(EMBEDDING)} - {""}
+    if inside := sorted(inside | {m[0] for name in names for m in WRAPPERS.finditer(name)}):
         raise ValueError(
-            f"{place}: its names have {wrapped[0]!r} in them, of a model that was saved wrapped "
+            f"{place}: its names have {inside[0]!r} in them, of a model that was saved wrapped "
             "(DDP, FSDP, torch.compile, PEFT, a vision model); save what is inside it, or rename "
             "them"
         )

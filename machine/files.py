@@ -75,6 +75,22 @@ def writing(path: Path):
         raise ValueError(f"cannot write {path}: {reason}; {remedy(e)} and go on") from e
 
 
+@contextmanager
+def downloading():
+    """Turn a full disk, while the hub sends something, into a ValueError that says which disk."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        raise ValueError(
+            f"{HF_HUB_CACHE}, where the hub's files go, is full; make room, or set HF_HOME to a "
+            "folder on another disk, and run again: whole files are not fetched twice"
+        ) from None
+
+
 def free_name(path: Path) -> Path:
     """Return path, or one like it that is free: somebody's file may have that name."""
     names = (path.with_name(f"{path.name}{i or ''}") for i in range(1000))

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 from machine import states
 from machine.checkpoints import checkpoint_files, drop_checkpoint
 from machine.files import free_name, lock_folder, unfinished
-from machine.many import Processes
+from machine.many import Processes, is_silent
 
 
 def interrupt(number, frame) -> None:
@@ -36,6 +36,32 @@ def interrupt(number, frame) -> None:
 
 def end_at_once(number, frame) -> None:
     os._exit(128 + number)
+
+
+@contextmanager
+def command_line(name: str, argv: list[str] | None):
+    """End a command as its user expects: an error of the user's by one line, Ctrl-C by 130.
+
+    argv: as `main` was given it; None: the process is this command's, and so is its Ctrl-C.
+    """
+    if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except (ValueError, OSError, MemoryError) as e:
+        raise SystemExit(last_words(name, e)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def last_words(name: str, error: Exception) -> str | int:
+    """How a user's error ends: one line, said by one process of each machine."""
+    if is_silent():
+        return 1
+    line = " ".join(str(error).split()) or "out of memory"
+    if isinstance(error, OSError) and not error.filename:
+        line += "; a disk or a pipe that this run writes to gave that error"
+    return f"{name}: {line}"
 
 
 class StopSignal:

@@ -82,6 +82,18 @@ def read_line(line: bytes, steps: int) -> dict | None:
         return None
 
 
+def read_losses(path: Path) -> list[dict]:
+    """Return the lines of a log.jsonl, of this version or another, and warn of damaged ones."""
+    found, raw = [], path.read_bytes().splitlines()
+    for line in raw:
+        with suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    found = [line for line in found if isinstance(line, dict)]
+    if len(found) < len(raw):
+        print(f"warning: {path}: {len(raw) - len(found)} damaged lines are left out")
+    return found
+
+
 WATCHED = "loss", "grad_norm"
 
 

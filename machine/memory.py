@@ -90,15 +90,12 @@ def free_host_buffers() -> None:
     gc.collect()
     if _LOCKED:
         torch.cuda.synchronize()  # no copy of theirs is under way
-    refused = []
-    while _LOCKED:
-        buffer = _LOCKED.pop()  # held by this name until CUDA has let go of its pages
-        if int(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())):
-            refused.append(buffer)
-    if refused:
+        unlock = torch.cuda.cudart().cudaHostUnregister
+        # Each is held until CUDA has let go of its pages, and longer where it does not.
+        _LOCKED[:] = [buffer for buffer in _LOCKED if int(unlock(buffer.data_ptr()))]
+    if _LOCKED:
         _forget_cuda_error()
-        _LOCKED.extend(refused)
-        gib = sum(buffer.nbytes for buffer in refused) / GIB
+        gib = sum(buffer.nbytes for buffer in _LOCKED) / GIB
         print(f"CUDA does not unlock {gib:.1f} GiB of host memory: they stay in use until the end")
 
 
@@ -270,7 +267,8 @@ class AdamW:
                     fill.wait_event(emptied[i - 3])
                 buffers[i % 3][: len(self.state[i])].copy_(self.state[i], non_blocking=True)
                 if self.gradients:
-                    grads[i] = self.gradients.bring(i % 3, grads[i])
+                    buffer = self.gradients.buffers[i % 3][: len(grads[i])]
+                    grads[i] = buffer.copy_(grads[i], non_blocking=True)
                 filled[i] = fill.record_event()
 
         start_filling(0)
@@ -292,7 +290,7 @@ class AdamW:
 
     def zero_grad(self) -> None:
         if self.gradients:
-            self.gradients.begin()
+            self.gradients.summed = set()  # each sum begins with its next gradient
             return
         for p in self.param_groups[0]["params"]:
             p.grad.zero_()
@@ -415,14 +413,6 @@ class HostGradients:
     def pieces(self) -> list[Tensor]:
         """The settled sums in AdamW's pieces."""
         return [part for total in self.settled() for part in total.view(-1).split(self.chunk)]
-
-    def bring(self, b: int, part: Tensor) -> Tensor:
-        """A piece of the sums on the GPU, in buffer b, by the current stream."""
-        return self.buffers[b][: len(part)].copy_(part, non_blocking=True)
-
-    def begin(self) -> None:
-        """A new step: each sum begins with its next gradient."""
-        self.summed = set()
 
     def close(self) -> None:
         for hook in self.hooks:

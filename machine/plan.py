@@ -562,8 +562,7 @@ def first_that_fits(runs) -> str | None:
 
 def changes(q: Question, flag: str, floor: int) -> list:
     """The same question with one setting changed, as runs of (words, question): see above."""
-    cuts = shorter(q.units, floor)
-    cut = [(f"{flag} {n}", replace(q, units=units)) for n, units in cuts]
+    cut = [(f"{flag} {n}", replace(q, units=units)) for n, units in shorter(q.units, floor)]
     if q.processes > 1:
         one = replace(q, processes=1, context=1)
         words = "one of these GPUs alone (python longred.py, no torchrun)"
@@ -571,7 +570,7 @@ def changes(q: Question, flag: str, floor: int) -> list:
         return [more_processes(q), [cut], [[(words, one), bf16]]]
     half = replace(q, moments=torch.bfloat16)
     bf16 = [("--moments bf16", half)] if q.moments != torch.bfloat16 else []
-    both = [(f"--moments bf16 and {flag} {n}", replace(half, units=units)) for n, units in cuts]
+    both = [(f"--moments bf16 and {words}", replace(half, units=k.units)) for words, k in cut]
     hosts = [
         (f"{gib} GiB of free host memory", replace(q, host_bytes=gib * GIB))
         for gib in range(8, 2049, 8)
@@ -581,9 +580,7 @@ def changes(q: Question, flag: str, floor: int) -> list:
         for g in (24, 32, 48, 80, 96, 141, 180, 288)
         if g * 0.98 * GIB > q.gpu_bytes
     ]
-    expand = [("PYTORCH_ALLOC_CONF=expandable_segments:True", replace(q, expandable=True))]
-    found = [[bf16], [cut, bf16, both if bf16 else []], [hosts], [gpus], more_processes(q)]
-    return found if q.expandable else [*found, [expand]]
+    return [[bf16], [cut, bf16, both if bf16 else []], [hosts], [gpus], more_processes(q)]
 
 
 def shorter(units: tuple[Unit, ...], floor: int) -> list[tuple[int, tuple[Unit, ...]]]:
@@ -598,19 +595,15 @@ def shorter(units: tuple[Unit, ...], floor: int) -> list[tuple[int, tuple[Unit, 
 
 def more_processes(q: Question) -> list:
     """More processes of torchrun, or more to a sequence; each a run of its own."""
-    runs, alone = [], q.processes == 1
-    lengths = [unit.seq_len for unit in q.units]
-    for i, context in product(range(1 if alone else 0, 10), (1, 2, 4, 8)):
+    runs, lengths = [], [unit.seq_len for unit in q.units]
+    for i, context in product(range(10), (1, 2, 4, 8)):
         many = q.processes * 2**i
         divides = not any(n % context for n in (*lengths, q.config.n_kv_heads, many))
-        if not divides or (many, context) == (q.processes, q.context):
-            continue
-        words = f"{many} such GPUs (torchrun)" if alone else f"{many} processes"
-        same = context == (1 if alone else q.context)
-        words += "" if same else f" and --context {context}"
-        if many == q.processes:
-            words = f"--context {context}"
-        runs.append([(words, replace(q, processes=many, context=context, expandable=True))])
+        if divides and many > 1 and (many, context) != (q.processes, q.context):
+            words = f"{many} GPUs (torchrun)"
+            words += f" and --context {context}" if max(context, q.context) > 1 else ""
+            more = replace(q, processes=many, context=context, expandable=True)
+            runs.append([(words, more)])
     return runs
 
 
@@ -756,9 +749,7 @@ def why(error: Exception) -> str:
     return (said.splitlines() or [""])[0][:300]
 
 
-def preflight(
-    c, model: ModelConfig, streams, units: list[Unit], *, processes: int, freed: int
-) -> None:
+def preflight(c, model: ModelConfig, units: list[Unit], *, processes: int, freed: int) -> None:
     """Refuse what would fail after hours: a run that its disk or its memory cannot hold.
 
     c: the run's settings. units: the passes of its streams. processes: torchrun's. freed: bytes of
@@ -775,25 +766,12 @@ def preflight(
         raise ValueError(
             "--gpu_gib, --host_gib, --moments and --compile are one GPU's: drop them with torchrun"
         )
-    for s in streams:
-        check_batch(s)
     if c.device.startswith("cuda"):
         trial(c.device)
     if c.device == "cpu":
         tokens = max(unit.tokens for unit in units)
         # fp32 student, teacher, gradients and the two moments; many processes hold a part each
         check_memory(20 * n, processes * activation_bytes(model, tokens, c.recompute))
-
-
-def check_batch(stream) -> None:
-    """ValueError for a micro-batch whose ids and positions alone do not fit the host's memory."""
-    free, need = available_memory(), 16 * stream.batch * (stream.seq_len + 1)
-    if free is not None and need > free:
-        raise ValueError(
-            f"--{stream.name}_batch {stream.batch}: {stream.seq_len:,} tokens in each sequence are "
-            f"{_gb(need)} of ids and positions, {_gb(free)} of memory are free; pass a smaller one "
-            f"and more --{stream.name}_micro"
-        )
 
 
 def activation_bytes(model, tokens: int, recompute: bool) -> int:
@@ -826,7 +804,11 @@ def forecast(c, config: ModelConfig, streams, processes: int = 1) -> float:
 
 
 def check_disk(out_dir: Path, *, export: int, states: int, freed: int) -> None:
-    """ValueError unless out_dir's disk has room for the export and the states, in bytes."""
+    """ValueError unless out_dir's disk has room for the export and the states, in bytes.
+
+    Tokens of the text and what the hub sends are not counted: both may be there already, on other
+    disks, and go on where a full disk stopped them.
+    """
     there = out_dir.absolute()
     while not there.is_dir():
         there = there.parent
@@ -853,24 +835,22 @@ def check_memory(weights: int, activations: int) -> None:
 def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes this process can still take: the system's, within the limits of its containers.
 
-    None where neither can be read (macOS, Windows). root: where proc/ and sys/ lie.
+    None where neither can be read (macOS, Windows). Of control groups version 2 alone is known.
+    root: where proc/ and sys/ lie.
     """
     free = []
     with suppress(OSError, KeyError, ValueError):
         free.append(_fields(root / "proc/meminfo")["MemAvailable"] * 1024)
-    with suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, kinds, path = line.split(":", 2)
-            v1 = "memory" in kinds.split(",")
-            if kinds and not v1:
-                continue
-            top = root / "sys/fs/cgroup" / ("memory" if v1 else "")
-            group = top / path.strip("/")
-            # Limits above hold too. In a container the path may be the host's, and not be there.
-            groups = [group, *group.parents]
-            for place in groups[: groups.index(top) + 1]:
-                with suppress(OSError, KeyError, ValueError):
-                    free.append(_group_room(place, v1))
+    with suppress(OSError, StopIteration):
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        own = next(line for line in lines if line.startswith("0::"))
+        group = root / "sys/fs/cgroup" / own[3:].strip("/")
+        # Limits above hold too. In a container the path may be the host's, and not be there.
+        for place, limit in product([group, *group.parents], ("memory.max", "memory.high")):
+            with suppress(OSError, ValueError):  # no such file, or "max": no limit
+                stat = _fields(place / "memory.stat")  # file pages can be given back, these not
+                kept = sum(stat.get(kind, 0) for kind in ("anon", "shmem", "slab_unreclaimable"))
+                free.append(max(0, int((place / limit).read_text()) - kept))
     return min(free, default=None)
 
 
@@ -883,19 +863,6 @@ def forget_peak(device: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _group_room(group: Path, v1: bool) -> int:
-    """A control group's limit less what it cannot give back: file pages it can, locked ones not."""
-    names = ["memory.limit_in_bytes"] if v1 else ["memory.max", "memory.high"]
-    limits = []  # "max", or no such file: none
-    for name in names:
-        with suppress(OSError, ValueError):
-            limits.append(int((group / name).read_text()))
-    limit = min(limits, default=2**63)
-    stat = _fields(group / "memory.stat")
-    kinds = ("total_rss", "total_shmem") if v1 else ("anon", "shmem", "slab_unreclaimable")
-    return max(0, limit - sum(stat.get(kind, 0) for kind in kinds))
-
-
 def _fields(path: Path) -> dict[str, int]:
     """Lines of "name: number unit" or "name number"."""
     words = (line.replace(":", " ").split() for line in path.read_text().splitlines())
@@ -906,17 +873,9 @@ def peak_gib(device: str) -> float:
     """Most memory held since forget_peak: the GPU allocator's, else this process's (0: unknown)."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / GIB
-    with suppress(OSError, KeyError, IndexError):
-        fields = dict(
-            line.split(":") for line in Path("/proc/self/status").read_text().splitlines()
-        )
-        return int(fields["VmHWM"].split()[0]) * 1024 / GIB
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+    with suppress(OSError, KeyError):  # Linux only
+        return _fields(Path("/proc/self/status"))["VmHWM"] * 1024 / GIB
+    return 0.0
 
 
 def _gb(n_bytes: float) -> str:

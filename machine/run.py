@@ -16,7 +16,6 @@ how, is in longred.py.
 
 import os
 import platform
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -32,10 +31,11 @@ import longred
 from longred import Config, parse_args
 from machine import checkpoints, corpus, files, log, memory, plan, samples, states
 from machine.checkpoints import open_tensors, resolve_checkpoint
-from machine.corpus import beginnings
+from machine.corpus import at_commit, beginnings
+from machine.files import finite, signed
 from machine.formats import load_checkpoint, load_config, save_checkpoint
-from machine.keeper import Keeper, interrupt, refuse_in_the_way, refuse_taken
-from machine.many import Processes, after_restart, is_silent, whole_number
+from machine.keeper import Keeper, command_line, refuse_in_the_way, refuse_taken
+from machine.many import Processes, after_restart, whole_number
 from machine.mixture import Mixture, choose_documents
 from machine.settings import (
     HARMLESS,
@@ -52,16 +52,6 @@ from machine.tokenizer import check_export, find_tokenizer, load_tokenizer
 from model import Llama, export_dtype, hf_name, merge_weights
 
 
-def last_words(error: Exception) -> str | int:
-    """How a user's error ends: one line, said by one process of each machine."""
-    if is_silent():
-        return 1
-    line = " ".join(str(error).split())
-    if isinstance(error, OSError) and not error.filename:
-        line += "; a disk or a pipe that this run writes to gave that error"
-    return f"longred: {line}"
-
-
 class Run(longred.Run):
     """One process at work on a run, from its settings to its export; a context around all of it."""
 
@@ -74,6 +64,7 @@ class Run(longred.Run):
         self.resumed = None  # longred.json of the run that goes on
         self.data_seconds = 0.0  # waited for text in this step
         self.own = {}  # the source self:N -> its file and cost
+        self.commits = {}  # a source on the hub -> the commit at which it is read
         self.sequences = {}  # stream -> how many of its sequences go into one forward pass
         self.texts = {}  # stream -> its data.Stream or mixture.Mixture
         self.stepping = None  # the generator of the steps
@@ -110,6 +101,7 @@ class Run(longred.Run):
         if config.resume:
             self.resumed = states.read_run(config.resume)
             self.resumed["config"] = of_today(self.resumed["config"])
+            self.commits = self.resumed["commits"]
             config = resumed_config(self.resumed["config"], config)
         self.processes.join(config.device, config.context or 1)
         if self.resumed:
@@ -155,11 +147,7 @@ class Run(longred.Run):
         self.streams = streams
         self.units = [plan.Unit.of(s, c, c.unit_tokens // s.seq_len) for s in streams.values()]
         freed = states.bytes_in(self.out_dir / "checkpoints")
-        self.once(
-            lambda: plan.preflight(
-                c, self.original, streams.values(), self.units, processes=size, freed=freed
-            )
-        )
+        self.once(lambda: plan.preflight(c, self.original, self.units, processes=size, freed=freed))
         self.take_plan(self.plan_memory() if c.device.startswith("cuda") else None)
 
     def take_plan(self, found: plan.Plan | None) -> None:
@@ -232,6 +220,8 @@ class Run(longred.Run):
         if self.processes.size > 1:
             self.once(lambda: tokenize() and None)
         corpora = tokenize()
+        if not self.commits:
+            self.commits = {spec: at for tokens in corpora for spec, at in tokens.commits.items()}
         data.share_held_out(corpora)
         self.once(lambda: self.check_text(tokenizer))
         for s, tokens in zip(streams.values(), corpora, strict=True):
@@ -246,11 +236,13 @@ class Run(longred.Run):
         if self.resumed:
             states.check_same(self.resumed, self.record, self.out_dir, c.resume_anyway)
         self.record["own_samples"] = self.own  # where they are and what they cost; they are data
+        self.record["commits"] = self.commits
         self.record["code"] = states.code_fingerprints()
         self.record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
 
     def own_text(self, specs: list[str], tokenizer) -> list[str]:
-        """A list of sources, `self` in it replaced by the file of the checkpoint's own samples."""
+        """A list of sources: of `self` the file of the checkpoint's own samples, of the hub what
+        the run began with."""
         for spec in specs:
             n = samples.count(spec)
             if n and spec not in self.own:
@@ -269,7 +261,8 @@ class Run(longred.Run):
                     asked=asked,
                 )
                 self.own[spec] = {"file": path} | cost
-        return [self.own[spec]["file"] if spec in self.own else spec for spec in specs]
+        files = {spec: own["file"] for spec, own in self.own.items()}
+        return [files.get(spec) or at_commit(spec, self.commits.get(spec)) for spec in specs]
 
     def check_text(self, tokenizer) -> None:
         """Refuse, before any step, an export that would tokenise this run's text otherwise."""
@@ -410,7 +403,10 @@ class Run(longred.Run):
 
     def write_record(self) -> None:
         if self.processes.rank == 0:
-            files.write_json(self.out_dir / "longred.json", self.record)
+            record = {"checksum": 0} | signed(
+                finite(self.record)
+            )  # in a line of its own, the first
+            files.write_json(self.out_dir / "longred.json", record)
 
     def batches(self, stream, step: int) -> Iterator[data.Batch]:
         """This process's part of what a step reads of a stream, as data.Batch, one a forward pass.
@@ -540,18 +536,12 @@ def train(config: Config) -> Path:
 def main(argv: list[str] | None = None) -> None:
     """The command line. An error that the user can correct ends it with a message of one line."""
     log.outlive_readers()
-    if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupt)
     config = parse_args(argv, MachineConfig)
     check_flags(config)
-    try:
+    with command_line("longred", argv):
         if config.resume or config.ckpt:
             train(config)
         else:
             from measure.demo import demo  # not at the top: it imports this file
 
             demo(config)
-    except (ValueError, OSError) as e:
-        raise SystemExit(last_words(e)) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None

@@ -28,7 +28,7 @@ class MachineConfig(Config):
     ckpt: str | None = opt(None, "folder, OUT_DIR, known name or hub id; none: the demo")
     long_data: list[str] | None = opt(
         None,
-        "long text: files, folders, globs, hub datasets hf:owner/name[/config][:split][#column] "
+        "long text: files, folders, globs, hub datasets hf:owner/name[@revision][/part][#column] "
         "(default: 1.3 GB of public-domain books and open-licence papers, 0.9G tokens)",
     )
     short_data: list[str] | None = opt(

@@ -47,6 +47,8 @@ def trim_log(path: Path, steps: int) -> list[dict]:
     torn = [i + 1 for i, line in enumerate(found) if line is None]
     if torn and (torn != [len(raw)] or len(lines) < steps):  # the last one: a kill's, run anew
         print(f"warning: {path}: line {', '.join(map(str, torn))} damaged, left out of the log")
+    elif missing := [step for step in range(1, steps + 1) if step not in lines]:
+        print(f"warning: {path} lacks {len(missing)} of {steps} steps, step {missing[0]} and on")
     if steps == 0 and (undone := sum(line == {} for line in found)):
         print(f"warning: no state is left: the {undone} steps in {path} are done once more")
     lines = [lines[step] for step in sorted(lines)]
@@ -60,14 +62,21 @@ def read_run(out_dir: str | os.PathLike) -> dict:
     path = Path(out_dir) / "longred.json"
     if not path.exists():
         raise ValueError(f"--resume {out_dir}: no {path.name} there, so no run to resume")
-    record = {name: kind() for name, kind in RECORD.items()} | read_json(path)
+    found = read_json(path)
+    if "checksum" in found and found != signed(found):
+        raise ValueError(
+            f"{path} is damaged: it has not its checksum; take it from a backup, or, if you edited "
+            'it, remove the line "checksum" from it'
+        )
+    record = {name: kind() for name, kind in RECORD.items()} | found
     for name, kind in {"config": dict, **RECORD}.items():
         if not isinstance(record.get(name), kind):
             raise ValueError(f"{path} is damaged, in its {name}; take it from a backup")
     return record
 
 
-RECORD = {"data": dict, "weights": dict, "code": dict, "code_changes": list, "own_samples": dict}
+RECORD = dict.fromkeys(("data", "weights", "code", "own_samples", "commits"), dict)
+RECORD["code_changes"] = list
 
 
 # -------------------------------------------------------------------------- what a run depends on
@@ -89,7 +98,7 @@ def code_fingerprints() -> dict[str, str]:
 def weight_fingerprints(folder: Path) -> dict[str, str]:
     """Return {file: checksum of every byte} of a checkpoint's weights, and one of its config.
 
-    The config counts by what a model is made of, not by how its file is written.
+    The config counts by its entries, not by how its file is written.
     """
     paths = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".pth")]
     found = {p.name: f"{p.stat().st_size}-{file_checksum(p):08x}" for p in paths if p.is_file()}

@@ -22,6 +22,7 @@ import torch
 from longred import whole_number
 from machine import plan as planner
 from machine.files import refuse_foreign
+from machine.keeper import command_line
 from measure.prove import PARTS, prove
 from measure.timing import (
     MOMENTS,
@@ -73,13 +74,11 @@ def main(argv=None):
     add("--seconds", type=float, help="stop before this, with every row on disk")
     add("--ckpt", help="a small checkpoint to train (default: the demo's, else one trained first)")
     args = parser.parse_args(argv)
-    try:
+    with command_line("bench", argv):
         for smoke_test in (False, True):
             path = result_path(args.out_dir, result_name(args), smoke_test)
             refuse_foreign(path, {"device", "smoke_test", "command"}, "benchmark")
         args.run(args)
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"bench: {e}") from None
 
 
 if __name__ == "__main__":

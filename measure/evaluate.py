@@ -52,9 +52,10 @@ from tqdm import tqdm
 import data
 from longred import whole_number
 from machine.checkpoints import open_tensors, resolve_checkpoint
-from machine.corpus import tokenize
+from machine.corpus import at_commit, tokenize
 from machine.files import digest, finite, lock_folder, refuse_foreign, remember, whole_file
 from machine.formats import load_checkpoint, load_config
+from machine.keeper import command_line
 from machine.log import command, outlive_readers
 from machine.plan import available_memory, expand_segments, parameter_count
 from machine.samples import sample_ids
@@ -797,7 +798,7 @@ def main(argv: list[str] | None = None) -> None:
     expand_segments()  # before anything asks for the GPU
     outlive_readers()
     a = parse_args(argv)
-    try:
+    with command_line("evaluate", argv):
         check_device(a, 0)
         if a.job != "compare" and Path(a.file).exists():
             raise ValueError(f"{a.file} exists: remove it, or name another file")
@@ -807,10 +808,6 @@ def main(argv: list[str] | None = None) -> None:
             select_corpus(a)
         else:
             compare(a)
-    except (ValueError, OSError, MemoryError) as e:
-        raise SystemExit(f"evaluate: {' '.join(str(e).split()) or 'out of memory'}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 PICTURES = "overview", "drift", "training", "needles", "repeat"
@@ -835,13 +832,16 @@ def compare(a: Namespace) -> None:
         run = folder and folder.parent / "longred.json"
         if run and run.is_file() and not a.data:
             record = read_run(run.parent)
-            config, own = record["config"], record["own_samples"]
+            config, own, commits = (record[key] for key in ("config", "own_samples", "commits"))
             try:
-                files = [own.get(s, {"file": s})["file"] for s in config.get("short_data") or ()]
-                a.data = [str(spec) for spec in config.get("long_data") or ()] or None
+                long, short = (
+                    [own.get(s, {"file": at_commit(s, commits.get(s))})["file"] for s in specs]
+                    for specs in (config.get(f"{name}_data") or () for name in ("long", "short"))
+                )
             except (TypeError, KeyError, AttributeError):
                 raise ValueError(f"{run} is damaged, in its texts; pass --data") from None
-            a.short_data = a.short_data or [str(file) for file in files] or None
+            a.data = [str(file) for file in long] or None
+            a.short_data = a.short_data or [str(file) for file in short] or None
             a.add_eos = config.get("add_eos") if a.add_eos is None else a.add_eos
     runs = [("original", base)] + [(name, folder) for name, folder, _ in found if folder]
     unfinished = [(name, why) for name, folder, why in found if not folder]
@@ -863,6 +863,8 @@ def measure_all(a: Namespace, texts: Texts, runs: list, base: Path, unfinished: 
             if a.pcd:
                 results.append((f"{name}, PCD", None, row(a, texts, folder, base, PCD)))
     except KeyboardInterrupt:
+        if not results:  # an older report stays
+            raise
         stopped = True
     print("\n" + write_report(a, texts, results, unfinished), flush=True)
     bad = [name for name, _, result in results if finite(result) != result]

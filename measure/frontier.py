@@ -37,6 +37,7 @@ import torch
 from machine.corpus import tokenize
 from machine.files import whole_file
 from machine.formats import load_checkpoint
+from machine.keeper import command_line
 from machine.samples import sample_ids
 from machine.tokenizer import load_tokenizer
 from measure.demo import prose_lines
@@ -177,7 +178,9 @@ def train(a, text: str, point: Point, seed: int) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with open(a.out_dir / f"{out.name}.log", "a", encoding="utf-8") as log:
         command = [sys.executable, str(script), *flags]
-        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+    if code:
+        raise ValueError(f"{out.name} ended by {code}; its output is in {log.name}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     if not started:  # of a run that was stopped, the seconds before are not known
@@ -548,7 +551,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--earlier", type=Path, metavar="FILE", help="a frontier.json.gz whose runs are kept")
     add("--scores", type=Path, metavar="FILE", help="print an earlier frontier.json.gz")
     a = parser.parse_args(argv)
-    try:
+    with command_line("frontier", argv):
         refuse_foreign(a.out_dir, "frontier", {"original", "runs"})
         if a.scores:
             content = read_scores(a.scores, {"original", "runs"})
@@ -563,10 +566,6 @@ def main(argv: list[str] | None = None) -> None:
         content = {run_name(*run): scores for run, scores in runs.items()}
         write_scores(a.out_dir / "frontier.json.gz", {"original": original, "runs": content})
         show(a, runs, original)
-    except subprocess.CalledProcessError as e:
-        raise SystemExit(f"frontier: {e}; its output is in {a.out_dir}/RUN.log") from None
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"frontier: {e}") from None
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ runs of one name are drawn as their mean with a band from the least to the most.
 smoothed, faint ones are raw. An axis has one unit; a signed quantity has a map centred on 0.
 """
 
-import json
 import textwrap
 from pathlib import Path
 
 import numpy as np
+
+from machine.log import read_losses
+from machine.states import read_run
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and five for long comparisons.
 GREY = "#777777"
@@ -24,8 +26,11 @@ SMOOTH = 5  # values in a moving average
 def draw(results: list, out_dir: Path, original_len: int, target_len: int) -> list[Path]:
     """Draw the pictures that the results allow. Raises ImportError without matplotlib.
 
-    results: [(name, folder or None, what evaluate.measure filled in)], the original first.
+    results: [(name, folder or None, what evaluate.measure filled in)], the original first; none if
+    its numbers are not finite.
     """
+    if not results:
+        return []
     import matplotlib
 
     matplotlib.use("Agg")
@@ -245,7 +250,7 @@ def training_curves(results: list) -> dict[tuple[str, str], list]:
     curves = {}
 
     def add(stream: str, unit: str, name: str, values: list) -> None:
-        values = [x for x in values if x is not None]
+        values = [x for x in values if type(x) in (int, float)]
         if values:
             curves.setdefault((stream, unit), []).append((name, values))
 
@@ -253,9 +258,9 @@ def training_curves(results: list) -> dict[tuple[str, str], list]:
         log = folder.parent / "log.jsonl" if folder and folder.name == "hf" else Path("none")
         if not log.is_file():
             continue
-        lines = [json.loads(text) for text in log.read_text().splitlines()]
-        run = log.with_name("longred.json")
-        method = json.loads(run.read_text())["config"]["method"] if run.is_file() else "longred"
+        lines, run = read_losses(log), log.with_name("longred.json")
+        config = read_run(run.parent)["config"] if run.is_file() else {}
+        method = str(config.get("method", "longred"))
         for stream in STREAMS:
             unit = UNITS.get(method, CE) if stream in ("short", "s2l") else CE
             add(stream, unit, name, [line.get(f"loss_{stream}") for line in lines])

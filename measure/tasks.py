@@ -30,6 +30,7 @@ from tqdm import tqdm
 from machine.checkpoints import resolve_checkpoint
 from machine.files import remember, whole_file
 from machine.formats import load_checkpoint, load_config
+from machine.keeper import command_line
 from machine.plan import expand_segments
 from machine.states import weight_fingerprints
 from machine.tokenizer import Tokenizer, load_tokenizer
@@ -243,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
     a = parser.parse_args(argv)
     a.dtype = getattr(torch, a.dtype or ("bfloat16" if "cuda" in a.device else "float32"))
-    try:
+    with command_line("tasks", argv):
         if a.items < 2:
             raise ValueError(f"--items {a.items}: need 2 at least")
         refuse_foreign(a.out_dir, "tasks", {"scores"})
@@ -252,8 +253,6 @@ def main(argv: list[str] | None = None) -> None:
         with whole_file(a.out_dir / "tasks.md") as f:
             f.write("\n".join(lines) + "\n")
         write_scores(a.out_dir / "tasks.json.gz", {"package": PACKAGE, "scores": scores})
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"tasks: {e}") from None
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import numpy as np
 from machine import corpus as texts
 from machine.checkpoints import resolve_checkpoint
 from machine.corpus import tokenize
+from machine.keeper import command_line
 from machine.tokenizer import Tokenizer, check_export, load_tokenizer
 
 SHOWN = 24  # tokens of a beginning, and of an end
@@ -92,10 +93,8 @@ def look(a: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line. A user's error ends as SystemExit with one line."""
-    try:
+    with command_line("text", argv):
         look(parse_args(argv))
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"text: {e}") from None
 
 
 if __name__ == "__main__":

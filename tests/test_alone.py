@@ -9,14 +9,18 @@ import sys
 import numpy as np
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer, pre_tokenizers
 
 import data
 import longred
+import model
 from machine.corpus import tokenize
+from machine.formats import save_checkpoint
 from machine.run import train
 from machine.settings import MachineConfig
 from machine.tokenizer import load_tokenizer
-from tests.conftest import HERE, STORIES, TEXTS, bpe, needs_stories, tiny_run
+from tests.conftest import HERE, STORIES, TEXTS, bpe, needs_stories, tiny_llama, tiny_run
 
 SIX = "longred.py model.py rope_kernels.py data.py test_longred.py requirements.txt".split()
 CASES = {
@@ -149,6 +153,44 @@ def test_both_ways_make_the_same_documents_of_a_text(ckpt, tmp_path, kind):
     for name in ("doc_checksums", "doc_sources", "doc_starts", "tokens"):
         assert np.array_equal(getattr(plain, name), getattr(robust, name)), name
     assert robust.segments()[1].tolist() == plain.segments()[1].tolist()
+
+
+# What tokenizer_config.json says -> what an export's says, but for the class and the window. What
+# transformers 4 would do otherwise than tokenizer.json, or not open, is written as 4 reads it.
+SETTINGS = {
+    "a chat model's": ({}, {}),
+    "of transformers 5": ({"extra_special_tokens": ["<x>"], "tokenizer_class": "TokenizersBackend"},
+                          {"additional_special_tokens": ["<x>"]}),
+    "a blank in front, unsaid": ({}, {"add_prefix_space": True}),
+    "a blank in front, denied": ({"add_prefix_space": False, "tokenizer_class": None},
+                                 {"add_prefix_space": True}),
+    "no blank in front": ({"add_prefix_space": True}, {"add_prefix_space": False}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_both_ways_export_the_same_tokenizer(tmp_path, kind):
+    settings, want = SETTINGS[kind]
+    source = chat_folder(tmp_path / "source")
+    tk = Tokenizer.from_file(str(source / "tokenizer.json"))
+    tk.add_special_tokens(["<x>"])
+    if "add_prefix_space" in want:
+        tk.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=want["add_prefix_space"])
+    tk.save(str(source / "tokenizer.json"))
+    settings = json.loads((source / "tokenizer_config.json").read_text()) | settings
+    settings["bos_token"] = "<|begin_of_text|>"
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    llama = tiny_llama(vocab_size=640)
+    model.save(llama, tmp_path / "plain", source)
+    save_checkpoint(llama, tmp_path / "robust", source)
+    names = "tokenizer.json", "tokenizer_config.json"
+    plain, robust = ([(tmp_path / d / n).read_bytes() for n in names] for d in ("plain", "robust"))
+    assert plain == robust
+    common = {"eos_token": "<|eot_id|>", "bos_token": "<|begin_of_text|>"}
+    common |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64}
+    assert json.loads(plain[1]) == common | want
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")("It is 1999")["input_ids"]
+    assert ids == tk.encode("It is 1999").ids
 
 
 @pytest.fixture(scope="module")

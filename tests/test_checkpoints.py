@@ -1,6 +1,7 @@
 """machine/checkpoints.py: every format in and out, and every hostile file refused in one line."""
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from machine import checkpoints, files, hf_config
 from machine.checkpoints import resolve_checkpoint
+from machine.corpus import tokenize
 from machine.formats import (
     config_from_hf,
     config_to_hf,
@@ -716,8 +718,8 @@ def test_the_hub_is_asked_for_what_is_needed_and_refusals_are_explained(tmp_path
         (folder / name).write_bytes(b"much")
     Hub.files, Hub.asked = folder, []
     said = {
-        "some/model": "loaded",
-        "some/model@v1.0": "loaded",
+        "some/model": "a" * 40,  # the commit that was read, in the path that a run records
+        "some/model@v1.0": "b" * 40,
         "some/model@v9": "it has no revision 'v9'.*hf download some/model --revision v9",
         "llama3-8b": "licence must be accepted at .*Meta-Llama-3-8B, and you are not logged in",
         "some/broken": "out of reach .*500.* you are not logged in",
@@ -727,7 +729,7 @@ def test_the_hub_is_asked_for_what_is_needed_and_refusals_are_explained(tmp_path
 import json, sys
 from machine import formats as model
 for name in sys.argv[1:]:
-    try: print(model.load_checkpoint(name).config.n_layers and "loaded")
+    try: print(model.load_checkpoint(name) and model.checkpoints.resolve_checkpoint(name).name)
     except ValueError as e: print(e)
 """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
@@ -741,7 +743,7 @@ for name in sys.argv[1:]:
     lines = done.stdout.splitlines()
     for (name, want), got in zip(said.items(), lines, strict=True):
         assert re.search(want, got), (name, got)
-        assert got == "loaded" or ("hf auth login" in got and "hf download" in got), got
+        assert got == want or ("hf auth login" in got and "hf download" in got), got
     assert sorted(set(Hub.asked)) == ["config.json", "model.safetensors"]
 
 
@@ -774,6 +776,22 @@ def test_the_downloads_that_refusals_name_bring_what_was_missing(tmp_path):
     obey(first.stderr)
     server.shutdown()
     assert subprocess.run(command, **offline).returncode == 0
+
+
+def test_a_disk_that_the_hubs_files_fill_is_named_and_no_login_asked_for(tmp_path, monkeypatch, tk):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
+    name = "a.jsonl", 9, "me/texts", "c0ffee"
+    monkeypatch.setattr("machine.corpus._hub_files", lambda spec: [[*name]])
+    for read in (
+        lambda: load_checkpoint("some/model"),
+        lambda: tokenize(["hf:me/texts"], tk, tmp_path / "cache"),
+    ):
+        with pytest.raises(ValueError, match="hub, where the hub's files go, is full.*HF_HOME"):
+            read()
 
 
 # ------------------------------------------------------------------------------------ hostile files

@@ -13,6 +13,7 @@ from machine.formats import load_checkpoint
 from machine.keeper import clear_run
 from machine.run import train
 from measure import demo, evaluate
+from tests.conftest import edit_record
 
 
 def test_the_demo_trains_an_original_stretches_it_both_ways_and_compares(
@@ -79,9 +80,7 @@ def test_the_demo_touches_nothing_that_it_did_not_make(tmp_path, whole):
 
 def test_a_demo_clears_its_own_run_but_not_around_somebodys_file(whole, tmp_path):
     out = shutil.copytree(whole, tmp_path / "run")
-    record = json.loads((out / "longred.json").read_text())
-    record["config"]["out_dir"] = str(out)
-    (out / "longred.json").write_text(json.dumps(record))
+    record = edit_record(out, lambda record: record["config"].update(out_dir=str(out)))
     (out / "hf" / "MINE").write_text("mine")
     before = sorted(out.rglob("*"))
     with pytest.raises(ValueError, match="MINE is in the way, and not of the run"):

@@ -86,6 +86,23 @@ def test_a_divergence_is_no_cross_entropy(tmp_path):
     assert pictures.training_curves(both)["short", pictures.KL] == [("longred", [0.3] * 20)]
 
 
+def test_without_results_there_are_no_pictures(tmp_path):
+    assert pictures.draw([], tmp_path, 64, 128) == [] == [*tmp_path.iterdir()]
+
+
+def test_a_damaged_line_of_a_log_is_left_out_of_the_picture_with_a_warning(tmp_path, capsys):
+    found = logged(tmp_path, "longred", 0.1)
+    log = found[0][1].parent / "log.jsonl"
+    lines = log.read_bytes().splitlines()
+    lines[3], lines[5], lines[7] = b"\xff" + lines[3], lines[5][:9], b"[]"
+    lines[9] = lines[9].replace(b"0.1", b'"a"')
+    log.write_bytes(b"\n".join(lines))
+    curves = pictures.training_curves(found)
+    assert curves["long", pictures.CE] == [("longred", [3.0] * 17)]
+    assert curves["short", pictures.COS] == [("longred", [0.1] * 16)]
+    assert "log.jsonl: 3 damaged lines are left out" in capsys.readouterr().out
+
+
 def logged(tmp_path, method, short, **more):
     """[(method, folder, {})]: a run of 20 steps with its log."""
     folder = tmp_path / f"{method}-alone" / "hf"

@@ -11,7 +11,6 @@ import io
 import lzma
 import re
 import shutil
-import sqlite3
 import subprocess
 import sys
 import tarfile
@@ -19,7 +18,7 @@ import zipfile
 
 import pytest
 
-from machine.corpus import MAGIC, tokenize
+from machine.corpus import OTHERS, tokenize
 from machine.files import LFS
 from tests.conftest import byte_tokenizer, documents
 
@@ -38,44 +37,34 @@ def archive(path, kind):
             t.addfile(entry, io.BytesIO(inner))
 
 
-def database(path):
-    with sqlite3.connect(path) as made:
-        made.execute("create table TABLES (body)")
-        made.execute("insert into TABLES values (?)", [TEXT])
-
-
-def arrow(path, kind):
+def arrow(path):
     pa = pytest.importorskip("pyarrow")
     table = pa.table({"text": [TEXT]})
-    with getattr(pa.ipc, f"new_{kind}")(path, table.schema) as writer:
+    with pa.ipc.new_stream(path, table.schema) as writer:
         writer.write_table(table)
 
 
-def lz4(path):
-    if not shutil.which("lz4"):
-        pytest.skip("no lz4 here")
-    subprocess.run(["lz4", "-q", "-", path], input=TEXT.encode(), check=True)
+def twice(content):
+    return gzip.compress(gzip.compress(content))
 
 
 # name -> (what makes the file, what of the message is the command).
 TABLE = {
     "a.txt": (lambda p: p.write_bytes(TEXT.encode("utf-16")), r"iconv -f utf-16 -t utf-8$"),
     "be.txt": (lambda p: p.write_bytes(b"\xfe\xff" + TEXT.encode("utf-16-be")), r"iconv .*$"),
-    "le.txt": (lambda p: p.write_bytes(TEXT.encode("utf-16-le")), r"iconv -f utf-16le.*$"),
     "latin.txt": (lambda p: p.write_bytes(TEXT.encode("cp1252")), r"iconv [^)]*"),
-    "a.txt.xz": (lambda p: p.write_bytes(lzma.compress(TEXT.encode())), r"xz -d$"),
-    "a.txt.bz2": (lambda p: p.write_bytes(bz2.compress(TEXT.encode())), r"bunzip2$"),
-    "a.txt.lz4": (lz4, r"lz4 -dm$"),
-    "a.zip": (lambda p: archive(p, "zip"), r"unzip$"),
+    "a.txt.xz": (lambda p: p.write_bytes(lzma.compress(TEXT.encode())), r"7z x"),
+    "a.txt.bz2": (lambda p: p.write_bytes(bz2.compress(TEXT.encode())), r"7z x"),
+    "a.zip": (lambda p: archive(p, "zip"), r"7z x"),
     "a.tar": (lambda p: archive(p, "w"), r"tar -xf$"),
     "a.tar.gz": (lambda p: archive(p, "w:gz"), r"tar -xf$"),
-    "a.db": (database, r"sqlite3 FILE .*"),
-    "b.arrow": (lambda p: arrow(p, "file"), r"python -c '.*'$"),
-    "c.arrow": (lambda p: arrow(p, "stream"), r"python -c '.*'$"),
+    "b.txt.gz": (lambda p: p.write_bytes(twice(TEXT.encode())), r"gzip -d"),
+    "c.arrow": (arrow, r"python -c '.*'$"),
 }
-# The rest of MAGIC: no command is named, or its input cannot be made here.
-NOT_RUN = {LFS, b"7z\xbc\xaf\x27\x1c", b"Rar!", b"%PDF", b"{\\rtf", b"\xd0\xcf\x11\xe0"}
-NOT_RUN |= {b"\x93NUMPY", b"\x89HDF"}
+# The row whose input cannot be made here; and that of Git LFS, whose command needs a repository.
+# Each was run by hand, and mended its file: 7z 26.02, pdftotext 22.12, pandoc 2.17, soffice 7.4.7,
+# git-lfs 3.3 (2026-12-01).
+NOT_RUN = {row for row in OTHERS if LFS in row or b"%PDF" in row}
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -100,26 +89,16 @@ def test_the_command_that_a_refusal_names_mends_the_file(tmp_path, name):
 
 def filled(name, command):
     """A refusal's command with the reader's part: the file, and where its text goes."""
-    command = command.replace("COLUMN", "body").replace("TABLE", "TABLES")
     if "FILE" not in command:
         command += f" FILE{' > out.txt' if 'iconv' in command else ''}"
     return command.replace("FILE", name).replace("python -c", f"{sys.executable} -c")
 
 
-def test_gzip_under_another_name_is_read_under_the_name_that_is_asked_for(tmp_path):
-    tk = byte_tokenizer(tmp_path / "tk")
-    (tmp_path / "a.txt").write_bytes(gzip.compress(TEXT.encode()))
-    with pytest.raises(ValueError, match="let its name end in .gz"):
-        tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache")
-    (tmp_path / "a.txt").rename(tmp_path / "a.txt.gz")
-    (ids,) = documents(tokenize([tmp_path / "a.txt.gz"], tk, tmp_path / "cache"))
-    assert tk.decode(ids[:-1]) == TEXT
-
-
-def test_every_kind_of_file_that_is_known_and_not_read_is_in_the_table(tmp_path):
+def test_every_row_of_the_table_is_tried(tmp_path):
     begin = set()
     for name, (make, _) in TABLE.items():
         make(tmp_path / name)
         head = (tmp_path / name).read_bytes()
-        begin |= {magic for magic in MAGIC if head.startswith(magic)}
-    assert begin | NOT_RUN == MAGIC.keys() and not begin & NOT_RUN
+        head = gzip.decompress(head) if name.endswith(".gz") else head
+        begin |= {row for row in OTHERS if head.startswith(row)}
+    assert begin | NOT_RUN == OTHERS.keys() and not begin & NOT_RUN

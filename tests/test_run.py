@@ -29,7 +29,7 @@ from longred import cross_entropy, main, short_to_long_distillation
 from machine import log, plan, states
 from machine.corpus import tokenize
 from machine.files import file_checksum, lock_folder, signed
-from machine.formats import load_checkpoint, load_config
+from machine.formats import load_checkpoint, load_config, save_checkpoint
 from machine.keeper import Keeper, StopSignal
 from machine.log import Watch
 from machine.many import Processes
@@ -38,7 +38,8 @@ from machine.run import train
 from machine.settings import MachineConfig as Config
 from machine.settings import of_today, resolve
 from machine.tokenizer import load_tokenizer
-from tests.conftest import HERE, read_log, run_python, same_run, tiny_run
+from model import CONFIG_NAMES
+from tests.conftest import HERE, edit_record, read_log, run_python, same_run, tiny_llama, tiny_run
 
 # ------------------------------------------------------------------------------------------- resume
 
@@ -206,12 +207,13 @@ def test_an_error_between_updates_saves_the_steps_done(whole, ckpt, tmp_path, mo
 
 
 def changed_run(out, ckpt, part):
-    record = json.loads((out / "longred.json").read_text())
-    if part == "config":
-        record["config"]["lr"] = 0.5  # only the saved state still knows better
-    else:
-        record[part][next(iter(record[part]))] = "0"
-    (out / "longred.json").write_text(json.dumps(record))
+    def change(record):
+        if part == "config":
+            record["config"]["lr"] = 0.5  # only the saved state still knows better
+        else:
+            record[part][next(iter(record[part]))] = "0"
+
+    edit_record(out, change)
 
 
 @pytest.mark.parametrize("part", ["config", "data", "weights"])
@@ -222,11 +224,51 @@ def test_resume_refuses_another_run_and_names_the_difference(at_two, ckpt, part)
     main(["--resume", str(at_two), "--resume_anyway"])
 
 
+# Entries of config.json, one each, that a ModelConfig or the export's dtype is made of.
+OTHER_CONFIG = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+OTHER_CONFIG |= {"num_key_value_heads": 3, "head_dim": 8, "intermediate_size": 81}
+OTHER_CONFIG |= {"vocab_size": 97, "rms_norm_eps": 2e-5, "rope_theta": 501.0}
+OTHER_CONFIG |= {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "torch_dtype": "float16"}
+OTHER_CONFIG |= {"max_position_embeddings": 65, "tie_word_embeddings": True}
+OTHER_CONFIG |= {"attention_bias": True, "mlp_bias": True, "model_type": "qwen3"}
+
+
+def test_any_other_byte_of_the_weights_and_entry_of_the_config_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr("machine.formats.SHARD_SIZE", "30KB")
+    folder = save_checkpoint(tiny_llama(), tmp_path / "model")
+    first = states.weight_fingerprints(folder)
+
+    def changed(path, raw) -> bool:
+        before, now = path.read_bytes(), {}
+        path.write_bytes(raw)
+        now["weights"] = states.weight_fingerprints(folder)
+        path.write_bytes(before)
+        if now["weights"] == first:
+            return False
+        name = path.name if path.suffix == ".safetensors" else "config"
+        with pytest.raises(ValueError, match=f"weights {name} was .*, is .*--resume_anyway"):
+            states.check_same({"weights": first}, now, tmp_path, False)
+        return True
+
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 2
+    for path in shards:  # in the header, in each tensor, at both ends
+        raw = path.read_bytes()
+        for i in (*range(0, len(raw), 997), len(raw) - 1):
+            assert changed(path, raw[:i] + bytes([raw[i] ^ 1]) + raw[i + 1 :]), (path.name, i)
+        assert changed(path, raw + b"\0") and changed(path, raw[:-1])
+    config = json.loads((folder / "config.json").read_text())
+    assert {*OTHER_CONFIG} >= {*CONFIG_NAMES.values()}
+    for key, value in OTHER_CONFIG.items():
+        other = json.dumps(config | {key: value}).encode()
+        assert value != config.get(key) and changed(folder / "config.json", other), key
+    same = json.dumps(dict(reversed(config.items())), indent=4).encode()
+    assert not changed(folder / "config.json", same)  # written otherwise, it says the same
+
+
 def test_a_run_resumed_with_other_code_warns_goes_on_and_records_it(at_two, whole, capsys):
     path = at_two / "longred.json"
-    record = json.loads(path.read_text())
-    record["code"] |= {"model.py": "0", "machine/many.py": "0"}
-    path.write_text(json.dumps(record))
+    edit_record(at_two, lambda r: r["code"].update({"model.py": "0", "machine/many.py": "0"}))
     main(["--resume", str(at_two)])
     assert "the code changed in machine/many.py, model.py" in capsys.readouterr().out
     assert same_run(whole, at_two)
@@ -728,6 +770,34 @@ def test_a_torn_log_line_costs_itself_alone(tmp_path, capsys):
     kept_ = states.trim_log(tmp_path / "log.jsonl", 5)
     assert [line["step"] for line in kept_] == [1, 3, 5] == [x["step"] for x in read_log(tmp_path)]
     assert "line 2, 4, 7 damaged" in capsys.readouterr().out
+    lines[1], lines[3] = json.dumps(good[2]).encode(), json.dumps(good[3]).encode()
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    assert [line["step"] for line in states.trim_log(tmp_path / "log.jsonl", 6)] == [1, 3, 4, 5, 6]
+    assert "lacks 1 of 6 steps, step 2 and on" in capsys.readouterr().out
+
+
+def test_any_other_byte_of_longred_json_is_seen_or_says_the_same(at_two, whole):
+    path = at_two / "longred.json"
+    raw, record = path.read_bytes(), states.read_run(at_two)
+    for i in range(0, len(raw), 3):
+        path.write_bytes(raw[:i] + bytes([raw[i] ^ 1 << i % 8]) + raw[i + 1 :])
+        try:
+            found = states.read_run(at_two)
+        except ValueError as e:
+            assert "damaged" in str(e) and "\n" not in str(e)
+        else:  # a blank, or the name of the checksum itself
+            assert all(found[key] == record[key] for key in record if key != "checksum"), i
+    path.write_bytes(raw.replace(b'"seed": 2024', b'"seed": 2025'))
+    with pytest.raises(SystemExit, match="has not its checksum; .*remove the line") as end:
+        main(["--resume", str(at_two)])
+    line = re.search('the line ("[a-z]+")', str(end.value.code))[1]
+    lines = path.read_text().splitlines(True)
+    path.write_text("".join(text for text in lines if line not in text))  # as it says
+    with pytest.raises(SystemExit, match="config seed was 2024, is 2025"):
+        main(["--resume", str(at_two)])
+    path.write_bytes(b"\n".join(x for x in raw.splitlines() if b'"checksum"' not in x))
+    main(["--resume", str(at_two)])  # as one of a version that wrote none
+    assert same_run(whole, at_two)
 
 
 def test_a_run_resumes_from_anywhere_and_after_a_move(ckpt, whole, tmp_path, monkeypatch):

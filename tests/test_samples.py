@@ -20,6 +20,7 @@ from machine.tokenizer import load_tokenizer
 from model import config_to_hf
 from tests.conftest import (
     byte_tokenizer,
+    edit_record,
     killed_after_two,
     read_log,
     same_run,
@@ -115,9 +116,7 @@ def test_a_run_on_own_samples_resumes_where_its_cache_is_gone(ckpt, tmp_path, sm
     """They are sampled anew, in other seconds and into another folder, and are the same ids."""
     train(own_run(ckpt, tmp_path / "whole", steps=4, save_every=2))
     out = killed_after_two(tmp_path / "whole", tmp_path / "run")
-    record = json.loads((out / "longred.json").read_text())
-    record["own_samples"]["self:40"]["seconds"] = 2.9
-    (out / "longred.json").write_text(json.dumps(record))
+    edit_record(out, lambda record: record["own_samples"]["self:40"].update(seconds=2.9))
     shutil.rmtree(tmp_path / "tokens")
     main(["--resume", str(out), "--cache_dir", str(tmp_path / "elsewhere")])
     after = json.loads((out / "longred.json").read_text())["own_samples"]["self:40"]

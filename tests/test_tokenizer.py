@@ -11,7 +11,7 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 import machine.corpus
@@ -97,11 +97,33 @@ def test_a_document_in_pieces_has_the_tokens_of_the_whole(which, parts):
         machine.corpus.PIECE = size
 
 
+@pytest.mark.parametrize(
+    "token", ["red words", "end\nThe", "a b c", "\nred", "\u00e9 (x y)+", "red"]
+)
+@pytest.mark.parametrize("which", ["llama3", "a blank in front"])
+def test_a_document_is_not_cut_within_an_added_token(tmp_path, monkeypatch, which, token):
+    monkeypatch.setattr(machine.corpus, "PIECE", 2)
+    tk = bpe()
+    if which == "a blank in front":
+        tk = Tokenizer(
+            models.BPE({c: i for i, c in enumerate(["\u2581", *map(chr, range(9, 300))])}, [])
+        )
+        steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        tk.normalizer = normalizers.Sequence(steps)
+    tk.add_tokens([AddedToken(token, special=False, normalized=False)])
+    tk.save(str(tmp_path / "tokenizer.json"))
+    read = load_tokenizer(tmp_path)
+    assert len(read.encode_batch([token])[0]) <= 2
+    for text in (f"It is {token} " * 9, f"the{token}or" * 9, f"red\n{token}\nword\n" * 9):
+        assert in_pieces(read, text) == read.encode_batch([text])[0], text
+    assert len(list(machine.corpus._split(["It is red\nor it " * 9], read))) > 9
+
+
 def in_pieces(tk, text):
     """The tokens of a text, cut as a document is."""
     pieces = list(machine.corpus._split([text], tk))
-    encoded = tk.encode_batch([piece for piece, _, _ in pieces])
-    skipped = (tk.encode_batch([piece[:skip]])[0] if skip else [] for piece, _, skip in pieces)
+    encoded = tk.encode_batch([piece for piece, *_ in pieces])
+    skipped = (tk.encode_batch([piece[:skip]])[0] if skip else [] for piece, _, skip, _ in pieces)
     return [i for ids, skip in zip(encoded, skipped, strict=True) for i in ids[len(skip) :]]
 
 
@@ -136,7 +158,7 @@ def test_no_joint_is_seen_between_letters_that_a_token_holds_side_by_side(tmp_pa
 def test_a_document_without_a_place_to_cut_has_the_tokens_of_the_whole(tmp_path, name):
     tk, text = load_tokenizer(STORIES), AWKWARD[name]
     pieces = list(machine.corpus._split([text], tk))
-    assert len(pieces) > 2 and max(len(piece) for piece, _, _ in pieces) <= (1 << 16) + 1
+    assert len(pieces) > 2 and max(len(piece) for piece, *_ in pieces) <= (1 << 16) + 1
     assert in_pieces(tk, text) == tk.encode_batch([text])[0]
     (tmp_path / "a.txt").write_text(text, newline="")
     (ids,) = documents(tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache"))
