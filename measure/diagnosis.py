@@ -38,6 +38,7 @@ from longred import Config, default_theta, rope_scaling
 from machine.checkpoints import resolve_checkpoint
 from machine.files import digest, refuse_foreign, remember, whole_file, write_json
 from machine.formats import load_checkpoint, rescaled
+from machine.keeper import command_line
 from machine.tokenizer import load_tokenizer
 from measure.demo import prose_lines
 from measure.frontier import sequences
@@ -337,7 +338,7 @@ def main(argv: list[str] | None = None) -> None:
     a = parser.parse_args(argv)
     path = a.out_dir / "diagnosis.json"
     beside = [path.with_suffix(".md"), path.with_suffix(".png")]
-    try:
+    with command_line("diagnosis", argv):
         refuse_foreign(path, {"about", "rows"}, "diagnosis", beside)
         for content in run_all(a):
             write_json(path, content, indent=None)
@@ -350,8 +351,6 @@ def main(argv: list[str] | None = None) -> None:
             except ImportError:
                 lines += ["", "for the picture: pip install matplotlib, then the same command"]
         print("\n".join(lines))
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"diagnosis: {e}") from None
 
 
 if __name__ == "__main__":
