@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
@@ -141,6 +142,33 @@ def meta_folder(folder, model, shards, embedding_dim=0, **params):
     known |= {} if c.d_model == c.n_heads * c.head_dim else {"head_dim": c.head_dim}
     (folder / "params.json").write_text(json.dumps(known | params))
     return folder
+
+
+PERIOD, PERIODIC = 20, 32  # a token comes back after PERIOD; inputs in a sequence
+
+
+def periodic(n, seed):
+    """(n, PERIODIC + 1) int64: random tokens, repeated after PERIOD."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(16, (n, PERIOD), generator=generator)
+    return first.repeat(1, 2)[:, : PERIODIC + 1]
+
+
+@pytest.fixture(scope="session")
+def reader():
+    """A toy trained until it predicts a token from its occurrence PERIOD tokens before."""
+    shape = dict(d_model=32, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=16, d_ff=64)
+    model = Llama(ModelConfig(**shape, vocab_size=16, rope_theta=100.0))
+    model.init_weights(0.1, torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(400):
+        ids = periodic(64, step + 10)
+        logits = model.logits(model(ids[:, :-1])[0])[:, PERIOD - 1 :]
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, PERIOD:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), loss.item()
 
 
 @pytest.fixture(params=[False, True], ids=["llama", "qwen3"])

@@ -14,34 +14,11 @@ from measure.far_context import (
     other_documents,
     shuffled,
 )
-from model import Llama, ModelConfig
-from tests.conftest import made_corpus, tiny_llama, tokens
+from model import Llama
+from tests.conftest import PERIODIC as LENGTH
+from tests.conftest import made_corpus, periodic, tiny_llama, tokens
 
-PERIOD, WINDOW, LENGTH = 20, 16, 32  # a token comes back after PERIOD: beyond a window of 16
-
-
-def periodic(n, seed):
-    """(n, LENGTH + 1) int64: random tokens, repeated after PERIOD."""
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(16, (n, PERIOD), generator=generator)
-    return first.repeat(1, 2)[:, : LENGTH + 1]
-
-
-@pytest.fixture(scope="module")
-def reader():
-    """A toy trained until it predicts a token from its occurrence PERIOD tokens before."""
-    shape = dict(d_model=32, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=16, d_ff=64)
-    model = Llama(ModelConfig(**shape, vocab_size=16, rope_theta=100.0))
-    model.init_weights(0.1, torch.Generator().manual_seed(0))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for step in range(400):
-        ids = periodic(64, step + 10)
-        logits = model.logits(model(ids[:, :-1])[0])[:, PERIOD - 1 :]
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, PERIOD:].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval(), loss.item()
+WINDOW = 16  # a token comes back after PERIOD, beyond it
 
 
 def test_the_measure_fires_for_a_model_that_reads_far_text(reader):

@@ -24,13 +24,14 @@ COMMANDS = {
     "bench prove": ("prove --device cpu --out_dir OUT", "timing.our_step"),
     "tasks": (f"{BASE} --tasks piqa --out_dir OUT", "tasks.score"),
     "frontier": ("--base CKPT --long ONE --books TWO --out_dir OUT", "frontier.run_all"),
+    "diagnosis": ("--base CKPT --book ONE --out_dir OUT", "diagnosis.run_all"),
     "text": ("ONE --ckpt CKPT --cache_dir OUT", "text.show"),
     "longred": ("--out_dir OUT --device cpu", "demo.train_demo_model"),
 }
 CODE = """
 import atexit, json, os, signal, sys
 import torch._dynamo
-from measure import bench, demo, evaluate, frontier, tasks, text, timing
+from measure import bench, demo, diagnosis, evaluate, frontier, tasks, text, timing
 import longred
 del sys.argv[0]
 

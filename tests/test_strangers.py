@@ -11,7 +11,7 @@ import pytest
 from longred import main
 from machine.formats import save_checkpoint
 from machine.run import train
-from measure import bench, demo, evaluate, frontier, tasks
+from measure import bench, demo, diagnosis, evaluate, frontier, tasks
 from measure import text as text_command
 from tests.conftest import WORDS, killed_after_two, tiny_llama, tiny_run, with_eos
 
@@ -106,6 +106,11 @@ def scored(ckpt, folder, texts):
     tasks.main([str(x) for x in argv])
 
 
+def diagnosed(ckpt, folder, texts):
+    argv = ["--base", ckpt[0], "--book", texts[1], "--out_dir", folder]
+    diagnosis.main([str(x) for x in argv])
+
+
 def looked_at(ckpt, folder, texts):
     text_command.main([str(x) for x in (texts[0], "--ckpt", ckpt[0], "--cache_dir", folder)])
 
@@ -120,6 +125,7 @@ COMMANDS = {
     benched: "rope-cpu-smoke.json prove-cpu-smoke.json rope.json",
     ranked: "frontier.md frontier.json.gz frontier.png prose.jsonl original.json.gz",
     scored: "tasks.md tasks.json.gz cache",
+    diagnosed: "diagnosis.json diagnosis.md diagnosis.png cache",
     looked_at: "seen_files.json",
 }
 
@@ -133,6 +139,11 @@ def folder(whole, tmp_path, request, monkeypatch):
     monkeypatch.setattr(frontier, "STORIES", 4)
     monkeypatch.setattr(frontier, "STORY_LEN", 64)
     monkeypatch.setattr(frontier, "BOOK_SEQUENCES", 2)
+    short = dict(
+        TEXT=1, DISTANCES=(1 / 2,), SEQUENCES=2, PASSAGES=2, docstrings=lambda: "a b " * 99
+    )
+    for name, value in (short | {"draw": lambda *_: None}).items():
+        monkeypatch.setattr(diagnosis, name, value)
     monkeypatch.setattr(demo, "train_demo_model", make_demo_model)
     monkeypatch.setattr(demo, "write_demo_text", short_demo_text)
     small = dict(steps=1, eval_tokens=256, long_micro=1, long_batch=1)
