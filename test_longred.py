@@ -930,7 +930,7 @@ def test_cream_draws_k_with_exactly_the_clamped_or_truncated_gaussian(scheme):
     counts, rng = np.zeros(2 * f + 1), np.random.default_rng(3)
     for _ in range(40):
         pos = getattr(data, f"{scheme}_positions")(rng, 1000, t, t * f)
-        if pos[0, t - 17] < t * f - 17:  # head = tail = 16: the ends of each k lie apart
+        if pos[0, t - 17] < t * f - 17:  # head = tail = 16: the ends of each k are distinct
             last, mid = pos[:, t - 17], t - 32  # of the middle chunk
             k = np.ceil((last - 16 - 99) / (mid - 1) * 2).astype(int)
             assert (last >= 16 + (mid - 1) * k // 2).all() and (last <= k * t // 2 - 17).all()

@@ -1,12 +1,12 @@
-"""Checkpoints of every kind, in and out: where they lie, what they hold, whether it is sound.
+"""Checkpoints of every kind, in and out: where they are, what they hold, whether it is sound.
 
     resolve_checkpoint(name) -> folder                  known names and hub ids are downloaded
     read_config(folder, from_hf) -> ModelConfig         config.json, or Meta's params.json
     open_tensors(folder, shapes, config) -> read(name)  names, shapes, dtypes checked beforehand
     new_folder(out_dir)                                 an export, whole or not at all
 
-Checkpoints come from anywhere: a header or config that lies ends as ValueError in one line, before
-any memory is taken for what it claims, and nothing in a file is ever run.
+Checkpoints come from anywhere. A false header or config ends in a ValueError of one line before any
+memory is allocated for what it claims, and nothing in a file is ever executed.
 
 Tensors have Hugging Face's names, and q and k its half-split rotary convention (dimension j pairs
 with j + H/2). Only Meta's own format pairs neighbours (2j, 2j + 1): those rows are permuted here.
@@ -40,7 +40,7 @@ from machine.files import (
 )
 from model import TOKENIZER_FILES
 
-# ------------------------------------------------------------------------------------ where it lies
+# --------------------------------------------------------------------------------- where to find it
 
 # Short names for --ckpt; any other "owner/name" is tried on the hub as it is.
 HUB_NAMES = {
@@ -91,7 +91,7 @@ def resolve_checkpoint(path_or_name: str | os.PathLike) -> Path:
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """ValueError where weights of a LoRA or the like stand by themselves: base + adapter differ."""
+    """Raise ValueError for an adapter (LoRA or the like) that is not merged into the weights."""
     for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
         if (folder / name).exists():
             raise ValueError(
@@ -102,7 +102,7 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 def _download(name: str, repo: str, revision: str | None) -> Path:
-    """A repository's snapshot, at a commit, tag or branch; None: as its main branch is now."""
+    """Return the folder of a downloaded repository. revision: commit, tag or branch; None: main."""
     from huggingface_hub import get_token, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -145,7 +145,7 @@ def _download(name: str, repo: str, revision: str | None) -> Path:
 
 
 def read_config(folder: Path, from_hf: Callable):
-    """from_hf of config.json's content, or of what Meta's params.json would be there.
+    """Return from_hf of config.json's content, or of Meta's params.json translated to it.
 
     Of Meta's weights the headers are read too, for the widths that params.json leaves out.
     Raises ValueError naming the file and the fault.
@@ -217,7 +217,7 @@ def _hf_tensors(folder: Path, shapes: dict, tied: bool) -> Callable[[str], Tenso
             )
 
     def read(name: str) -> Tensor:
-        # Opened anew for each tensor, so that the pages of a memory-mapped file do not add up.
+        # Opened again for each tensor, so that the pages of a memory-mapped file do not add up.
         with safe_open(files[name][0], framework="pt") as f:
             return f.get_tensor(name)
 
@@ -240,7 +240,7 @@ WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig
 
 
 def _check_tied(path: Path, head: Tensor, embedding: Tensor) -> None:
-    """ValueError where config.json says that one matrix is both, and the file holds two.
+    """Raise ValueError if config.json ties embedding and head, and the file holds two matrices.
 
     Transformers 5 keeps the file's own head, transformers 4 and vLLM take the embedding.
     """
@@ -254,10 +254,10 @@ def _check_tied(path: Path, head: Tensor, embedding: Tensor) -> None:
 
 
 def check_finite(tensor: Tensor, name: str, path: Path) -> None:
-    """ValueError if a tensor holds inf or nan, or a number that fp32 takes for inf.
+    """Raise ValueError if a tensor holds inf or nan, or a number that fp32 takes for inf.
 
-    One pass, at memory speed: the sum of what is finite is finite, but for sums that overflow,
-    which the second look tells apart.
+    One pass, at memory speed: a finite sum means finite numbers. If the sum is not finite, it may
+    only have overflowed, so the numbers are then looked at one by one.
     """
     if torch.isfinite(tensor.sum(dtype=torch.float32)):
         return
@@ -270,7 +270,7 @@ def check_finite(tensor: Tensor, name: str, path: Path) -> None:
 
 
 def _weight_files(folder: Path) -> dict[str, tuple[Path, dict]]:
-    """{tensor name: (file, its dtype and shape)}, from the headers alone."""
+    """Return {tensor name: (file, its dtype and shape)}, from the headers alone."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         names = [single.name]
@@ -314,7 +314,7 @@ def _weight_files(folder: Path) -> dict[str, tuple[Path, dict]]:
 
 
 def _safetensors_header(path: Path) -> dict[str, dict]:
-    """{tensor name: {"dtype", "shape", "data_offsets"}}, after safetensors' own checks.
+    """Return {tensor name: {"dtype", "shape", "data_offsets"}} after safetensors' own checks.
 
     Those refuse holes, overlaps and sizes that do not add up; a name given twice passes them.
     """
@@ -330,13 +330,13 @@ def _safetensors_header(path: Path) -> dict[str, dict]:
         pairs = json.loads(text, object_pairs_hook=list)
     header = {name: dict(entry) for name, entry in pairs}
     if len(header) < len(pairs):
-        raise ValueError("a name stands twice in its header")
+        raise ValueError("a name is twice in its header")
     header.pop("__metadata__", None)
     return header
 
 
 def _check_names(place: Path, expected: Set[str], found: Set[str]) -> None:
-    """Tensor names, after those that may be ignored were taken out of `found`."""
+    """Raise ValueError unless a checkpoint's tensors are those expected."""
     missing, unknown = expected - found, found - expected
     if missing == {"lm_head.weight"} and not unknown:
         raise ValueError(
@@ -358,11 +358,11 @@ def _check_names(place: Path, expected: Set[str], found: Set[str]) -> None:
 
 
 def _refuse_prefix(place: Path, expected: Set[str], found: Set[str]) -> None:
-    """ValueError where the names are the expected ones behind, or without, a prefix."""
+    """Raise ValueError if all names are the expected ones with, or without, a prefix."""
     if found and (whole := {f"model.{name}" for name in found}) <= expected:
         how = " without its lm_head; take the whole model's checkpoint"
         if whole == expected:
-            how = "; save it anew: python -c 'from transformers import AutoModelForCausalLM as M; "
+            how = "; resave it: python -c 'from transformers import AutoModelForCausalLM as M; "
             how += f'M.from_pretrained("{place}").save_pretrained("{place}-whole")\''
         raise ValueError(
             f"{place}: its names lack the prefix 'model.', it was saved from transformers' base "
@@ -397,12 +397,12 @@ META_NAMES = {
 
 
 def _meta_files(folder: Path) -> list[Path]:
-    """consolidated.00.pth and on: one file for each rank of Meta's model parallelism."""
+    """Return consolidated.00.pth and so on, one file for each rank of Meta's model parallelism."""
     paths = sorted(folder.glob("consolidated.*.pth"))
     got = [path.name for path in paths]
     if not got and list(folder.glob("consolidated*.safetensors")):
         raise ValueError(
-            f"{folder} holds Mistral's own format (consolidated.safetensors beside params.json), "
+            f"{folder} holds Mistral's own format (consolidated.safetensors and params.json), "
             "which is not read; take config.json, model*.safetensors and tokenizer.json of the "
             "same repository"
         )
@@ -412,7 +412,7 @@ def _meta_files(folder: Path) -> list[Path]:
 
 
 def _open_meta(path: Path) -> dict[str, Tensor]:
-    """One of Meta's files, memory-mapped. Nothing but tensors is ever unpickled from it."""
+    """Return one of Meta's files, memory-mapped. Only tensors are ever unpickled from it."""
     if not path.is_file():
         raise ValueError(f"{path} is no plain file")
     if is_lfs_pointer(path):
@@ -439,9 +439,9 @@ def _open_meta(path: Path) -> dict[str, Tensor]:
 
 
 def _is_plain(t: object) -> bool:
-    """Whether a tensor holds, itself, in its file, every number that its shape tells of.
+    """Return whether the file holds every number that a tensor's shape claims.
 
-    One with a stride of 0, or without memory (sparse, meta), could claim any size.
+    A tensor with a stride of 0, or without memory (sparse, meta), could claim any size.
     """
     floats = torch.float32, torch.float16, torch.bfloat16
     return (
@@ -457,7 +457,7 @@ def _is_plain(t: object) -> bool:
 
 
 def _hf_from_meta(folder: Path, params: dict) -> dict:
-    """params.json as a config.json; widths that it leaves out come from the first file's shapes."""
+    """Translate params.json to a config.json; missing widths come from the first file's shapes."""
     files = _meta_files(folder)
     first = _open_meta(files[0])
     embedding, output = first.get("tok_embeddings.weight"), first.get("output.weight")
@@ -465,7 +465,7 @@ def _hf_from_meta(folder: Path, params: dict) -> dict:
     matrices = [t for t in (embedding, gate, output) if t is not None]
     if embedding is None or gate is None or any(t.ndim != 2 for t in matrices):
         raise ValueError(f"{files[0]} lacks a matrix tok_embeddings or layers.0.feed_forward.w1")
-    # Llama 3.2 ties the two, and may store both. The first row tells for all others, cheaply.
+    # Llama 3.2 ties the two, and may store both. The first row is compared first: it is cheap.
     tied = output is None or (
         torch.equal(output[0], embedding[0]) and torch.equal(output, embedding)
     )
@@ -486,7 +486,7 @@ def _hf_from_meta(folder: Path, params: dict) -> dict:
         "tie_word_embeddings": tied,
         "torch_dtype": str(embedding.dtype).removeprefix("torch."),
     }
-    if vocab == 128256:  # Llama 3; no other params.json tells the window
+    if vocab == 128256:  # Llama 3; params.json itself never has the window
         hf["max_position_embeddings"] = 8192
     if params.get("use_scaled_rope"):  # Llama 3.1 on; 3.2, the tied one, divides by 32
         hf["max_position_embeddings"] = 131072
@@ -510,7 +510,7 @@ def _meta_tensors(folder: Path, shapes: dict, config) -> Callable[[str], Tensor]
         _check_names(path, expected.keys(), found.keys() - ignored)
     split = {n: _split_dim(folder, n, s, [f[n] for f in held]) for n, s in expected.items()}
 
-    # Opened anew for each block, so that the pages of the memory-mapped files do not add up.
+    # Opened again for each block, so that the pages of the memory-mapped files do not add up.
     @lru_cache(1)
     def shards(block: str) -> list[dict[str, Tensor]]:
         return [_open_meta(path) for path in paths]
@@ -535,7 +535,7 @@ def _meta_name(name: str) -> str:
 
 
 def _split_dim(folder: Path, name: str, whole: tuple, parts: list[tuple]) -> int | None:
-    """Which dimension the shards cut; None: each holds the whole.
+    """Return the dimension that the shards cut; None if each holds the whole tensor.
 
     By shape, because it differs: Llama 3 cuts the token embedding's rows, Llama 2 its columns.
     """
@@ -553,13 +553,13 @@ def _split_dim(folder: Path, name: str, whole: tuple, parts: list[tuple]) -> int
 
 # ---------------------------------------------------------------------------------------------- out
 
-# Beside weights and tokenizer: licences and chat templates, which go along, as they are.
+# Carried into an export unchanged, next to weights and tokenizer: licences and chat templates.
 CARRIED = (
     "LICENSE* LICENCE* COPYING* NOTICE* USE_POLICY* chat_template.json additional_chat_templates/*"
 ).split()
 TEMPLATES = "additional_chat_templates"
-# Files next to the weights that an export may leave out: other formats of them, what a folder needs
-# for itself, and what is written anew.
+# Files next to the weights that an export may leave out: the weights in other formats, what only
+# the original folder needs, and what an export writes itself.
 NO_LOSS = re.compile(
     r"(model|pytorch_model|consolidated|flax_model|tf_model|rust_model).*|params\.json|\..*|"
     r"config\.json|generation_config\.json|checklist\.chk|longred\.json|log\.jsonl"
@@ -567,7 +567,7 @@ NO_LOSS = re.compile(
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The files in a folder that `new_folder` may have brought there; nobody else's."""
+    """Return the files in a folder that `new_folder` may have written there."""
     names = {"config.json", "generation_config.json", "model.safetensors.index.json"}
     weights = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
     names |= set(TOKENIZER_FILES)
@@ -578,13 +578,13 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def carried_files(folder: Path) -> list[Path]:
-    """The licences and chat templates in a checkpoint's folder."""
+    """Return the licences and chat templates in a checkpoint's folder."""
     found = (path for pattern in CARRIED for path in sorted(folder.glob(pattern)))
     return [path for path in found if path.is_file()]
 
 
 def drop_checkpoint(folder: Path, but: Iterable[str] = ()) -> None:
-    """Remove an export's files, but those, and the folder where nothing else is in it."""
+    """Remove an export's files except `but`, and the folder if nothing else is in it."""
     for path in checkpoint_files(folder):
         if path.name not in but:
             path.unlink()
@@ -595,10 +595,10 @@ def drop_checkpoint(folder: Path, but: Iterable[str] = ()) -> None:
 
 @contextmanager
 def new_folder(out_dir: Path) -> Iterator[Path]:
-    """A folder to write a checkpoint in, which takes out_dir's name and place once it is complete.
+    """Yield a folder to write a checkpoint in, which is renamed to out_dir once it is complete.
 
-    An older checkpoint there is replaced, what others put beside it stays; anything else is refused
-    with ValueError.
+    An older checkpoint there is replaced; other files in its folder stay. Raises ValueError if
+    out_dir holds anything else.
     """
     if out_dir.exists() and not (out_dir / "config.json").is_file() and any(out_dir.iterdir()):
         raise ValueError(f"{out_dir} exists and is no checkpoint; pass another folder or remove it")
@@ -620,7 +620,7 @@ def new_folder(out_dir: Path) -> Iterator[Path]:
 
 
 def client_notes(folder: Path) -> list[str]:
-    """What other programs get wrong about an export, a line each; [] where nothing is known."""
+    """Return what other programs get wrong about an export, a line each; [] if nothing is known."""
     hf, notes = read_json(folder / "config.json"), []
     kind = (hf.get("rope_scaling") or {}).get("rope_type")
     if kind == "yarn":

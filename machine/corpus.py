@@ -1,11 +1,14 @@
 """Text of any usual kind -> token files on disk, made once and memory-mapped from then on.
 
-    files, folders, globs, hub datasets --find_files()--> Files
-    Files --documents, in pieces--> ids --> data.Corpus, by tokenize()
+    find_files    files, folders, globs, hub datasets -> Files
+    _pieces       Files -> documents, long ones cut where no token is
+    _encoded      pieces, in batches -> token ids, by Tokenizer.encode (machine/tokenizer.py)
+    _append       ids -> tokens.bin, and a record a document -> documents.bin
+    tokenize      all of these, by _build if the cache does not have them yet -> Corpus
 
 The cache folder is named after a fingerprint of the files' contents, the tokenizer and the options,
-and appears under that name only when it is complete; what is being built lies beside it in a
-`.part` folder, and a killed run goes on from its last finished shard.
+and appears under that name only when it is complete. Until then it is built in a `.part` folder
+next to it, where the next run continues after the last finished shard of a killed one.
 
 A document is stored as [BOS] + tokens + [EOS]:
     BOS where the model's tokenizer puts one in front by itself (add_bos_token in
@@ -63,9 +66,9 @@ FORMAT = 6  # part of the cache key: raise it when the files' layout or the cutt
 PIECE = 1 << 14  # characters: longer documents go to the tokenizer in pieces, for speed and memory
 LONGEST_PIECE = 1 << 16  # more is not encoded at once: a million blanks kill tiktoken
 BATCH = 1 << 20  # characters handed to the tokenizer at once; it has two batches in hand
-SHARD = 32  # batches between two notes of how far a build has come: what a kill costs
-# Of a cache folder, beside meta.json. The second holds three int64 for each document: its end as an
-# offset in tokens, the checksum of its text, and its source (index of the spec that named it).
+SHARD = 32  # batches between two notes of a build's progress: at most so many a kill costs
+# The files of a cache folder next to meta.json. The second holds three int64 for each document: its
+# end as an offset in tokens, its text's checksum, and its source (index of the spec that named it).
 FILES = ("tokens.bin", "documents.bin")
 
 # Text for a real checkpoint when none is named: files of the Hugging Face hub at the commits that
@@ -213,7 +216,7 @@ def _hub_files(spec: str) -> list[list]:
     return [[name, sizes[name], repo, info.sha] for name in chosen]
 
 
-# What describes a dataset, beside its files.
+# Files that describe a dataset and hold none of its text.
 CARDS = "README.md dataset_infos.json dataset_info.json dataset_dict.json state.json".split()
 # Endings of a dataset's files that hold no records; a project's train.py and test.py are no splits.
 PLAIN = re.compile(r"(^|/)[^.]+$|\.(txt|text|raw|tokens|tok|en|de|fr|zh)(\.gz|\.zst)?$", re.I)
@@ -501,7 +504,7 @@ def _records(file: File, kind: str, stream) -> Iterator[bytes | dict]:
 
 
 def _documents(file: File, kind: str, stream, skip_bad: bool) -> Iterator[Iterable[str] | None]:
-    """Texts of a file, in blocks; None for a record left out because it is none."""
+    """Yield the documents of a file, each as blocks of text; None for a bad record left out."""
     if kind == "text":
         yield _decoded(stream, file.path)
         return
@@ -522,7 +525,7 @@ def _documents(file: File, kind: str, stream, skip_bad: bool) -> Iterator[Iterab
 
 
 def _text(record: object, column: str) -> str:
-    """A record's text. Raises ValueError saying what stands there instead, and what helps."""
+    """Return a record's text. Raises ValueError saying what is there instead, and what helps."""
     if not isinstance(record, dict):
         raise ValueError(f"{str(record)[:60]} is a {type(record).__name__}, need an object")
     text = record.get(column)
@@ -543,7 +546,7 @@ def _text(record: object, column: str) -> str:
     raise ValueError(f"no {column!r} in {str(record)[:60]}...; {helps or 'try PATH#FIELD'}")
 
 
-def _ids(file: File, stream, tokenizer: Tokenizer) -> Iterator[list[int]]:
+def _id_rows(file: File, stream, tokenizer: Tokenizer) -> Iterator[list[int]]:
     """Documents of a file of token ids; those without any, as an empty text, are none."""
     if stream.readline().decode() != ids_header(tokenizer.fingerprint):
         raise ValueError(f"{file.path} holds another tokenizer's ids; name the text it was made of")
@@ -567,7 +570,7 @@ def _pieces(files: list[File], tokenizer: Tokenizer | None, skip_bad: bool, coun
         with _reading(file.path):
             kind = _kind(file)
             with _open(file) as (stream, raw):
-                for ids in _ids(file, stream, tokenizer) if kind == "ids" and tokenizer else ():
+                for ids in _id_rows(file, stream, tokenizer) if kind == "ids" and tokenizer else ():
                     checksum, position = zlib.crc32(str(ids).encode()), before + raw.tell()
                     yield Piece("", True, True, checksum, file.source, position, ids)
                 for document in _documents(file, kind, stream, skip_bad) if kind != "ids" else ():
@@ -601,7 +604,7 @@ def beginnings(
     chosen = files[:: max(1, len(files) // 20)]
     each, texts = -(-most // len(chosen)), []
     for file in chosen:
-        with contextlib.suppress(ValueError):  # what cannot be read is told when all is read
+        with contextlib.suppress(ValueError):  # tokenize reports what cannot be read
             pieces = _pieces([file], None, skip_bad, {"bad": 0, "cr": 0, "spelled": {}})
             firsts = (piece.text[:2000] for piece in pieces if piece.first)
             texts += itertools.islice(firsts, each)
@@ -692,7 +695,7 @@ def tokenize(
     skip_bad_lines: bool = False,
     log: Callable[[str], None] = print,
 ) -> Corpus:
-    """Tokenise text once; later calls map what lies on disk.
+    """Tokenise text once; later calls memory-map the files.
 
     specs: files, folders, globs, hub datasets (find_files says how they are written).
     name: of the stream, for the log.
@@ -763,9 +766,9 @@ def _say_spelled(name: str, spelled: dict[str, int]) -> str:
 
 
 def _read_memo(path: Path) -> dict:
-    """Return the content of seen_files.json; {} if it is damaged: a memo may be lost, never fatal.
+    """Return the content of seen_files.json; {} if it is damaged, since it can be made again.
 
-    It may be somebody's file then: it is set aside under another name.
+    A damaged file may be a user's own, so it is renamed, not removed.
     """
     found = read_signed(path)
     if found is None and path.is_file():
@@ -825,7 +828,7 @@ def _build(folder, files, tokenizer, name, skip_bad, log, held) -> dict:
         if state[FILES[0]]:
             log(f"{name}: going on after {state[FILES[0]] // item:,} tokens of an interrupted run")
 
-        def finish_shard():  # it is finished when meta.json is on disk, after what it speaks of
+        def finish_shard():  # finished when meta.json is on disk, after the tokens that it counts
             for stream in streams.values():
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -860,9 +863,9 @@ def _build(folder, files, tokenizer, name, skip_bad, log, held) -> dict:
 
 
 def _unfinished(part: Path, fresh: dict) -> dict:
-    """How far an interrupted build has come, by its meta.json; `fresh` if that cannot be true.
+    """Return an interrupted build's progress from its meta.json; `fresh` if that is not sound.
 
-    Of what it wrote the checksum is compared too.
+    The checksums of what it wrote are compared too.
     """
     state = read_signed(part / "meta.json")
     if state and state.keys() - {"checksum"} == fresh.keys():

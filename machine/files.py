@@ -1,7 +1,8 @@
 """Files and folders that are written whole or not at all, locks, checksums, and checked caches.
 
 A reader finds the old content or the new one, also after a kill or a power failure: everything is
-written under a name that was free, flushed to disk, and renamed last. Files of others stay.
+written under a name that was free, flushed to disk, and renamed last (`whole_file`, `publish`).
+Other programs' files stay.
 """
 
 import errno
@@ -36,7 +37,7 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def read_json(path: Path) -> dict:
-    """Return the object in a JSON file. Raises ValueError, one line, whatever the file holds."""
+    """Return the object in a JSON file. Raises ValueError, one line, if it holds anything else."""
     try:
         if path.stat().st_size > MOST_JSON:
             raise ValueError(f"{path.stat().st_size:,} bytes, need at most {MOST_JSON:,}")
@@ -72,7 +73,7 @@ def writing(path: Path):
         yield
     except OSError as e:
         reason = e.strerror or e
-        raise ValueError(f"cannot write {path}: {reason}; {remedy(e)} and go on") from e
+        raise ValueError(f"cannot write {path}: {reason}; {remedy(e)} and continue") from e
 
 
 @contextmanager
@@ -151,10 +152,10 @@ def unfinished(folder: Path) -> list[Path]:
 
 
 def publish(partial: Path, folder: Path, drop: Callable[[Path], None]) -> None:
-    """Give a complete folder its name and place, in which an older one may be.
+    """Rename a complete folder to its final name: the moment from which it counts.
 
-    drop: removes from an older folder what we wrote, and the folder if nothing else is in it. What
-    it leaves is somebody's, and goes into the new folder.
+    An older folder of that name is renamed first. drop: removes from the older one what we wrote,
+    and the folder if nothing else is in it. What it leaves is a user's: it moves to the new folder.
     """
     for path in partial.iterdir():
         sync(path)
@@ -170,12 +171,12 @@ def publish(partial: Path, folder: Path, drop: Callable[[Path], None]) -> None:
             left.rmdir()
 
 
-def refuse_foreign(path: Path, keys: set[str], maker: str, beside: Iterable[Path] = ()) -> None:
+def refuse_foreign(path: Path, keys: set[str], maker: str, others: Iterable[Path] = ()) -> None:
     """Raise ValueError where `path` or a file written with it exists, and no `maker` wrote it.
 
-    path: of JSON that holds these keys if it is the maker's. beside: what is written with it.
+    path: of JSON that holds these keys if it is the maker's. others: what is written with it.
     """
-    there = [p for p in (path, *beside) if os.path.lexists(p)]
+    there = [p for p in (path, *others) if os.path.lexists(p)]
     if not there:
         return
     try:
@@ -225,8 +226,8 @@ def read_signed(path: Path) -> dict | None:
 def remember(folder: Path, key: dict, make: Callable[[], dict]) -> dict:
     """Return make(), or what it returned when it was last called under this key.
 
-    key: JSON's content with a "task", which names the file. A damaged file is made anew. What is
-    not finite has no place in JSON, and is not kept.
+    key: JSON's content with a "task", which names the file. A damaged file is made again. A result
+    that is not finite cannot be written as JSON and is not kept.
     """
     path = folder / f"{key['task']}-{digest(key, 24)}.json"
     if (kept := read_signed(path)) and "value" in kept:

@@ -21,7 +21,7 @@ FAMILIES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-# Others that people bring -> what they compute and this model does not.
+# Other families that users try -> what they compute and this model does not.
 OTHER_FAMILIES = {
     "_vl|vision|audio|omni|llava|mllama": "it reads more than text",
     "mixtral|moe|deepseek|llama4|dbrx|gpt_oss|minimax": "its MLPs are mixtures of experts",
@@ -46,8 +46,8 @@ WINDOW_NAMES = (
     "max_position_embeddings max_sequence_length max_seq_length max_seq_len seq_length seq_len "
     "n_positions n_ctx model_max_length tokenizer_model_max_length"
 ).split()
-# Entries that no family's forward pass reads, or that are checked by _refuse_unsupported.
-HARMLESS = set(
+# Entries that need no warning: no family's forward pass reads them, or _refuse_unsupported does.
+NO_EFFECT = set(
     "model_type architectures _name_or_path torch_dtype dtype transformers_version use_cache "
     "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id initializer_range "
     "attention_dropout pretraining_tp max_length max_window_layers use_sliding_window "
@@ -64,12 +64,12 @@ HARMLESS = set(
 
 @lru_cache(1000)
 def say_once(line: str) -> None:
-    """Print what the reader of a run has to know, the first time that it is so."""
+    """Print a line about the run, once in a process."""
     print(line, flush=True)
 
 
 def check_config(hf: dict) -> dict:
-    """A config.json, in the spelling of transformers 4 or 5, with every default filled in.
+    """Return a config.json, in transformers 4's or 5's spelling, with every default filled in.
 
     Rotary is under rope_theta and rope_scaling (None: unscaled, else every key by its newest name).
     Raises ValueError naming the entry that is missing, absurd or that describes something no Llama
@@ -115,7 +115,7 @@ def check_config(hf: dict) -> dict:
 
 
 def _difference(family: str) -> str:
-    """In what a family that is not computed here differs from Llama, as far as it is known."""
+    """Return how a family that is not computed here differs from Llama, if that is known."""
     for names, difference in OTHER_FAMILIES.items():
         if any(name in family.lower() for name in names.split("|")):
             return difference
@@ -123,7 +123,7 @@ def _difference(family: str) -> str:
 
 
 def _number(hf: dict, key: str, default=None, most: int = 2**20, kind: type = int):
-    """An entry of somebody's config.json. 2^20 is far above any Llama, and no product overflows."""
+    """Return a number of a config.json. 2^20 is far above any Llama, and no product overflows."""
     value = default if hf.get(key) is None else hf[key]
     if type(value) is not kind or not 0 < value <= most:
         need = f"a number ({kind.__name__}) above 0, at most {most}"
@@ -139,7 +139,7 @@ def _flag(hf: dict, key: str) -> bool:
 
 
 def _refuse_unsupported(hf: dict, family: str, n_layers: int) -> None:
-    """What this model computes: each entry and the values it may have. Absent ones are fine."""
+    """Raise ValueError for an entry with a value that this model does not compute."""
     if family == "mistral":
         hf = {"sliding_window": 4096} | hf  # transformers' default
     if family in ("qwen2", "qwen3") and not hf.get("use_sliding_window"):
@@ -161,7 +161,7 @@ def _refuse_unsupported(hf: dict, family: str, n_layers: int) -> None:
 
 def _name_the_unknown(hf: dict, family: str) -> None:
     """Warn of entries that might change what the model computes and that are not read here."""
-    unknown = [k for k in hf if k not in HARMLESS and hf[k] not in (None, False, [], {}, "")]
+    unknown = [k for k in hf if k not in NO_EFFECT and hf[k] not in (None, False, [], {}, "")]
     if unknown:
         say_once(
             f"WARNING: config.json's {', '.join(sorted(unknown))[:200]} is not read, here or by "
@@ -184,7 +184,7 @@ def _name_the_unknown(hf: dict, family: str) -> None:
 
 
 def _rope_from_hf(hf: dict, window: int) -> tuple[float, dict | None]:
-    """(theta, scaling) from transformers 4's two keys or 5's one, read as transformers 5 does.
+    """Return (theta, scaling) from transformers 4's two keys or 5's one, as transformers 5 does.
 
     rope_scaling that holds anything replaces rope_parameters whole; a theta inside goes before one
     at the top level, and original_max_position_embeddings at the top level before the one inside.
@@ -202,9 +202,8 @@ def _rope_from_hf(hf: dict, window: int) -> tuple[float, dict | None]:
         _refuse_rotary(place)
     if scaling and lost is not None and lost != (10_000.0 if theta is None else theta):
         raise ValueError(
-            f"rope_parameters has rope_theta {lost!r:.30}, but rope_scaling stands beside it, which"
-            f" transformers reads in its place, with theta {theta or '10,000'}; leave one of the "
-            "two, with rope_theta in it"
+            f"rope_parameters has rope_theta {lost!r:.30}, but transformers reads rope_scaling "
+            f"instead, with theta {theta or '10,000'}; leave one of the two, with rope_theta in it"
         )
     if theta is None:
         say_once("the config gives no rope_theta: using 10,000, as the first Llama 2 releases did")
@@ -229,7 +228,7 @@ def _rope_from_hf(hf: dict, window: int) -> tuple[float, dict | None]:
 
 
 def _refuse_rotary(entry: dict) -> None:
-    """ValueError for a rotary that is not computed here, or that is of two kinds."""
+    """Raise ValueError for a rotary that is not computed here, or that is of two kinds."""
     kinds = {str(entry[key]) for key in ("rope_type", "type") if entry.get(key) is not None}
     if kinds & {"longrope", "su"}:
         raise ValueError(
@@ -261,7 +260,7 @@ def _mapping(hf: dict, key: str) -> dict:
 
 
 def new_scaling(config, rope_scaling: dict | None, name: object) -> dict | None:
-    """The scaling of a ModelConfig called `name` once rope_scaling replaced it; None leaves it.
+    """Return a ModelConfig's scaling after rope_scaling replaced it; None leaves it as it is.
 
     {"rope_type": "default"} removes a scaling. Raises ValueError for one on top of another.
     """
@@ -278,7 +277,7 @@ def new_scaling(config, rope_scaling: dict | None, name: object) -> dict | None:
 
 
 def _full_scaling(scaling: dict, window: int | None) -> dict | None:
-    """A scaling as ModelConfig has it: None for none, every key under its newest name."""
+    """Return a scaling as ModelConfig has it: None for none, every key under its newest name."""
     scaling = dict(scaling)
     kind = scaling.pop("type", None)  # the key's name before transformers 4.43
     if scaling.setdefault("rope_type", kind or "default") == "default":
@@ -294,12 +293,12 @@ def _full_scaling(scaling: dict, window: int | None) -> dict | None:
 
 
 def windows(hf: dict) -> list[int]:
-    """The windows, in tokens, that a config.json may mean; more than one where it is in doubt.
+    """Return the windows, in tokens, that a config.json may mean: several if it is ambiguous.
 
     A scaled checkpoint's max_position_embeddings is the scaled window in some, the window from
-    before the scaling in others (Qwen's recipe for YaRN, LongLoRA, Vicuna). YaRN is told by its
-    original_max_position_embeddings, and so is what longred exports; linear scaling by nothing, but
-    for one more entry that names the longer window.
+    before the scaling in others (Qwen's recipe for YaRN, LongLoRA, Vicuna). With YaRN and in
+    longred's exports, original_max_position_embeddings shows which it is; with linear scaling
+    nothing does, unless another entry names the longer window.
     """
     family = str(hf.get("model_type", "llama"))
     window = _number(hf, "max_position_embeddings", WINDOWS.get(family, 2048), most=2**40)
@@ -327,7 +326,7 @@ def windows(hf: dict) -> list[int]:
 
 
 def original_window(config) -> int | None:
-    """A ModelConfig's window as it was read, in tokens; None: not known.
+    """Return a ModelConfig's window as it was read, in tokens; None if it is not known.
 
     Raises ValueError where config.json leaves it in doubt.
     """
@@ -347,7 +346,7 @@ def original_window(config) -> int | None:
 
 
 def exported(hf: dict, window: int | None) -> dict:
-    """What of a config.json an export takes over: nothing that contradicts its window or rotary.
+    """Return what an export takes over of a config.json, nothing that contradicts it.
 
     hf: as read, with the new shape and rotary in it. window: tokens; None: not known. Code named by
     auto_map stays behind, and max_length, which would stop generation inside the window.

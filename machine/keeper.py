@@ -1,9 +1,9 @@
 """Keeping a run from being lost: the lock on OUT_DIR, signals, and when a state is saved.
 
-One process writes a state in a thread while the next step's forward and backward passes run, which
-read the weights and leave AdamW's state alone; the next update waits for it. So 96 GB of state
-(Llama-3-8B on one GPU) need no second copy in memory. Of many processes each writes its shards,
-and training waits: they have to agree that all is written.
+A single process writes a state in a thread while the next step's passes run. They read the weights
+and do not touch AdamW's state; the next update waits for the thread. So the 96 GB of state of
+Llama-3-8B on one GPU need no second copy in memory. With several processes each writes its shard
+and training waits, because they have to agree that all is written.
 """
 
 import os
@@ -27,8 +27,8 @@ from machine.many import Processes, is_silent
 def interrupt(number, frame) -> None:
     """Handle Ctrl-C for a command: this one ends it, and another does so at once.
 
-    An exception for the second one would be lost, or printed, where it met a clean-up: a join, a
-    flush, a close. What a process leaves that ends here, a kill leaves too.
+    An exception for the second one could be lost, or printed, inside a clean-up: a join, a flush, a
+    close. What a process leaves behind when it ends here, a kill leaves too.
     """
     signal.signal(number, end_at_once)
     raise KeyboardInterrupt
@@ -96,7 +96,7 @@ class StopSignal:
 
     @property
     def in_command(self) -> bool:
-        """Whether the process is a command of ours, not somebody's program that calls train."""
+        """Return whether the process is one of our commands, not a program that calls train."""
         return self.previous.get(signal.SIGINT) is interrupt
 
     def __exit__(self, *exc):
@@ -105,16 +105,16 @@ class StopSignal:
                 signal.signal(number, handler)
 
 
-# What a run makes in its OUT_DIR, beside the states and the lock.
+# What a run makes in its OUT_DIR, except the lock.
 MADE = ("longred.json", "log.jsonl", "report.md", "hf", "checkpoints")
 OURS = r"(longred\.json|log\.jsonl|report\.md)(\.\d+\.partial\d*)?"  # killed while writing it
 
 
 def clear_run(out_dir: Path, ckpt: str) -> None:
-    """Remove a run of `ckpt` that its maker will do once more; nothing where anything else is.
+    """Remove a run of `ckpt` that its caller will repeat, or nothing at all.
 
-    Raises ValueError, with all left as it was, for a run at work or of another checkpoint, and for
-    files that are no run's.
+    Raises ValueError, before anything is removed, if another process is running it, if it is of
+    another checkpoint, or if the folder holds other files.
     """
     with lock_folder(out_dir, "--out_dir"):
         record = out_dir / "longred.json"
@@ -141,13 +141,13 @@ def clear_run(out_dir: Path, ckpt: str) -> None:
 
 
 def same_place(config: dict, out_dir: Path, ckpt: str) -> bool:
-    """Whether a run's checkpoint is this one, also where both moved together."""
+    """Return whether a run's checkpoint is this one, also if both were moved together."""
     was = os.path.relpath(str(config.get("ckpt")), str(config.get("out_dir")))
     return was == os.path.relpath(Path(ckpt).resolve(), out_dir)
 
 
 def refuse_taken(out_dir: Path) -> None:
-    """A new run wants an OUT_DIR that can be written and holds no other. Raises ValueError."""
+    """Raise ValueError unless OUT_DIR can be written and holds no other run."""
     for name in ("config.json", "params.json"):
         if (out_dir / name).exists():
             raise ValueError(
@@ -170,27 +170,27 @@ def refuse_taken(out_dir: Path) -> None:
 
 
 def refuse_in_the_way(out_dir: Path) -> None:
-    """ValueError where somebody's file stands where a resumed run will write its export or report.
+    """Raise ValueError if a foreign file has the name of a resumed run's export or report.
 
-    It would be refused at the end too, and by then all steps would wait for it.
+    The same check at the end would come after all the steps.
     """
     hf, report = out_dir / "hf", out_dir / "report.md"
     others = hf.exists() and not (hf / "config.json").is_file()
     if others and (not hf.is_dir() or any(hf.iterdir())):
-        raise ValueError(f"{hf} is in the way, and no export: move it, then go on")
+        raise ValueError(f"{hf} is in the way, and no export: move it, then resume")
     first = b""
     if report.is_file():
         with open(report, "rb") as f:
             first = f.readline(200)
     if os.path.lexists(report) and not re.match(rb"# \w+: [\d,]+ -> [\d,]+\s", first):
-        raise ValueError(f"{report} is in the way, and no run wrote it: move it, then go on")
+        raise ValueError(f"{report} is in the way, and no run wrote it: move it, then resume")
 
 
 def check_steps(done: int, c, before: dict) -> None:
-    """ValueError where a resumed run is to end before the steps that are behind it.
+    """Raise ValueError if a resumed run's --steps is below the number of steps done.
 
-    before: its config up to now; where replay follows the steps, their number is settled once it
-    began.
+    before: the run's config up to now. Once the replay that follows --steps has begun, --steps
+    cannot change.
     """
     replay, old = c.replay_steps, before.get("steps", c.steps)
     least = min(c.steps, old) if replay and c.steps != old else c.steps + replay
@@ -218,7 +218,7 @@ class Keeper:
         self.stop = StopSignal()
 
     def claim(self, out_dir: Path, resumed: bool) -> None:
-        """Make OUT_DIR ours. Raises ValueError where it is another's or cannot be written."""
+        """Lock OUT_DIR. Raises ValueError if another run has it or it cannot be written."""
         self.out_dir = out_dir
 
         def take():
@@ -229,7 +229,7 @@ class Keeper:
         self.processes.from_rank_0(take)
 
     def load(self, c, config: dict, before: dict, student: nn.Module, optimizer) -> int:
-        """Load the newest state, catch signals. Returns the steps behind us.
+        """Load the newest state and catch signals from here on. Returns the number of steps done.
 
         config: of c, what a state must have been made with. before: the config that the run had.
         """
@@ -247,7 +247,7 @@ class Keeper:
         return self.step
 
     def check_stop(self) -> None:
-        """Between micro-batches: end here where a signal asked for it, the last step saved."""
+        """Save the last step and exit if a signal asked for it. Called between micro-batches."""
         number = int(self.processes.total([self.stop.number or 0], "MAX")[0])
         if not number:
             return
@@ -258,12 +258,15 @@ class Keeper:
         sys.exit(128 + number)
 
     def before_update(self) -> None:
-        """optimizer.step() writes what is being saved: not before that is on disk."""
+        """Wait for a state that is being saved: optimizer.step() overwrites what it holds."""
         self.wait()
         self.sound = False
 
     def step_done(self, step: int, log, last: int, bad: bool) -> None:
-        """`step` of `last` is complete and logged: save where one is due. bad: it was skipped."""
+        """Note that `step` of `last` is complete and logged; save a state if one is due.
+
+        bad: the step was skipped, because it was not finite.
+        """
         self.step, self.sound = step, True
         now, before = time.monotonic(), self.done_at
         self.done_at, self.step_seconds = now, now - before if before else None
@@ -276,7 +279,7 @@ class Keeper:
             self.save()
 
     def save(self) -> None:
-        """Begin to write the state after self.step, where it is not saved yet."""
+        """Begin to write the state after self.step, unless it is saved already."""
         self.wait()
         if self.saved_step == self.step or not self.c.keep:
             return
@@ -286,10 +289,10 @@ class Keeper:
             self._write(*state)
             self._say_saved(self.save_seconds)
         else:
-            self.thread = threading.Thread(target=self._write_beside, args=state)
+            self.thread = threading.Thread(target=self._write_in_thread, args=state)
             self.thread.start()
 
-    def _write_beside(self, tensors: dict, words: dict) -> None:
+    def _write_in_thread(self, tensors: dict, words: dict) -> None:
         on_gpu = next(iter(tensors.values())).is_cuda
         try:  # on a stream of its own: weights are copied between, not after, the passes' kernels
             with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext():
@@ -298,9 +301,9 @@ class Keeper:
             self.failure = e
 
     def _write(self, tensors: dict, words: dict) -> None:
-        """Write the state beside the older ones, then drop all but --keep.
+        """Write the state next to the older ones, then remove all but --keep.
 
-        Raises ValueError in every process where one cannot write; the older ones are as they were.
+        If one process cannot write, raises ValueError in every process and leaves older states.
         """
         step, rank = self.saved_step, self.processes.rank
         folder, name = self.out_dir / "checkpoints", f"shard-{rank:05d}.safetensors"
@@ -314,7 +317,7 @@ class Keeper:
 
         def prepare() -> Path:
             states.drop(wished)
-            free = free_name(wished)  # somebody's files may be in the other
+            free = free_name(wished)  # foreign files may keep `wished` from being removed
             free.mkdir(parents=True)
             return free
 
@@ -346,7 +349,7 @@ class Keeper:
         return f"Continue with: {many} longred.py --resume {self.out_dir}"
 
     def finish(self) -> None:
-        """All steps are done and on disk; from here on signals act as usual."""
+        """End the steps: the last state is on disk, and signals act as usual again."""
         self.stop.__exit__()
         self.check_stop()
         self.wait()
@@ -354,7 +357,7 @@ class Keeper:
         self.model = self.optimizer = None  # the report needs their memory
 
     def wait(self) -> None:
-        """For the state being written. Raises ValueError where that failed."""
+        """Wait for the state that is being written. Raises ValueError if that failed."""
         if not self.thread:
             return
         began = time.monotonic()
@@ -373,7 +376,7 @@ class Keeper:
         )
 
     def close(self, error: BaseException | None) -> None:
-        """The run is over. error: what ended it, if anything; the steps done are saved."""
+        """End the run and release its lock. error: what ended it; finished steps are saved then."""
         try:
             if self.thread:
                 self.thread.join()
@@ -384,7 +387,7 @@ class Keeper:
                 if self.saved_step:
                     print(f"ended after step {self.step}. {self.how_to_resume()}", flush=True)
         except ValueError as e:
-            print(f"longred: {e}", file=sys.stderr)  # beside the error that brought us here
+            print(f"longred: {e}", file=sys.stderr)  # in addition to the error that ended the run
         finally:
             self.stop.__exit__()
             if self.lock:

@@ -19,18 +19,18 @@ from rope_kernels import rope_backend
 
 
 def command(script: str, *arguments) -> str:
-    """A command line that works from any folder: python PATH/script, quoted for a shell."""
+    """Return a command line that works from any folder: python PATH/script, quoted for a shell."""
     path = Path(__file__).resolve().parent.parent / script
     return shlex.join(["python", str(path), *map(str, arguments)])
 
 
-# ----------------------------------------------------------------------------- who may be gone
+# ------------------------------------------------------------------------- a stdout that is closed
 
 
 def outlive_readers() -> None:
-    """From here on the run continues when whoever reads stdout or stderr has gone away.
+    """From here on the run continues if its stdout or stderr is closed.
 
-    A write that fails is the last: from then on the text is dropped.
+    After the first write that fails, the text is dropped.
     """
     for number in range(3):  # 2>&- would give its number to the next file that is opened
         try:
@@ -68,7 +68,7 @@ def json_line(line: dict) -> str:
 
 
 def read_line(line: bytes, steps: int) -> dict | None:
-    """A line of log.jsonl of one of the first `steps` steps; None: damaged. {}: of a later one."""
+    """Return a line of log.jsonl; {} if its step is beyond `steps`, None if it is damaged."""
     try:
         found = json.loads(line)
         step, flag = found["step"], found["flag"]
@@ -108,7 +108,7 @@ class Watch:
 
     @property
     def bad(self) -> int:
-        """Steps skipped in a row, up to now."""
+        """How many of the last steps in a row were skipped."""
         return len(list(takewhile(lambda line: line["flag"] == "skipped", reversed(self.lines))))
 
     def flag(self, line: dict) -> str | None:
@@ -123,7 +123,7 @@ class Watch:
         return flag
 
     def stop_if_lost(self, line: dict, steps: int, keeper) -> None:
-        """After max_bad skipped steps in a row, or where the run would end on one: ValueError.
+        """Raise ValueError after max_bad skipped steps in a row, or if the last step was skipped.
 
         Nothing is saved: the newest state is from a step that was finite.
         """
@@ -159,14 +159,14 @@ def print_header(c, student: Llama, teacher: Llama, streams: dict) -> None:
 
 
 def clock(seconds: float) -> str:
-    """h:mm:ss, or m:ss within an hour."""
+    """Write seconds as h:mm:ss, or as m:ss within an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def print_forecast(c, seconds: float, steps: int) -> None:
-    """What a CPU is in for, before step 1, and how to make it less."""
+    """Print how long a CPU will take, before step 1, and how to make it less."""
     print(
         f"forecast on this CPU: about {span(seconds)} a step, {span(steps * seconds)} for {steps} "
         "steps (within a factor of two or three). Shorter: fewer --steps; a smaller --target_len; "

@@ -1,4 +1,4 @@
-"""Many processes on one run, started by torchrun: who works on what, and how they speak.
+"""Many processes on one run, started by torchrun: who works on what, and how they communicate.
 
 The weights of student and teacher, gradients and AdamW's state are spread over all processes
 (FSDP2). Processes take different sequences; with --context C, C of them share each sequence: every
@@ -26,7 +26,7 @@ from model import Llama
 
 
 class Processes:
-    """The processes of a run as one of them sees them; `rank` 0 speaks and writes."""
+    """The processes of a run as one of them sees them; `rank` 0 prints and writes."""
 
     def __init__(self):
         self.size = int(os.environ.get("WORLD_SIZE", 1))
@@ -34,7 +34,7 @@ class Processes:
         self.mesh = self.groups = None  # all of them; (groups, processes that share sequences)
 
     def join(self, device: str | None, context: int) -> None:
-        """Under torchrun: meet the other processes. context: how many share each sequence."""
+        """Join the other processes, under torchrun. context: how many share each sequence."""
         if self.size == 1:
             if context > 1:
                 raise ValueError(
@@ -69,14 +69,14 @@ class Processes:
         self.mesh = init_device_mesh(kind, (self.size,))
         self.groups = init_device_mesh(kind, (self.size // context, context))
         if self.rank:
-            sys.stdout = open(os.devnull, "w")  # one process speaks
+            sys.stdout = open(os.devnull, "w")  # only rank 0 prints
 
     def leave(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
     def from_rank_0(self, compute):
-        """compute() as the first process has it; the others wait."""
+        """Return compute() of the first process in all of them; the others wait."""
         found, error = None, None
         try:
             found = compute() if self.rank == 0 else None
@@ -92,14 +92,14 @@ class Processes:
         return found
 
     def everyone(self, value) -> list:
-        """Each process's value, in the order of ranks."""
+        """Return each process's value, in the order of ranks."""
         found = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(found, value)
         return found
 
     def total(self, values: list[float], op: str = "SUM") -> list[float]:
-        """Over all processes."""
+        """Sum each of the values over all processes, or reduce it by another op."""
         if self.size == 1:
             return values
         t = torch.tensor(values, dtype=torch.float64)
@@ -107,7 +107,7 @@ class Processes:
         return t.tolist()
 
     def share(self, n: int) -> tuple[range, int, int]:
-        """Which of n sequences this process works on, which part of each, of how many parts.
+        """Return which of n sequences this process works on, which part of each, of how many parts.
 
         Groups of `context` processes get equally many; the last may get numbers beyond n.
         """
@@ -117,7 +117,7 @@ class Processes:
         return range(first, first + each), self.rank % parts, parts
 
     def shard(self, model: Llama) -> None:
-        """FSDP2: every block's weights and the rest's are spread over all processes.
+        """Shard a model by FSDP2: every block's weights and the rest's, over all processes.
 
         Whole ones exist for a block at a time, in bf16 on a GPU; gradients are averaged in fp32.
         Inputs are not cast: rotary frequencies must stay float64.
@@ -135,7 +135,7 @@ class Processes:
         fully_shard(model, mesh=self.mesh, mp_policy=policy)
 
     def gather(self, student: Llama) -> Llama:
-        """A sharded model whole, on the first process's CPU; elsewhere one without memory."""
+        """Return a sharded model whole, on the first process's CPU; elsewhere without memory."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         with torch.device("meta"):
@@ -153,20 +153,20 @@ def padded(t: Tensor) -> bool:
 
 
 def whole_number(x: Tensor) -> float:
-    """A scalar's value, sharded or not."""
+    """Return a scalar's value, sharded or not."""
     return (x.full_tensor() if hasattr(x, "full_tensor") else x).item()
 
 
 def attend_to_all_tokens(group, attend, q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor:
-    """Ulysses around an attention: a part of the tokens, all heads -> all tokens, some heads."""
+    """Run attention by Ulysses: on all tokens, with a part of the heads in each process."""
     q, k, v = (exchange(group, t, 2, 1) for t in (q, k, v))  # (B, T, N, H): dim 1 tokens, 2 heads
     return exchange(group, attend(q, k, v, start), 1, 2)
 
 
 def exchange(group, x: Tensor, spread: int, gathered: int) -> Tensor:
-    """All-to-all in a group: what each has of dimension `spread` is dealt out, `gathered` joined.
+    """Exchange by all-to-all: dimension `spread` is split between processes, `gathered` is joined.
 
-    Differentiable: the gradient goes the same way back.
+    Differentiable: the gradient takes the same way back.
     """
     from torch.distributed.nn.functional import all_to_all_single
 
@@ -181,7 +181,7 @@ def is_silent() -> bool:
 
 
 def after_restart(config):
-    """torchrun repeats its command after a failure: continue the run that it began."""
+    """Make a config resume its run if torchrun repeats its command after a failure."""
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if restarted and config.out_dir and not config.resume:
         if (Path(config.out_dir) / "longred.json").exists():
@@ -190,7 +190,7 @@ def after_restart(config):
 
 
 def own_names(store: dist.Store, rank: int, size: int) -> dist.Store:
-    """torchrun's store, under a prefix that only the processes of this start share.
+    """Return torchrun's store under a prefix that only the processes of this start share.
 
     It outlives torchrun's restarts, so a restarted process may find a dead one's address in it, and
     its count of restarts may differ from node to node. Hence each process says who it is this time,
@@ -206,7 +206,7 @@ def own_names(store: dist.Store, rank: int, size: int) -> dist.Store:
     while missing:
         missing = {r for r in missing if not store.check([f"{mine}/{r}"])}
         for r in missing:
-            if store.check([f"here/{r}"]):  # perhaps the dead one's: then ask once more
+            if store.check([f"here/{r}"]):  # perhaps the dead one's: then ask again
                 store.set(f"prefix/{store.get(f'here/{r}').decode()}", mine)
         time.sleep(0.02)
     return dist.PrefixStore(mine, store)

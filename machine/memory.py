@@ -1,16 +1,16 @@
 """Memory: how 8 billion parameters train on one GPU, and how long their text may be.
 
-Four mechanisms compose; machine/plan.py chooses among them and OneGPU is such a plan at work:
+Four mechanisms compose; machine/plan.py chooses among them and OneGPU carries out its plan:
 
     AdamW         bf16 weight + 16-bit remainder = the exact fp32 master; m and v; in host memory
                   where the GPU has no room, streamed through it once a step
     HostGradients fp32 gradients, summed in host memory where the GPU has no room for them either
-    apply_policy  how blocks run: recomputed in backward, attention outputs saved, some blocks left
-                  alone, inputs waiting in host memory (Offload), the MLP in tiles (_Tiles)
+    apply_policy  decides for each block whether backward recomputes it (run_block); attention
+                  outputs saved, inputs waiting in host memory (Offload), the MLP in tiles (_Tiles)
     Visitor       a frozen teacher, on the GPU only while it is needed
 
-Everything here also runs on a CPU, where streams are empty words and every copy is done when it
-returns. Sizes in bytes unless said otherwise; GiB = 2^30.
+Everything here also runs on a CPU, where streams do nothing and every copy is done when it returns.
+Sizes in bytes unless said otherwise; GiB = 2^30.
 """
 
 import collections
@@ -43,7 +43,7 @@ _LOCKED = []  # buffers that CUDA has registered; each must stay mapped until it
 
 
 def host_buffer(nbytes: int, pin: bool) -> Tensor:
-    """One flat, zeroed buffer of host memory, page-locked so that the GPU copies at full speed.
+    """Return a flat, zeroed buffer of host memory, page-locked for copies at full speed.
 
     nbytes: its size; no rounding, where torch's own pinned allocator goes to the next power of
         two (10% more on Llama-3-8B's shapes). pin: register it with CUDA, which takes a GPU.
@@ -89,7 +89,7 @@ def free_host_buffers() -> None:
     """Unlock every host buffer. Its memory is free as soon as nothing views it any more."""
     gc.collect()
     if _LOCKED:
-        torch.cuda.synchronize()  # no copy of theirs is under way
+        torch.cuda.synchronize()  # no copy from or to them is under way
         unlock = torch.cuda.cudart().cudaHostUnregister
         # Each is held until CUDA has let go of its pages, and longer where it does not.
         _LOCKED[:] = [buffer for buffer in _LOCKED if int(unlock(buffer.data_ptr()))]
@@ -100,9 +100,10 @@ def free_host_buffers() -> None:
 
 
 def empty_cache(device: torch.device | str) -> None:
-    """Give back the blocks that torch keeps for itself, before another phase begins.
+    """Return the memory that torch's allocator keeps cached, before another phase begins.
 
-    Else what lives long lands in the remains of what came before, and strands the rest of them.
+    Otherwise long-lived tensors get parts of segments from the phase before, and the rest of these
+    segments cannot be used for larger tensors.
     """
     gc.collect()
     if torch.device(device).type == "cuda":
@@ -113,7 +114,7 @@ def empty_cache(device: torch.device | str) -> None:
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 -> (bf16 weight rounded half up in magnitude, int16 remainder); nothing is lost.
+    """Split fp32 into (bf16 weight rounded half up in magnitude, int16 remainder), without loss.
 
     Half up, not half to even: at an exact tie the latter may leave +32768, which int16 cannot hold.
     """
@@ -123,7 +124,7 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join_master(weight: Tensor, remainder: Tensor) -> Tensor:
-    """The fp32 number that `split_master` took apart, bit for bit."""
+    """Return the fp32 number that `split_master` split, bit for bit."""
     return ((weight.view(torch.int16).int() << 16) + remainder).view(torch.float32)
 
 
@@ -137,7 +138,7 @@ class AdamW:
     caller's to refuse before step: rounding turns some NaN masters into ordinary bf16 weights.
 
     State of a piece of n <= chunk numbers of one parameter, in one buffer: m | v | remainder, 10 n
-    bytes with fp32 moments, 6 n with bf16. On the host all pieces lie in one flat locked buffer.
+    bytes with fp32 moments, 6 n with bf16. On the host all pieces are in one flat locked buffer.
     """
 
     def __init__(
@@ -190,7 +191,7 @@ class AdamW:
 
     @torch.no_grad()
     def _take_over(self, params: list[Tensor]) -> None:
-        """fp32 parameters become bf16, their low bits the remainder; gradients become fp32."""
+        """Make fp32 parameters bf16, their low bits the remainder; gradients become fp32."""
         masters = {id(p): p.data.flatten() for p in params if p.dtype == torch.float32}
         for p in params:
             if id(p) in masters:
@@ -208,14 +209,14 @@ class AdamW:
         return -(-n * (2 + 2 * self.moments_dtype.itemsize) // 64) * 64  # aligned for the next one
 
     def _fields(self, state: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of a piece's buffer: m, v, remainder, (n,) each."""
+        """Return views of a piece's buffer: m, v, remainder, (n,) each."""
         size = n * self.moments_dtype.itemsize
         m, v = (state[i * size : (i + 1) * size].view(self.moments_dtype) for i in (0, 1))
         return m, v, state[2 * size : 2 * size + 2 * n].view(torch.int16)
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update from the accumulated gradients."""
+        """Update the weights once, from the accumulated gradients."""
         self.steps += 1
         for (p, start, end), state, grad in self._streamed():
             weight = p.view(-1)[start:end]
@@ -242,7 +243,7 @@ class AdamW:
             v.copy_(v32)
 
     def _streamed(self):
-        """Each piece with its state and gradient where its weight is; the state then goes home.
+        """Yield each piece with its state and gradient on the GPU; then copy the state back.
 
         Three buffers rotate on two side streams: one is filled and one emptied while the third is
         updated, so both directions of PCIe are busy. Llama-3-8B, fp32 moments: 80.3 GB each way.
@@ -305,7 +306,7 @@ class AdamW:
             p.grad = None
 
     def state_dict(self) -> dict:
-        """Everything but the bf16 weights, without a copy: the state's own buffers.
+        """Return everything except the bf16 weights, without a copy: the state's own buffers.
 
         torch.save streams them: from the host's flat buffer straight to the file, from the GPU one
         piece (160 MiB) at a time. To be saved before the next step, which writes them again.
@@ -335,10 +336,11 @@ class AdamW:
 class HostGradients:
     """fp32 gradients that leave the GPU as backward makes them, and add up in host memory.
 
-    A hook on each parameter takes its gradient away. Piece by piece the sum so far comes up, on one
-    side stream, which adds the gradient to it; another takes it home, while backward goes on. Those
-    are the additions of gradients that stay, in the same order: the same bits. A pass moves 4 bytes
-    a parameter each way: 32 GB of Llama-3-8B, 0.64 s at an assumed 50 GB/s. Unmeasured.
+    A hook on each parameter takes its gradient. Piece by piece, one side stream copies the sum so
+    far to the GPU and adds the gradient; another copies it back, while backward continues. The
+    additions and their order are those of gradients that stay on the GPU, so the bits are the same.
+    A pass moves 4 bytes a parameter each way: 32 GB of Llama-3-8B, 0.64 s at an assumed 50 GB/s.
+    Unmeasured.
     """
 
     def __init__(self, params: list[Tensor], chunk: int):
@@ -397,21 +399,21 @@ class HostGradients:
             self.leaving.popleft()
 
     def settled(self) -> list[Tensor]:
-        """The sums, once all have come home: tensors on the CPU, each its own .grad."""
+        """Return the sums once all copies to the host are done: CPU tensors, each its own .grad."""
         compute = self.api.current_stream()
         for stream in (self.fill, self.empty):
             compute.wait_stream(stream)
         self.leaving.clear()
         self.api.synchronize()  # what follows is the CPU's
         for i, total in enumerate(self.sums):
-            if i not in self.summed:  # nothing was read that it has a part in
+            if i not in self.summed:  # no stream of this step had a gradient for it
                 total.zero_()
             total.grad = total.detach()
         self.summed = set(range(len(self.sums)))
         return self.sums
 
     def pieces(self) -> list[Tensor]:
-        """The settled sums in AdamW's pieces."""
+        """Return the settled sums in AdamW's pieces."""
         return [part for total in self.settled() for part in total.view(-1).split(self.chunk)]
 
     def close(self) -> None:
@@ -450,7 +452,7 @@ class Offload:
         self.on_gpu, self.saved, self.fetched = {}, {}, {}  # tensors and events, by block
 
     def hooks(self, i: int, x: Tensor):
-        """Saved-tensor hooks that send block i's input x away and let everything else pass."""
+        """Return saved-tensor hooks that move block i's input x away and let all else pass."""
         address, shape = x.data_ptr(), x.shape  # not x itself: it has to be free to go
 
         def pack(t: Tensor):
@@ -516,7 +518,7 @@ def tiled_swiglu(
     rows: int,
     save: bool,
 ) -> Tensor:
-    """model.swiglu in tiles of `rows` tokens. save: keep gate and up for backward.
+    """Compute model.swiglu in tiles of `rows` tokens. save: keep gate and up for backward.
 
     apply_policy puts it into a model's MLPs; they must have no biases.
     """
@@ -579,7 +581,7 @@ class _Tiles(torch.autograd.Function):
 
 
 def _swiglu_backward(grad_out: Tensor, gate: Tensor, up: Tensor, down_weight: Tensor, sums: list):
-    """From (rows, D) to the gradients of gate and up, (rows, d_ff); adds that of down to sums."""
+    """Return the gradients of gate and up, (rows, d_ff); add that of down to sums."""
     act = F.silu(gate)
     _add_to_sum(sums, 2, grad_out, act * up)
     grad_act = grad_out @ down_weight
@@ -588,7 +590,7 @@ def _swiglu_backward(grad_out: Tensor, gate: Tensor, up: Tensor, down_weight: Te
 
 
 def _add_to_sum(sums: list, i: int, a: Tensor, b: Tensor) -> None:
-    """sums[i] += a.T @ b in fp32; the first tile's product is the sum so far."""
+    """Add a.T @ b to sums[i] in fp32; the first tile's product becomes the sum."""
     if sums[i] is None:
         sums[i] = fp32_product(a.T, b)
     else:
@@ -614,13 +616,13 @@ def _save_attention():
 
 
 def _contexts(save_attention: bool):
-    """The contexts a checkpointed block first runs in and is recomputed in."""
+    """Return the contexts in which a checkpointed block first runs and is recomputed."""
     first, second = _save_attention() if save_attention else (nullcontext(), nullcontext())
     return first, _recomputing(second)
 
 
 def _eager(block: nn.Module, recompute: bool, save: bool, *inputs) -> Tensor:
-    """A block, recomputed in backward or not, its attention's output saved or not."""
+    """Run a block; with `recompute` backward runs it again, with `save` all but its attention."""
     if not recompute:
         return block(*inputs)
     contexts = partial(_contexts, save)
@@ -647,21 +649,22 @@ def _compiled():
 def apply_policy(model: Llama, policy: Policy, offload: Offload | None = None) -> None:
     """Make the model's blocks run by `policy` from the next forward pass on.
 
+    Backward recomputes all blocks but the last policy.keep_all, which `run_block` leaves alone.
     offload: where inputs wait, with policy.offload; one for all policies of a model.
     """
-    first_unchecked = len(model.layers) - policy.unchecked
-    first_saved = first_unchecked - policy.attention
+    first_kept = len(model.layers) - policy.keep_all
+    first_saved = first_kept - policy.attention
     assert 0 <= first_saved and bool(offload) >= policy.offload, (policy, len(model.layers))
     for i, block in enumerate(model.layers):
         if not model.config.mlp_bias:
-            save = i >= first_unchecked
+            save = i >= first_kept
             block.mlp.swiglu = partial(tiled_swiglu, rows=policy.mlp_rows, save=save)
     run = _compiled() if policy.compile else _eager
 
     def run_block(i: int, block: nn.Module, x: Tensor, rotary, cached, documents) -> Tensor:
         if cached is not None or not torch.is_grad_enabled():
             return block(x, rotary, cached, documents)
-        recompute = i < first_unchecked
+        recompute = i < first_kept
         away = policy.offload and recompute
         with offload.hooks(i, x) if away else nullcontext():
             return run(block, recompute, i >= first_saved, x, rotary, None, documents)
@@ -700,11 +703,11 @@ class Visitor:
             p.data = home
 
 
-# ------------------------------------------------------------------------------ a plan at work
+# -------------------------------------------------------------------------- carrying out a plan
 
 
 class OneGPU:
-    """A plan at work: the optimizer, the teacher's visits, the inputs' slots."""
+    """Carries out a plan: the optimizer, the teacher's visits, the host memory of block inputs."""
 
     def __init__(self, plan: Plan, student: Llama, teacher: Llama, **adamw):
         """adamw: lr, betas, eps, weight_decay. Student and teacher are on the GPU, in bf16.
@@ -724,7 +727,7 @@ class OneGPU:
         try:
             if not plan.teacher_resident:
                 self.teacher = Visitor(teacher, device)
-            empty_cache(device)  # gradients and state live for the run: they come first
+            empty_cache(device)  # gradients and state live for the run: allocate them first
             if plan.slot_bytes:
                 self.offload = Offload(student.config.n_layers, plan.slot_bytes, device)
             where = dict(host=plan.host_state, host_gradients=plan.host_gradients)

@@ -10,7 +10,7 @@ from data import Corpus, Stream
 def choose_documents(
     corpus: Corpus, seq_len: int, source: int | None, min_doc_len: int, length_upsample: float
 ) -> np.ndarray | None:
-    """Indices of a corpus' documents for a data.Stream, or None for all of them in order.
+    """Return the indices of the documents for a data.Stream; None: all of them, in order.
 
     source: the index of the one source to read; None: all.
     min_doc_len: tokens; shorter documents are left out.
@@ -55,7 +55,7 @@ class Mixture:
         self._block = (-1, np.empty(0, np.int64), np.empty(0, np.int64))
 
     def _part(self, number: int) -> tuple[Stream, int]:
-        """Whose sequence comes as `number`, and which of its own it is."""
+        """Return the stream whose sequence is number `number`, and its number in that stream."""
         block, place = divmod(number, self.BLOCK)
         if self._block[0] != block:
             first = self.streams[0]
@@ -82,7 +82,7 @@ class Mixture:
     batch, first_tokens = Stream.batch, Stream.first_tokens
 
     def describe(self, n_batches: int) -> str:
-        """Every source's line, for its share of a run of n_batches."""
+        """Return a line for each source, about its share of a run of n_batches."""
         shares = self.counts / self.BLOCK
         lines = (
             f"{share:.1%} of {s.describe(round(n_batches * share))}"
@@ -92,7 +92,7 @@ class Mixture:
 
 
 def _upsample(corpus: Corpus, lengths: np.ndarray, seq_len: int, factor: float) -> np.ndarray:
-    """Indices of documents, some of them repeated: see choose_documents' length_upsample."""
+    """Return the indices of documents, some repeated: see choose_documents' length_upsample."""
     weights = np.where(np.diff(corpus.doc_starts) >= seq_len, float(factor), 1.0)
     for source in np.unique(corpus.doc_sources):
         from_source = corpus.doc_sources == source

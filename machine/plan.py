@@ -3,8 +3,8 @@
 What training keeps, per parameter: a bf16 weight (2 B) that must be on the GPU; an fp32 gradient
 (4 B), touched in every pass, and AdamW's state (10 B), touched once a step, that need not be. What
 it keeps per token: a block's activations, most of which are cheaper to make again than to keep.
-`make_plan` weighs the mechanisms of machine/memory.py against each other and prints what it chose
-as a table.
+`make_plan` chooses among the mechanisms of machine/memory.py, also which blocks are recomputed in
+backward (`Policy`), and Plan.table shows the choice.
 
 Sizes in bytes unless said otherwise; GiB = 2^30.
 """
@@ -47,7 +47,7 @@ class Card:
 
     @classmethod
     def of(cls, name: str) -> "Card | None":
-        """The card that torch calls `name`, by its published peaks; None: not known here."""
+        """Return the card that torch calls `name`, by its published peaks; None if unknown."""
         for known, (matmul, copy) in PEAKS.items():
             if known in name:
                 rates = (matmul / PEAKS["H200"][0] * x for x in H200_RATES[:3])
@@ -78,9 +78,13 @@ ELEMENTWISE = 152  # bytes per token, block and d_model: norms, rotary, SwiGLU, 
 # Kept free: CUDA's context is outside the allocator, fragments are inside it. Unmeasured.
 GPU_SPARE, GPU_SPARE_FRACTION, HOST_SPARE = 1.0 * GIB, 0.03, 6 * GIB
 NCCL = 1.0 * GIB  # its buffers, where several GPUs work together. Unmeasured
-# Reserved beyond what is allocated: 20 MiB pages that are not full where segments of the allocator
-# expand, else what lives on in the midst of freed memory. Both were found by replaying planned runs
-# through a model of the allocator (README.md, "One GPU's memory"; measure/replay.py of c5ec068).
+# Reserved beyond what is allocated: 20 MiB pages that are not full if the allocator's segments
+# expand, otherwise gaps between long-lived tensors. Both come from seven planned runs, recorded at
+# full size on fake tensors and replayed through a model of the allocator (measure/replay.py of
+# commit c5ec068, run again on 2026-12-01). With segments that expand, at most 0.24 GiB (0.63 with
+# gradients in host memory) were reserved beyond what was allocated, and no allocation was retried.
+# With fixed segments 8B at 32K had 6.9 to 10.2 of 79.1 GiB stranded and ended in its first long
+# pass; since then the cache is emptied before every phase, and segments expand if the driver can.
 PAGES, STRANDED_FRACTION = 0.5 * GIB, 0.13
 # Gradients on their way to host memory that may still be on the GPU, and three buffers of 2^24
 # fp32 numbers.
@@ -91,17 +95,21 @@ IN_FLIGHT, GRADIENT_BUFFERS = 2**29, 3 * 2**26
 class Policy:
     """How the blocks of one kind of micro-batch run while gradients are on.
 
-    In the order in which blocks run: first those recomputed in full, then `attention` of them that
-    keep the attention's output, and last `unchecked` ones that keep everything. The last, because
-    their activations are gone again when the others need room for recomputing.
+    The model's last `keep_all` blocks keep all activations for backward, the `attention` blocks
+    before them keep the attention's output and recompute the rest, and the first ones recompute
+    everything. Backward meets the last blocks first, so their activations are freed before the
+    others need room for recomputing.
     """
 
-    unchecked: int = 0  # blocks that are not recomputed; 3.6 GB each at 32K tokens of Llama-3-8B
+    keep_all: int = 0  # blocks that are not recomputed; 3.6 GB each at 32K tokens of Llama-3-8B
     attention: int = 0  # recomputed blocks that keep the attention's output; 0.27 GB each there
     offload: bool = False  # the inputs of recomputed blocks wait in host memory
     mlp_rows: int = 8192  # tokens of one MLP tile
     loss_rows: int = LOSS_ROWS  # tokens whose logits exist at a time
     compile: bool = False  # torch.compile, one graph for all blocks of a kind
+
+
+RECOMPUTE_ALL = Policy()  # backward recomputes every block
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,7 @@ class Unit:
 
     @classmethod
     def of(cls, stream, c, most: int | None = None) -> "Unit":
-        """The passes that a step makes of a stream (longred.StepStream), by what its loss needs.
+        """Return the passes that a step makes of a longred.StepStream, by what its loss needs.
 
         most: sequences in a pass; default: all of a micro-batch.
         """
@@ -144,7 +152,7 @@ class Plan:
     teacher_resident: bool  # else parked, on the GPU for the distillation units only
     moments: torch.dtype
     units: dict[str, Unit] = field(default_factory=dict)  # as a process will run them
-    policies: dict[str, Policy] = field(default_factory=dict)  # on one GPU; on several Policy()
+    policies: dict[str, Policy] = field(default_factory=dict)  # empty: RECOMPUTE_ALL
     gpu: dict[str, dict[str, int]] = field(default_factory=dict)
     host: dict[str, int] = field(default_factory=dict)
     slot_bytes: int = 0  # of Offload; 0: nothing is offloaded
@@ -157,17 +165,17 @@ class Plan:
     context: int = 1  # processes to a sequence
 
     def reserved(self, name: str) -> int:
-        """Bytes that the allocator takes for a unit, about: allocated at the peak, and gaps."""
+        """Estimate the bytes that the allocator reserves for a unit: peak allocated, and gaps."""
         peak = sum(self.gpu[name].values())
         return int(peak + (self.gaps if self.expandable else STRANDED_FRACTION * peak))
 
     @property
     def gaps(self) -> float:
-        """Of segments that expand: wider where large gradients come and go among what stays."""
+        """Return the gaps of segments that expand; larger with gradients in host memory."""
         return 1.5 * PAGES if self.host_gradients else PAGES
 
     def table(self) -> str:
-        """The memory table, GiB: terms of each unit's peak on the GPU, one column a unit."""
+        """Format the memory table, GiB: terms of each unit's peak on the GPU, one column a unit."""
         each = f" of each of {self.processes}" if self.processes > 1 else ""
         lines = [f"memory plan{each}, GiB".ljust(38) + "".join(n.rjust(9) for n in self.gpu)]
         for term in dict.fromkeys(t for terms in self.gpu.values() for t in terms):
@@ -193,14 +201,14 @@ class Plan:
         return "\n".join(lines)
 
     def how(self, name: str) -> str:
-        """How the passes of a unit run, in words."""
+        """Say how the passes of a unit run."""
         unit, policy = self.units[name], self.policies.get(name)
         whole = f" of {unit.seq_len * self.context:,}" if self.context > 1 else ""
         size = f"{unit.batch} x {unit.seq_len:,}{whole} tokens a pass"
         if policy is None:
             return f"{size}, every block recomputed"
         return (
-            f"{size}, {policy.unchecked} blocks unchecked, {policy.attention} recomputed but for "
+            f"{size}, {policy.keep_all} blocks kept whole, {policy.attention} recomputed but for "
             f"attention, MLP tiles of {policy.mlp_rows}"
             + (f", {policy.loss_rows} rows of logits" if policy.loss_rows < LOSS_ROWS else "")
             + (", inputs offloaded" if policy.offload else "")
@@ -208,7 +216,7 @@ class Plan:
 
 
 def parameter_count(config: ModelConfig, lm_head: bool = True) -> int:
-    """Weights, norms and biases left out (0.003% of Llama-3-8B)."""
+    """Count the parameters, without norms and biases (0.003% of Llama-3-8B)."""
     heads = 2 * config.n_heads + 2 * config.n_kv_heads
     block = config.d_model * (heads * config.head_dim + 3 * config.d_ff)
     embeddings = 1 + (lm_head and not config.tie_embeddings)
@@ -216,7 +224,7 @@ def parameter_count(config: ModelConfig, lm_head: bool = True) -> int:
 
 
 def flops(config: ModelConfig, unit: Unit) -> dict[str, float]:
-    """FLOPs of one forward pass: matmuls and causal attention of ONE block, the LM head."""
+    """Count one forward pass's FLOPs: matmuls and causal attention of ONE block, the LM head."""
     block = parameter_count(replace(config, n_layers=1, vocab_size=0))
     q = config.n_heads * config.head_dim
     return {
@@ -227,7 +235,7 @@ def flops(config: ModelConfig, unit: Unit) -> dict[str, float]:
 
 
 def model_flops(config: ModelConfig, unit: Unit) -> float:
-    """FLOPs of a unit, nothing counted twice: student forward, twice that backward, teacher."""
+    """Count a unit's FLOPs without recomputing: student forward, twice that backward, teacher."""
     once = flops(config, unit)
     passes = 4 if unit.teacher else 3
     heads = 2 + unit.heads  # the student's three passes of it, and the teacher's one
@@ -235,10 +243,10 @@ def model_flops(config: ModelConfig, unit: Unit) -> float:
 
 
 def unit_seconds(config: ModelConfig, unit: Unit, policy: Policy, card: Card = H200) -> float:
-    """Seconds of a unit if every kernel ran at its ceiling, recomputation included."""
+    """Return a unit's seconds if every kernel ran at its peak, recomputation included."""
     once, n = flops(config, unit), config.n_layers
     matmul, attention = once["matmul"] / card.matmul, once["attention"] / card.attention_forward
-    recomputed = n - policy.unchecked
+    recomputed = n - policy.keep_all
     block = parameter_count(replace(config, n_layers=1, vocab_size=0))
     down = config.d_ff * config.d_model / block  # early stop: down_proj is not run again
     seconds = n * (3 * matmul + attention + 2.5 * once["attention"] / card.attention_backward)
@@ -263,15 +271,15 @@ def activation_memory(config: ModelConfig, unit: Unit, policy: Policy) -> dict[s
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     x = 2 * m * d  # one hidden state
     lse = 4 * m * config.n_heads
-    recomputed = config.n_layers - policy.unchecked
+    recomputed = config.n_layers - policy.keep_all
     block = 2 * m * (3 * d + 2 * q + 2 * kv) + lse + 8 * m  # what autograd keeps but for x and MLP
     block += 2 * m * (q + kv) if config.qk_norm else 0  # q and k before their norms
     # A block's backward is widest in the MLP, or in attention with its fp32 gradient of q. The
-    # first block it meets has its activations counted below if unchecked, else makes them now.
-    tiles = 3 if policy.unchecked else 5  # gate and up count with the block where it keeps them
+    # first block that backward reaches keeps its activations (counted below) or makes them now.
+    tiles = 3 if policy.keep_all else 5  # gate and up count with the block where it keeps them
     in_mlp = tiles * 2 * min(policy.mlp_rows, m) * f + 4 * 4 * f * d + 2 * x
     in_attention = 2 * m * (4 * q + 2 * kv) - x
-    backward = max(in_mlp, in_attention) + (0 if policy.unchecked else block)
+    backward = max(in_mlp, in_attention) + (0 if policy.keep_all else block)
     # Gradients of the hidden states compared; the last one's is used up before any block's.
     in_block = backward + max(0, unit.hidden_states - 1) * x
     # The teacher's hidden states, and ours unless they are inputs counted below.
@@ -291,9 +299,9 @@ def activation_memory(config: ModelConfig, unit: Unit, policy: Policy) -> dict[s
     terms = {
         "inputs of recomputed blocks": on_gpu * x,
         "attention outputs kept": policy.attention * (2 * m * q + lse),
-        "unchecked blocks": policy.unchecked * (x + block + mlp_saved),
+        "blocks kept whole": policy.keep_all * (x + block + mlp_saved),
     }
-    # The embedding's gradient comes last, in bf16 and once more in fp32; all of the above is gone.
+    # The embedding's gradient is the last, in bf16 and in fp32; all of the above is freed by then.
     at_embedding = head + 6 * config.vocab_size * d + x - sum(terms.values())
     moments = {
         "in a block's backward": in_block,
@@ -361,7 +369,7 @@ def make_plan(
 
 
 def answer(question: Question) -> Plan | None:
-    """The fastest plan that fits, or None."""
+    """Return the fastest plan that fits, or None."""
     return fastest(question) if question.processes == 1 else spread(question)
 
 
@@ -414,15 +422,15 @@ def passes(config: ModelConfig, unit: Unit):
         (False, True), batches, (8192, 16384, 32768), logits
     ):
         part = replace(unit, batch=batch, count=unit.count * -(-unit.batch // batch))
-        for unchecked in range(config.n_layers + 1 - offload):
-            policy = Policy(unchecked, 0, offload, rows, loss_rows)
+        for keep_all in range(config.n_layers + 1 - offload):
+            policy = Policy(keep_all, 0, offload, rows, loss_rows)
             yield part, policy, activation_memory(config, part, policy)
 
 
 def best_pass(q: Question, choices: list, room: float, offload: bool, each_pass: float):
-    """The fastest of `choices` that fits in `room` bytes: (seconds a step, unit, policy), or None.
+    """Return the fastest of `choices` that fits in `room`: (seconds a step, unit, policy), or None.
 
-    offload: whether inputs may wait in host memory. each_pass: seconds that a pass takes besides.
+    offload: whether inputs may wait in host memory. each_pass: further seconds that a pass takes.
     """
     best, n_layers = None, q.config.n_layers
     for part, policy, terms in choices:
@@ -430,7 +438,7 @@ def best_pass(q: Question, choices: list, room: float, offload: bool, each_pass:
         if left < 0 or policy.offload > offload:
             continue
         saved = 2 * part.tokens * q.config.n_heads * (q.config.head_dim + 2)
-        policy = replace(policy, attention=min(n_layers - policy.unchecked, left // saved))
+        policy = replace(policy, attention=min(n_layers - policy.keep_all, left // saved))
         seconds = part.count * (unit_seconds(q.config, part, policy, q.ceilings) + each_pass)
         if best is None or seconds < best[0]:
             best = seconds, part, policy
@@ -480,7 +488,7 @@ def fastest(q: Question) -> Plan | None:
 
 
 def spread(q: Question) -> Plan | None:
-    """The plan of each of several GPUs over which a run's weights are spread (many.py)."""
+    """Return the plan of each of several GPUs over which the weights are sharded (many.py)."""
     plan = smallest_spread(q)
     return plan if most(plan) <= q.gpu_room and sum(plan.host.values()) <= q.host_room else None
 
@@ -501,7 +509,7 @@ def smallest_spread(q: Question) -> Plan:
         for i in range(8):
             length = unit.seq_len // q.context
             part = replace(unit, batch=max(1, unit.batch >> i), seq_len=length)
-            made = activation_memory(q.config, part, Policy())
+            made = activation_memory(q.config, part, RECOMPUTE_ALL)
             terms = {
                 "weights, fp32": 4 * n // q.processes,
                 "gradients, fp32": 4 * n // q.processes,
@@ -527,7 +535,7 @@ def most(plan: Plan) -> int:
 
 
 def refusal(q: Question, flag: str, floor: int) -> str:
-    """Why nothing fits, and what would. flag, floor: make_plan's length."""
+    """Say why nothing fits, and what would. flag, floor: make_plan's length."""
     n, longest = parameter_count(q.config), max(unit.seq_len for unit in q.units)
     gpu, host = q.gpu_bytes / GIB, q.host_bytes / GIB
     if q.processes == 1:
@@ -611,7 +619,7 @@ def more_processes(q: Question) -> list:
 
 
 def report_steps(c, model: ModelConfig, streams) -> float:
-    """About what the closing report costs, in optimizer steps, by the FLOPs of both."""
+    """Estimate what the closing report costs, in optimizer steps, by the FLOPs of both."""
     if not c.eval_tokens:
         return 0.0
 
@@ -651,7 +659,7 @@ def _gpu_allocates() -> bool:
 
 
 def segments_expand() -> bool:
-    """Whether they do, by looking at one: the platform, the driver or the user may not allow it."""
+    """Return whether the allocator's segments expand: platform, driver or user may forbid it."""
     probe = torch.empty(32 * 2**20, dtype=torch.uint8, device="cuda")
     address = probe.data_ptr()
     return any(
@@ -662,7 +670,7 @@ def segments_expand() -> bool:
 
 
 def asked(flag: str, gib: float | None, free: int | None, grows: bool = False) -> int:
-    """Bytes to plan for: what a flag asks for, else all that is free.
+    """Return the bytes to plan for: what a flag asks for, else all that is free.
 
     Raises ValueError for more than is free. grows: the free memory of some systems grows as it is
     asked for, so more than is free is a warning and the run tries.
@@ -688,7 +696,7 @@ def gpu_room() -> int:
 
 
 def reserved_now(device: str) -> dict[str, float | None]:
-    """For the log: most GiB reserved by the allocator so far, and allocations tried again."""
+    """For the log: the most GiB that the allocator has reserved, and its retries."""
     if not device.startswith("cuda"):
         return {"reserved_gib": None, "alloc_retries": None}
     retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
@@ -697,7 +705,7 @@ def reserved_now(device: str) -> dict[str, float | None]:
 
 
 def trial(device: str) -> None:
-    """A tiny block forward and backward on the real device: seconds, before hours are planned.
+    """Run a tiny block forward and backward on the device, before hours are planned.
 
     Raises ValueError, one line, for what would stop the first pass: compiler, driver, old card.
     """
@@ -720,7 +728,7 @@ def trial(device: str) -> None:
         hidden, _ = block(ids)
         next_token_loss(hidden, block.lm_head_weight, ids)[0].backward()
         finite = all(p.grad.isfinite().all().item() for p in block.parameters())
-    except Exception as e:  # whatever a compiler, a driver or a kernel comes up with
+    except Exception as e:  # anything that a compiler, a driver or a kernel raises
         raise ValueError(f"a trial of one tiny block on {device} failed: {why(e)}") from e
     if not finite:
         raise ValueError(
@@ -729,12 +737,12 @@ def trial(device: str) -> None:
 
 
 def why(error: Exception) -> str:
-    """One line on a failure of the trial: what was wrong, what to do."""
+    """Say in one line what was wrong in the trial, and what to do."""
     said = f"{type(error).__name__}: {error}"
     known = {
         "Failed to find C compiler": "Triton needs a C compiler; install gcc or set CC",
         "Python.h": "Triton needs Python's headers; install python3-dev for this Python",
-        # The compiler's own words go to the terminal, only its command line comes back.
+        # The compiler's own words go to the terminal; the error has only its command line.
         "CalledProcessError": "Triton's C compiler failed, most often because it lacks Python's "
         "headers; install python3-dev for this Python",
         "driver on your system is too old": "the NVIDIA driver is too old for this torch; update "
@@ -758,13 +766,14 @@ def preflight(c, model: ModelConfig, units: list[Unit], *, processes: int, freed
     alone = processes == 1
     n = parameter_count(model)
     export = n * (stored_dtype(model) or torch.float32).itemsize
-    # A state: fp32 weights (on a GPU bf16 and a remainder) and AdamW's two moments.
-    bf16 = c.device.startswith("cuda") and c.moments == "bf16" and alone
+    # A state: fp32 weights (or bf16 and a remainder) and AdamW's two moments.
+    bf16 = (c.device.startswith("cuda") or c.dtype) and c.moments == "bf16" and alone
     states = c.keep and (c.keep + 1) * n * (8 if bf16 else 12)
     check_disk(Path(c.out_dir), export=export, states=states, freed=freed)
-    if not alone and (c.gpu_gib or c.host_gib or c.compile or c.moments != "fp32"):
+    if not alone and (c.gpu_gib or c.host_gib or c.compile or c.dtype or c.moments != "fp32"):
         raise ValueError(
-            "--gpu_gib, --host_gib, --moments and --compile are one GPU's: drop them with torchrun"
+            "--gpu_gib, --host_gib, --dtype, --moments and --compile are for one process: drop "
+            "them with torchrun"
         )
     if c.device.startswith("cuda"):
         trial(c.device)
@@ -775,7 +784,7 @@ def preflight(c, model: ModelConfig, units: list[Unit], *, processes: int, freed
 
 
 def activation_bytes(model, tokens: int, recompute: bool) -> int:
-    """About what one forward pass keeps for backward in fp32, at `tokens` tokens.
+    """Estimate what one forward pass keeps for backward in fp32, at `tokens` tokens.
 
     A block keeps about 9 vectors of width d_model (inputs and outputs of norms and attention, q, k,
     v) and 4 of width d_ff (SmolLM2's shape, 6 layers, 512 tokens: 139 MB here, 140 MB measured).
@@ -792,7 +801,9 @@ def forecast(c, config: ModelConfig, streams, processes: int = 1) -> float:
 
     That speed is measured here, in a fraction of a second, with the threads the run will have.
     """
-    x, w = torch.randn(1024, config.d_model), torch.randn(config.d_model, config.d_ff)
+    dtype = torch.bfloat16 if c.dtype else torch.float32
+    x = torch.randn(1024, config.d_model, dtype=dtype)
+    w = torch.randn(config.d_model, config.d_ff, dtype=dtype)
     torch.mm(x, w)
     began, n = time.perf_counter(), 0
     while n < 3 or time.perf_counter() - began < 0.2:
@@ -804,10 +815,10 @@ def forecast(c, config: ModelConfig, streams, processes: int = 1) -> float:
 
 
 def check_disk(out_dir: Path, *, export: int, states: int, freed: int) -> None:
-    """ValueError unless out_dir's disk has room for the export and the states, in bytes.
+    """Raise ValueError unless out_dir's disk has room for export and states, in bytes.
 
-    Tokens of the text and what the hub sends are not counted: both may be there already, on other
-    disks, and go on where a full disk stopped them.
+    Tokens of the text and the hub's files are not counted: they may be there already, or be on
+    other disks, and a full disk does not lose what they hold.
     """
     there = out_dir.absolute()
     while not there.is_dir():
@@ -822,7 +833,7 @@ def check_disk(out_dir: Path, *, export: int, states: int, freed: int) -> None:
 
 
 def check_memory(weights: int, activations: int) -> None:
-    """ValueError unless a run on the CPU fits what is free; weights: with gradients and AdamW."""
+    """Raise ValueError unless a CPU run fits what is free. weights: with gradients and AdamW."""
     free = available_memory()
     if free is not None and weights + activations > free:
         raise ValueError(
@@ -855,7 +866,7 @@ def available_memory(root: Path = Path("/")) -> int | None:
 
 
 def forget_peak(device: str) -> None:
-    """Begin a phase: peak_gib will tell the most that was held from here on."""
+    """Begin a phase: peak_gib will return the most that was held from here on."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         return
@@ -870,7 +881,7 @@ def _fields(path: Path) -> dict[str, int]:
 
 
 def peak_gib(device: str) -> float:
-    """Most memory held since forget_peak: the GPU allocator's, else this process's (0: unknown)."""
+    """Return the most memory held since forget_peak: the GPU's or this process's; 0: unknown."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / GIB
     with suppress(OSError, KeyError):  # Linux only

@@ -4,11 +4,11 @@
 how, is in longred.py.
 
     settings.py     the machine's flags, and what is refused
-    plan.py         what fits: disk, memory, the fastest plan for one GPU
-    memory.py       that plan at work: AdamW in host memory, recomputing, tiles, a visiting teacher
+    plan.py         what fits: disk, memory, the fastest plan for one GPU (which blocks recompute)
+    memory.py       carries out that plan: AdamW in host memory, recomputing, tiles, the teacher
     files.py        files and folders written whole, locks, checksums, checked caches
     states.py       states on disk;  keeper.py: when they are saved, signals;  log.py
-    many.py         torchrun: weights in shards, sequences shared out
+    many.py         torchrun: weights in shards, sequences shared between processes
     corpus.py       text of any kind -> token files;  mixture.py: shares of several sources
     samples.py      text sampled from the checkpoint itself
     tokenizer.py, checkpoints.py    every format
@@ -38,7 +38,7 @@ from machine.keeper import Keeper, command_line, refuse_in_the_way, refuse_taken
 from machine.many import Processes, after_restart, whole_number
 from machine.mixture import Mixture, choose_documents
 from machine.settings import (
-    HARMLESS,
+    MAY_CHANGE,
     TEXTS,
     MachineConfig,
     check_flags,
@@ -53,15 +53,16 @@ from model import Llama, export_dtype, hf_name, merge_weights
 
 
 class Run(longred.Run):
-    """One process at work on a run, from its settings to its export; a context around all of it."""
+    """One process's part of a run, from the settings to the export; a context around all of it."""
 
     def __init__(self):
         plan.expand_segments()  # before anything asks for the GPU
         self.processes = Processes()
         self.keeper = Keeper(self.processes)
         self.once = self.processes.from_rank_0  # call a function in one process, for all of them
-        self.plan = self.one_gpu = None  # of the memory of one GPU; None on a CPU or on many
-        self.resumed = None  # longred.json of the run that goes on
+        # Of the memory of one GPU, or of a CPU in bf16; None where weights are fp32.
+        self.plan = self.one_gpu = None
+        self.resumed = None  # longred.json of the run that is continued
         self.data_seconds = 0.0  # waited for text in this step
         self.own = {}  # the source self:N -> its file and cost
         self.commits = {}  # a source on the hub -> the commit at which it is read
@@ -87,14 +88,14 @@ class Run(longred.Run):
             ) from error
         if isinstance(error, torch.OutOfMemoryError):
             raise ValueError(
-                f"{str(error).splitlines()[0]} Go on, or begin anew, with a --gpu_gib some GiB "
+                f"{str(error).splitlines()[0]} Resume, or begin again, with a --gpu_gib some GiB "
                 "below the GPU peak of the memory plan, or a smaller --unit_tokens"
             ) from error
 
     # ---------------------------------------------------------------------------- before step 1
 
     def open(self, config: Config) -> MachineConfig:
-        """The settings, all filled in. Raises ValueError, one line, for what cannot work."""
+        """Return the settings, all filled in. Raises ValueError, one line, for what cannot work."""
         if not isinstance(config, MachineConfig):  # longred.Config, with the defaults of the rest
             config = MachineConfig(**vars(config))
         config = after_restart(config)
@@ -117,12 +118,13 @@ class Run(longred.Run):
             torch.cuda.set_device(c.device)
         # A GPU's attention takes nothing wider than bf16. Weights are fp32 (FSDP casts shards as it
         # gathers them), but under a plan, whose AdamW holds the rest of their digits.
-        self.compute = torch.bfloat16 if c.device.startswith("cuda") else torch.float32
+        in_bf16 = c.device.startswith("cuda") or c.dtype == "bf16"
+        self.compute = torch.bfloat16 if in_bf16 else torch.float32
         self.stored = torch.float32
         return c
 
     def look_at_all(self, given: MachineConfig) -> None:
-        """What is cheap to find wrong is found here, before anything that takes long.
+        """Find what is cheap to find wrong, before anything that takes long.
 
         given: the settings before they were resolved, with paths as the user wrote them.
         """
@@ -138,7 +140,7 @@ class Run(longred.Run):
         for specs in (getattr(given, name) for name in TEXTS):
             corpus.find_files([s for s in map(str, specs or ()) if is_path(s)], {})
 
-    def check(self, streams: dict) -> None:
+    def fit_to_machine(self, streams: dict) -> None:
         """Refuse a run that its disk or its memory cannot hold; on a GPU print and take its plan.
 
         Sets how many sequences of each stream go into one forward pass.
@@ -148,11 +150,11 @@ class Run(longred.Run):
         self.units = [plan.Unit.of(s, c, c.unit_tokens // s.seq_len) for s in streams.values()]
         freed = states.bytes_in(self.out_dir / "checkpoints")
         self.once(lambda: plan.preflight(c, self.original, self.units, processes=size, freed=freed))
-        self.take_plan(self.plan_memory() if c.device.startswith("cuda") else None)
+        self.take_plan(self.plan_memory() if self.compute == torch.bfloat16 else None)
 
     def take_plan(self, found: plan.Plan | None) -> None:
-        """Print a plan and run by it from here on."""
-        if found:
+        """Print a plan and follow it from here on."""
+        if found and found.gpu:
             print(found.table(), flush=True)
         units = found.units.values() if found else self.units
         self.sequences = {unit.name: unit.batch for unit in units}
@@ -160,11 +162,17 @@ class Run(longred.Run):
             self.plan, self.stored = found, torch.bfloat16
 
     def plan_memory(self, host_memory: bool = True) -> plan.Plan:
-        """On GPUs: the memory table, and what follows from it; the same in every process.
+        """Return where everything is and how passes run in bf16; the same in every process.
 
+        On a CPU nothing has to be away, and blocks are recomputed if --recompute asks for that.
         host_memory: whether a plan for one GPU may use any.
         """
         c, processes = self.c, self.processes
+        moments = torch.bfloat16 if c.moments == "bf16" else torch.float32
+        if c.device == "cpu":
+            units = {unit.name: unit for unit in self.units}
+            policy = plan.Policy(keep_all=0 if c.recompute else self.original.n_layers)
+            return plan.Plan(False, True, moments, units, dict.fromkeys(units, policy))
         room = plan.asked("--gpu_gib", c.gpu_gib, plan.gpu_room())
         host = plan.asked("--host_gib", c.host_gib, plan.available_memory(), grows=True)
         skipped = c.train_len < c.target_len
@@ -176,7 +184,7 @@ class Run(longred.Run):
             self.units,
             gpu_bytes=room,
             host_bytes=host if host_memory else 0,
-            moments=torch.bfloat16 if c.moments == "bf16" else torch.float32,
+            moments=moments,
             processes=processes.size,
             context=c.context,
             compile=c.compile,
@@ -189,7 +197,7 @@ class Run(longred.Run):
 
     def open_texts(self, streams: dict) -> None:
         """Check disk and memory; then tokenise, once, on one process, and open every stream."""
-        self.check(streams)
+        self.fit_to_machine(streams)
         c = self.c
         tokenizer = load_tokenizer(self.source, c.add_eos)
         tokenizer.check_fits(self.original.vocab_size)
@@ -274,21 +282,21 @@ class Run(longred.Run):
         print(f"the export's tokenizer makes the same {n:,} tokens of this text's beginnings")
 
     def choose_layers(self) -> list[int]:
-        """longred.choose_layers in the first process, with the weights whole."""
+        """Run longred.choose_layers in the first process, with the weights whole."""
         self.whole = True
         layers = self.once(super().choose_layers)
         self.whole = False
         return layers
 
     def load_whole(self) -> Llama:
-        """The original in this process alone, to be sampled from."""
+        """Load the original in this process alone, to be sampled from."""
         self.whole = True
         model = self.load()
         self.whole = False
         return model
 
     def load(self, theta: float | None = None, scaling: dict | None = None) -> Llama:
-        """The original, which is only read, or the model to train, its rotary embedding rescaled.
+        """Load the original, which is only read, or with a new rotary embedding the model to train.
 
         Of many processes each has its shards, except while layers are chosen. The original needs no
         more digits than passes compute with.
@@ -304,7 +312,7 @@ class Run(longred.Run):
         return load_checkpoint(self.source, theta, scaling, self.c.device, dtype, shard)
 
     def optimizer(self, student: Llama, teacher: Llama):
-        """AdamW for this machine; how the blocks of the student run is settled with it."""
+        """Return AdamW for this machine. On one GPU also carry out the rest of the plan."""
         c = self.c
         adamw = dict(lr=c.lr, betas=(c.beta1, c.beta2), eps=1e-8, weight_decay=c.weight_decay)
         self.student = student
@@ -314,7 +322,7 @@ class Run(longred.Run):
         else:
             self.adamw = torch.optim.AdamW(student.parameters(), **adamw)
             if c.recompute or self.processes.size > 1:
-                memory.apply_policy(student, plan.Policy())  # every block is recomputed
+                memory.apply_policy(student, plan.RECOMPUTE_ALL)
         log.print_header(c, student, teacher, self.streams)
         if c.device == "cpu":
             now = [s for s in self.streams.values() if 0 in s.steps]
@@ -323,9 +331,9 @@ class Run(longred.Run):
         return self.adamw
 
     def open_one_gpu(self, student: Llama, teacher: Llama, **adamw) -> memory.OneGPU:
-        """The plan at work; if the system refuses its host memory, a plan that uses none.
+        """Carry out the plan; if the system refuses its host memory, one that uses none.
 
-        AdamW's moments become bf16 where only that fits, but not in a run that has a state in fp32.
+        AdamW's moments become bf16 if only that fits, unless the run has a state in fp32.
         """
         try:
             return memory.OneGPU(self.plan, student, teacher, **adamw)
@@ -354,7 +362,7 @@ class Run(longred.Run):
         if not self.resumed:  # from here on OUT_DIR is ours
             keeper.claim(self.out_dir, resumed=False)
         self.record["config"] = asdict(c)
-        config = {k: v for k, v in self.record["config"].items() if k not in HARMLESS}
+        config = {k: v for k, v in self.record["config"].items() if k not in MAY_CHANGE}
         if c.source_weights:  # shares in the order of the sources, whose names may change
             config["source_weights"] = [text.rpartition("=")[2] for text in c.source_weights]
         before = self.resumed["config"] if self.resumed else {}
@@ -394,28 +402,26 @@ class Run(longred.Run):
         print(f"  step {step}: at its sequence {self.read}, {seconds:.0f} s so far", flush=True)
 
     def note_changed_code(self, first: int) -> None:
-        """Say, and record for the report, which files a resumed run finds changed."""
+        """Print, and record for the report, which code files changed since the run began."""
         old = self.resumed or {}
         self.record["code_changes"] = old.get("code_changes", [])
         if old and (files := states.changed_code(old.get("code", {}), self.record["code"])):
-            words = f"After step {first} the run went on with other code in {', '.join(files)}."
+            words = f"After step {first} the run continued with other code in {', '.join(files)}."
             self.record["code_changes"].append(words)
 
     def write_record(self) -> None:
         if self.processes.rank == 0:
-            record = {"checksum": 0} | signed(
-                finite(self.record)
-            )  # in a line of its own, the first
+            record = {"checksum": 0} | signed(finite(self.record))  # its line is the first
             files.write_json(self.out_dir / "longred.json", record)
 
     def batches(self, stream, step: int) -> Iterator[data.Batch]:
-        """This process's part of what a step reads of a stream, as data.Batch, one a forward pass.
+        """Yield this process's part of what a step reads of a stream, a data.Batch for each pass.
 
         Yields nothing in a step that does not read the stream.
         """
         if step not in stream.steps:
             return
-        if self.one_gpu:
+        if self.one_gpu:  # which blocks backward recomputes, and where the teacher is
             self.one_gpu.ready(stream.name)
         c = self.c
         numbers, piece, pieces = self.processes.share(stream.micro * stream.batch)
@@ -442,7 +448,7 @@ class Run(longred.Run):
             yield batch
 
     def with_gradients(self):
-        """The student's parameters, or what holds their gradients in host memory."""
+        """Return the student's parameters, or what holds their gradients in host memory."""
         return self.adamw.with_gradients() if self.plan else self.student.parameters()
 
     def log_step(self, means: dict[str, Tensor], norm: Tensor) -> bool:
@@ -474,7 +480,7 @@ class Run(longred.Run):
     # ----------------------------------------------------------------------------- after the last
 
     def gather(self, student: Llama, teacher: Llama) -> tuple[Llama, Llama]:
-        """Both whole, here; in all but the first process without memory, to be left alone.
+        """Return both models whole, in the first process; in the others they have no memory.
 
         Frees the optimizer's state first: the export and the report need the memory.
         """
@@ -529,12 +535,12 @@ class Run(longred.Run):
 
 
 def train(config: Config) -> Path:
-    """longred.train with the run below. Returns the folder of the exported model."""
+    """Run longred.train with the Run of this file. Returns the folder of the exported model."""
     return longred.train(config, Run())
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line. An error that the user can correct ends it with a message of one line."""
+    """Run the command line. An error that the user can correct ends it with one line."""
     log.outlive_readers()
     config = parse_args(argv, MachineConfig)
     check_flags(config)

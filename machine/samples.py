@@ -1,11 +1,11 @@
 """Short text sampled from the checkpoint itself, before a run: --short_data self[:N].
 
-Nobody has the text that Llama 3 was trained on, but its weights can be asked for more of the like.
-Texts are made in parts of some dozens, each a function of (weights, seed, settings, part): a
-stopped run goes on at the next part, and a larger N only adds to what is there.
+The text that Llama 3 was trained on is not published, but its weights can be sampled for similar
+text. Texts are sampled in parts of a few dozen, each a function of (weights, seed, settings, part):
+a stopped run continues with the next part, and a larger N only adds to what is there.
 
-What is kept and read is the sampled ids themselves. Text would not do: a special token spelled out
-is a dozen ordinary ones, and the tokens of a text are not always those that it was made of.
+The sampled ids themselves are kept and read, not their text: a special token spelled out is a dozen
+ordinary ones, and tokenising a text does not always give the tokens that it was made of.
 """
 
 import json
@@ -26,7 +26,7 @@ CPU_FLOPS = 5e9  # FLOP/s of one core in small matmuls, assumed, for the plan al
 
 
 def count(spec: str) -> int | None:
-    """Texts that "self" or "self:N" asks for; None for any other source of text."""
+    """Return how many texts "self" or "self:N" asks for; None for any other source of text."""
     head, colon, number = spec.partition(":")
     if head != "self" or Path(spec).exists():
         return None
@@ -43,7 +43,7 @@ def sample_ids(
     generator: torch.Generator,
     temperature: float = 1.0,
 ) -> list[list[int]]:
-    """Token ids of n texts, each sampled after BOS (else EOS), `length` tokens with it at most.
+    """Sample n texts as token ids, each after BOS (else EOS) and at most `length` tokens with it.
 
     A text ends with its end of text, which is kept, or before any other id that no text becomes: a
     special token, a row that pads the embedding. Sampled in one batch with the KV cache, from the
@@ -64,7 +64,7 @@ def sample_ids(
 def own_samples(
     c, n: int, source: Path, config, load, tokenizer: Tokenizer, asked: int
 ) -> tuple[str, dict]:
-    """(a file of n texts up to c.original_len tokens, its cost), made now or found in the cache.
+    """Return (a file of n texts up to c.original_len tokens, its cost), made now or found cached.
 
     source: the checkpoint's folder, config: its ModelConfig. load(): the whole model. asked: tokens
     that the run will read of them.
@@ -111,7 +111,7 @@ def own_samples(
 
 
 def _hours(config, each: int, length: int, device: str) -> float:
-    """Of one part: a GPU reads all weights and half a full cache a token, a CPU multiplies."""
+    """Return hours a part: a GPU reads weights and half the cache each token, a CPU multiplies."""
     once = plan.flops(config, plan.Unit("", each, length))
     work = config.n_layers * (once["matmul"] + once["attention"]) + once["head"]
     if not device.startswith("cuda"):

@@ -61,7 +61,10 @@ class MachineConfig(Config):
     context: int | None = opt(None, "processes to a sequence, under torchrun (default: 1)", least=1)
     gpu_gib: float | None = opt(None, "GPU memory to plan for (default: all that is free)", least=0)
     host_gib: float | None = opt(None, "host memory to plan for (default: all free)", least=0)
-    moments: Literal["fp32", "bf16"] = opt("fp32", "AdamW's m and v on a GPU")
+    dtype: Literal["bf16"] | None = opt(
+        None, "bf16: compute on a CPU as on one GPU, with bf16 weights (default: fp32)"
+    )
+    moments: Literal["fp32", "bf16"] = opt("fp32", "AdamW's m and v, if weights are bf16")
     compile: bool = opt(False, "torch.compile the blocks on a GPU")
     save_every: int = opt(64, "steps between states that --resume can continue from", least=1)
     save_minutes: float = opt(30.0, "minutes until one is saved anyway; 0: never", least=0)
@@ -74,21 +77,21 @@ class MachineConfig(Config):
     )
 
 
-# Fields that a resumed run may have otherwise: none changes a step's numbers beyond how they round
-# (or, steps, when a replay begins).
-HARMLESS = {f.name for f in fields(MachineConfig)} - {f.name for f in fields(Config)}
-HARMLESS -= {"recompute", "moments", "skip_bad_lines", "source_weights", "min_doc_len"}
-HARMLESS -= {"length_upsample", "add_eos"}
-HARMLESS |= {"out_dir", "device", "unit_tokens"}
-# Text is known by its content, wherever it lies.
+# Settings that a resumed run may change. None changes a step's numbers by more than rounding,
+# except --steps, which decides when a replay begins.
+MAY_CHANGE = {f.name for f in fields(MachineConfig)} - {f.name for f in fields(Config)}
+MAY_CHANGE -= {"recompute", "dtype", "moments", "skip_bad_lines", "source_weights"}
+MAY_CHANGE -= {"min_doc_len", "length_upsample", "add_eos"}
+MAY_CHANGE |= {"out_dir", "device", "unit_tokens"}
+# Text and weights are compared by their content (states.check_same), not by their paths.
 TEXTS = "long_data", "short_data", "s2l_data", "replay_data"
-HARMLESS |= {"ckpt", "steps", *TEXTS}
+MAY_CHANGE |= {"ckpt", "steps", *TEXTS}
 
 # ---------------------------------------------------------------------------------------- checks
 
 
 def source_shares(c: MachineConfig, specs: list[str]) -> list[float] | None:
-    """--source_weights for one stream's list of sources, in its order; None: as they come.
+    """Return --source_weights for one stream's list of sources; None: no shares are given.
 
     Raises ValueError for a share that is no number above 0, and for a list named only in part.
     """
@@ -112,7 +115,7 @@ def source_shares(c: MachineConfig, specs: list[str]) -> list[float] | None:
 
 
 def check_sources(c: MachineConfig) -> None:
-    """Sources are well spelt, and every share's is one that this run reads."""
+    """Check that sources are spelt well, and that every share's source is one of this run."""
     lists = [c.long_data, c.short_data, c.s2l_data, c.replay_data]
     read = [spec for specs in lists for spec in specs or ()]
     for spec in read:
@@ -149,9 +152,9 @@ def resolve(config: MachineConfig, model: ModelConfig, ckpt: Path) -> MachineCon
 
 
 def check_flags(c: MachineConfig) -> None:
-    """SystemExit, in one line, for flags that do not go with --resume or need --ckpt."""
+    """Raise SystemExit, in one line, for flags that do not fit --resume or need --ckpt."""
     given = {f.name for f in fields(c) if getattr(c, f.name) != f.default}
-    extra = given - {"resume", "resume_anyway", *HARMLESS}
+    extra = given - {"resume", "resume_anyway", *MAY_CHANGE}
     if c.resume and extra and not c.resume_anyway:
         raise SystemExit(
             f"longred: --resume takes its run's own settings: drop --{min(extra)}, or add "
@@ -165,15 +168,15 @@ def check_flags(c: MachineConfig) -> None:
 
 
 def check_device(c: MachineConfig, parameters: int) -> None:
-    """Of a --device, whether it is here; `parameters`: of the model, where none is asked for."""
+    """Raise ValueError if --device is not here, or if the model is too large for a CPU."""
     if c.device and not re.fullmatch(r"cpu|cuda(:\d+)?", c.device):
         raise ValueError(f"--device {c.device}: need cpu or cuda (one of many: cuda:1)")
     if c.device and c.device != "cpu":
         if not torch.cuda.is_available():
             raise ValueError(
-                f"--device {c.device}: torch sees no GPU, for want of one or of a new enough "
-                f"driver: compare {torch.version.cuda or 'no CUDA'}, which torch "
-                f"{torch.__version__} was built for, with nvidia-smi's, or pass --device cpu"
+                f"--device {c.device}: torch sees no GPU, or none with a new enough driver: "
+                f"compare {torch.version.cuda or 'no CUDA'}, which torch {torch.__version__} was "
+                "built for, with nvidia-smi's, or pass --device cpu"
             )
         if int(c.device.partition(":")[2] or 0) >= torch.cuda.device_count():
             raise ValueError(
@@ -188,13 +191,13 @@ def check_device(c: MachineConfig, parameters: int) -> None:
 
 
 def check_lengths(c: MachineConfig, model: ModelConfig) -> None:
-    """What attention asks of lengths: on a GPU, and where processes share a sequence."""
+    """Check what attention asks of lengths: on a GPU, and where processes share a sequence."""
     lengths = c.train_len, c.short_len, c.original_len
     if c.document_mask and (c.context > 1 or c.compile):
         other = f"--context {c.context}" if c.context > 1 else "--compile"
         raise ValueError(
-            f"--document_mask does not go with {other}: documents would lie across processes, or "
-            "ask for a new graph each time; drop one of the two"
+            f"--document_mask does not go with {other}: documents would be split between processes,"
+            " or need a new graph each time; drop one of the two"
         )
     if any(n % c.context for n in (*lengths, model.n_heads, model.n_kv_heads)):
         raise ValueError(
@@ -211,7 +214,7 @@ def check_lengths(c: MachineConfig, model: ModelConfig) -> None:
 
 
 def whole_path(path: str, flag: str) -> str:
-    """An absolute path, so that a run can be resumed from any folder."""
+    """Return an absolute path, so that a run can be resumed from any folder."""
     found = os.path.expanduser(path)
     if found.startswith("~"):
         raise ValueError(f"--{flag} {path}: no such user; write the path out")
@@ -219,7 +222,7 @@ def whole_path(path: str, flag: str) -> str:
 
 
 def settle_paths(c: MachineConfig) -> None:
-    """Every path of the settings becomes absolute; hub datasets and self stay as they are."""
+    """Make every path of the settings absolute; hub datasets and self stay as they are."""
     for name in ("out_dir", "cache_dir"):
         if getattr(c, name):
             setattr(c, name, whole_path(getattr(c, name), name))
@@ -229,11 +232,11 @@ def settle_paths(c: MachineConfig) -> None:
 
 
 def is_path(spec: str) -> bool:
-    """A source of text that lies on this disk: no hub dataset, no sample of the checkpoint's."""
+    """Return whether a source of text is on this disk: no hub dataset, no sample of the model's."""
     return not spec.startswith("hf:") and samples.count(spec) is None
 
 
-# Flags that were removed, and the values with which a run that has them in its record can go on.
+# Removed flags, and their values with which a recorded run can still be resumed.
 REMOVED = {"short_rope": "new", "export_longrope": False}
 
 
@@ -255,7 +258,7 @@ def resumed_config(saved: dict, given: MachineConfig) -> MachineConfig:
     """Return the config that a run began with, with the flags that may be given when it resumes.
 
     saved: from OUT_DIR/longred.json. Raises ValueError where it is damaged or another version's,
-    and for a path that is gone and was not named anew.
+    and for a path that is gone and was not given anew.
     """
     names = {f.name for f in fields(given)}
     if unknown := saved.keys() - names:
@@ -269,10 +272,10 @@ def resumed_config(saved: dict, given: MachineConfig) -> MachineConfig:
     saved, out_dir = dict(saved), whole_path(given.resume, "resume")
     now = {"out_dir": out_dir, "resume": out_dir, "resume_anyway": given.resume_anyway}
     for f in fields(given):
-        if f.name in HARMLESS or given.resume_anyway:
+        if f.name in MAY_CHANGE or given.resume_anyway:
             if f.name not in now and getattr(given, f.name) != f.default:
                 now[f.name] = getattr(given, f.name)
-    # A source that was named anew is so wherever else it is named.
+    # A source that was given a new path has it wherever else it is named.
     pairs = (zip(saved.get(name) or (), now.get(name) or (), strict=False) for name in TEXTS)
     renamed = {old: str(new) for pair in pairs for old, new in pair}
     for name in TEXTS:

@@ -1,16 +1,22 @@
-"""The state of a run on disk, written so that a kill at any moment loses nothing.
+"""The state of a run on disk. A kill at any moment loses only the steps since the newest state.
 
 OUT_DIR/longred.json     what the run is: resolved config, chosen layers, data, code, versions
 OUT_DIR/log.jsonl        one object a step
 OUT_DIR/checkpoints/     step-NNNNNN/, the newest --keep: one shard-RRRRR.safetensors a process, and
-                         manifest.json with the size and checksum of every file beside it; resume
-                         takes the newest sound one. Nothing in a state is ever unpickled
+                         manifest.json with the size and checksum of every shard; resume takes the
+                         newest sound one. Nothing in a state is ever unpickled
 OUT_DIR/hf/              the export
-OUT_DIR/lock             held by the process at work here; it goes with the process, however it ends
+OUT_DIR/lock             held by the process that runs here, and released however it ends
 
-A state is written beside the older ones, flushed to disk, then renamed: a folder without ".partial"
-is complete, and the disk needs room for --keep + 1. Any number of processes resumes the shards of
-any other number. When a state is written, and what a signal does: machine/keeper.py.
+A state is written into step-NNNNNN.partial, next to the older ones, and flushed to disk. It becomes
+valid when files.publish renames the folder (called by `publish`). Only then are older states
+removed, so the disk needs room for --keep + 1. A resumed run drops the log lines of later steps and
+trains these steps again, on a CPU to the same bits.
+
+There are two kinds of states, and neither converts to the other. A run on CPUs or on several GPUs
+saves fp32 weights, and any number of processes can resume what any other number saved. A run on one
+GPU saves bf16 weights with their remainders, which resume on one GPU only, with the same --moments.
+When a state is saved, and what a signal does, is in machine/keeper.py.
 """
 
 import ast
@@ -37,20 +43,20 @@ from machine.plan import GIB
 
 
 def trim_log(path: Path, steps: int) -> list[dict]:
-    """Drop the log lines after `steps`, about to be run once more; returns those before.
+    """Drop the log lines after `steps`, which will be run again; return those before.
 
-    A damaged line costs itself alone, and is named.
+    A damaged line is left out and named.
     """
     raw = path.read_bytes().splitlines() if path.is_file() else []
     found = [read_line(line, steps) for line in raw]
     lines = {line["step"]: line for line in found if line}
     torn = [i + 1 for i, line in enumerate(found) if line is None]
-    if torn and (torn != [len(raw)] or len(lines) < steps):  # the last one: a kill's, run anew
+    if torn and (torn != [len(raw)] or len(lines) < steps):  # a kill may have cut the last line
         print(f"warning: {path}: line {', '.join(map(str, torn))} damaged, left out of the log")
     elif missing := [step for step in range(1, steps + 1) if step not in lines]:
         print(f"warning: {path} lacks {len(missing)} of {steps} steps, step {missing[0]} and on")
     if steps == 0 and (undone := sum(line == {} for line in found)):
-        print(f"warning: no state is left: the {undone} steps in {path} are done once more")
+        print(f"warning: no state is left: the {undone} steps in {path} are run again")
     lines = [lines[step] for step in sorted(lines)]
     with whole_file(path) as f:
         f.writelines(json_line(line) for line in lines)
@@ -83,7 +89,7 @@ RECORD["code_changes"] = list
 
 
 def code_fingerprints() -> dict[str, str]:
-    """{file: hash of what Python runs}, of the files a step is made of; comments do not count."""
+    """Return {file: hash of its code} for the files that a step runs; comments do not count."""
     root, found = Path(__file__).parent.parent, {}
     names = ["longred.py", "model.py", "rope_kernels.py", "data.py"]
     for name in (*names, *(f"machine/{p.name}" for p in sorted((root / "machine").glob("*.py")))):
@@ -109,8 +115,8 @@ def check_same(saved: dict, now: dict, out_dir: Path, anyway: bool) -> None:
     """Refuse to continue a run as a different one.
 
     saved, now: {"config" or "data" or "weights": dict}; what `now` lacks is not compared. Text and
-    weights are known by fingerprints of their content, not by paths, times or costs.
-    anyway: print, do not refuse. Raises ValueError naming the first difference.
+    weights are compared by fingerprints of their content, not by paths, times or costs.
+    anyway: print the differences instead. Raises ValueError naming the first one.
     """
     found = []
     for part, new in now.items():
@@ -122,14 +128,14 @@ def check_same(saved: dict, now: dict, out_dir: Path, anyway: bool) -> None:
         more = f" (and {len(found) - 1} more)" if found[1:] else ""
         raise ValueError(
             f"--resume {out_dir}: {found[0]}{more}; put back what the run began with, or pass "
-            "--resume_anyway to go on with what is here"
+            "--resume_anyway to continue with what is here"
         )
     for difference in found:
         print(f"warning: resuming although {difference}")
 
 
 def changed_code(saved: dict, now: dict) -> list[str]:
-    """Which files do other things than when the run began. A reader may edit: this only warns."""
+    """Return the files whose code changed since the run began, with a warning and no refusal."""
     files = [name for name in sorted(saved | now) if saved.get(name) != now.get(name)]
     if files:
         print(f"warning: resuming although the code changed in {', '.join(files)}")
@@ -142,9 +148,9 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}  # sa
 
 
 def run_state(student: nn.Module, optimizer) -> tuple[dict[str, Tensor], dict]:
-    """All that changes from step to step, without a copy: (tensors by name, numbers and words).
+    """Return all that changes from step to step, not copied: (tensors by name, numbers and words).
 
-    torch.optim.AdamW gets its state here where it has none yet: zeros, as it would make itself.
+    If torch.optim.AdamW has no state yet, it gets zeros here, as it would make them itself.
     """
     tensors = {f"model.{name}": p.detach() for name, p in student.named_parameters()}
     if isinstance(optimizer, memory.AdamW):
@@ -162,8 +168,8 @@ def run_state(student: nn.Module, optimizer) -> tuple[dict[str, Tensor], dict]:
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> list[int]:
     """Write this process's part of each tensor, one after another; returns [size, checksum].
 
-    The format is safetensors', whose own writer would want all tensors on the CPU at once. The
-    checksum is taken on the way: 96 GB need not be read a second time.
+    The format is safetensors', whose own writer needs all tensors on the CPU at once. The checksum
+    is computed while writing, so 96 GB need not be read a second time.
     """
     parts = {n: t.to_local() if hasattr(t, "to_local") else t for n, t in tensors.items()}
     header, end = {}, 0
@@ -187,7 +193,9 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> list[int]:
 
 
 def publish(partial: Path, manifest: dict, keep: int) -> None:
-    """Give a complete state its manifest and its name; drop the oldest, the torn and the damaged.
+    """Write a state's manifest and rename its folder: from then on the state is valid.
+
+    Then remove the oldest, the unfinished and the damaged states.
 
     manifest: with "files": {name: [size, checksum]}, all that was written into `partial`.
     """
@@ -205,14 +213,14 @@ PART = re.compile(r"shard-\d{5}\.safetensors|manifest\.json(\.\d+\.partial\d*)?"
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """The files of a state, or of what is left of one; nobody else's, and none behind a link."""
+    """Return the files of a state, or what is left of them; no other files, none behind a link."""
     if folder.is_symlink() or not folder.is_dir():
         return []
     return [p for p in folder.iterdir() if PART.fullmatch(p.name) and p.is_file()]
 
 
 def drop(folder: Path) -> None:
-    """Remove a state: the files that longred wrote, and the folder where nothing else is in it."""
+    """Remove a state: the files that longred wrote, and the folder if nothing else is in it."""
     with suppress(OSError):
         for path in sorted(parts_of(folder)):  # the manifest first: what is left is no state
             path.unlink()
@@ -220,7 +228,7 @@ def drop(folder: Path) -> None:
 
 
 def states_in(folder: Path, copies: bool = False) -> list[Path]:
-    """Saved states by number of steps, sound or not; folders of other names are not ours."""
+    """Return the folders of saved states in the order of their steps, sound or not."""
     found = folder.iterdir() if folder.is_dir() else ()
     found = [p for p in found if re.fullmatch(r"step-\d{6,}", p.name) and p.is_dir()]
     found = [p for p in found if parts_of(p) or (p / "manifest.json").is_file()]  # behind a link
@@ -229,12 +237,12 @@ def states_in(folder: Path, copies: bool = False) -> list[Path]:
 
 
 def bytes_in(folder: Path) -> int:
-    """Return the bytes of the saved states in it, which will go as new ones come."""
+    """Return the bytes of the saved states in a folder, which new states will replace."""
     return sum(p.stat().st_size for state in states_in(folder) for p in parts_of(state))
 
 
 def is_copy(folder: Path) -> bool:
-    """Whether somebody put a state there under the number of another: it is theirs, and stays."""
+    """Return whether a user copied a state to the name of another step: such a copy is kept."""
     try:
         manifest = read_manifest(folder)
         sound = manifest == signed(manifest) and type(manifest["step"]) is int
@@ -252,8 +260,8 @@ def cannot_save(folder: Path, step: int, need: int, e: OSError) -> ValueError:
     )
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a saved state; None: every file has its size and checksum."""
+def find_damage(folder: Path) -> str | None:
+    """Return what is wrong with a saved state; None if every file has its size and checksum."""
     try:
         manifest = read_json(folder / "manifest.json")
         shards = {str(name): found for name, found in manifest["files"].items()}
@@ -276,16 +284,16 @@ def damage(folder: Path) -> str | None:
 
 
 def newest_state(out_dir: Path) -> Path | None:
-    """The newest sound state; damaged ones are set aside with a warning. None: none was saved.
+    """Return the newest sound state; None if none was saved. Damaged ones are renamed.
 
-    Raises ValueError where states were saved and none is sound.
+    Raises ValueError if states were saved and none is sound.
     """
     saved = states_in(out_dir / "checkpoints", copies=True)
     for folder in reversed(saved):
         if is_copy(folder):
             print(f"warning: {folder} holds another step's state: left alone", file=sys.stderr)
             continue
-        wrong = damage(folder)
+        wrong = find_damage(folder)
         if wrong is None:
             return folder
         print(f"warning: {folder} is damaged, {wrong}: skipped", file=sys.stderr)
@@ -309,8 +317,8 @@ def read_manifest(folder: Path) -> dict:
 def read_state(folder: Path, student: nn.Module, optimizer) -> None:
     """Load a saved state into student and optimizer, in place, tensor by tensor.
 
-    Shards of any number of processes, into any number. Raises ValueError where they do not fit:
-    a checksum can be forged, so nothing here may do more than copy numbers.
+    The number of processes may differ from that of the shards. Raises ValueError if they do not
+    fit: a checksum can be forged, so nothing here does more than copy numbers.
     """
     try:
         _read_state(folder, student, optimizer)
@@ -338,8 +346,9 @@ def _read_state(folder: Path, student: nn.Module, optimizer) -> None:
         ours, theirs = (any(shards[n] for n in shards if n.startswith(kind)) for kind in kinds)
         if theirs:
             raise ValueError(
-                f"{folder}: one GPU's state (bf16 weights, remainders) and that of CPUs or many "
-                "GPUs (fp32) do not convert; resume as the run began, on one GPU or not"
+                f"{folder}: a state in bf16 (one GPU's, or --dtype bf16) and one in fp32 (CPUs' or "
+                "many GPUs') do not convert; resume as the run began, or one GPU's on a CPU with "
+                "--dtype bf16 --resume_anyway"
             )
         if not (one_gpu and ours):
             raise ValueError("its tensors are not this model's, or some are missing")

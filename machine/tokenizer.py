@@ -45,10 +45,11 @@ class Tokenizer:
     added: tuple[str, ...] = ()  # tokens that are found in a text before it is cut into words
 
     def joint(self, text: str, first: int, last: int) -> int | None:
-        """The last place, from first on, that no token spans, whatever is around it; None: unknown.
+        """Return the last place from `first` on that no token spans; None: unknown.
 
-        Neighbours that no token holds side by side are in two tokens (BPE merges, and unigrams
-        cover, neighbours alone). What else a tokenizer does is tried on what is around the place.
+        Two neighbouring characters that no token holds side by side are in two tokens (BPE merges,
+        and unigrams cover, neighbours alone). What else the tokenizer does is tried on the text
+        around the place.
         """
         places = (i for i in range(last, first, -1) if text[i - 1 : i + 1] not in self.pairs)
         for i in itertools.islice(places if self.pairs else (), 99):
@@ -59,11 +60,11 @@ class Tokenizer:
         return None
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, without special tokens; markup such as <s> is plain text."""
+        """Return the ids of each text, without special tokens; markup such as <s> is plain text."""
         return [[int(i) for i in ids] for ids in self.encode(texts)]
 
     def check_fits(self, vocab_size: int) -> None:
-        """ValueError if a document can hold ids that a model's vocabulary does not."""
+        """Raise ValueError if a document can hold ids that a model's vocabulary does not have."""
         final = [self.bos_id if self.add_bos else 0, self.eos_id if self.add_eos else 0]
         final += [i for part in self.template for i in part]
         if (largest := max(max(self.ordinary, default=0), *final)) >= vocab_size:
@@ -74,7 +75,7 @@ class Tokenizer:
 
 
 def find_tokenizer(folder: str | Path) -> Path:
-    """A folder's tokenizer.json, else its tokenizer.model. Raises ValueError for none that is read.
+    """Return a folder's tokenizer.json, else its tokenizer.model. Raises ValueError for others.
 
     Such a tokenizer.model is tiktoken's ranks; sentencepiece's is not read.
     """
@@ -118,14 +119,14 @@ def load_tokenizer(folder: str | Path, add_eos: bool | None = None) -> Tokenizer
         tokenizer.pairs = frozenset()  # of a byte-level vocabulary, cut into words beforehand
     if add_eos and tokenizer.eos_id is None:
         raise ValueError(
-            f"--add_eos: {path} and what stands beside it name no end of text among its "
+            f"--add_eos: {path} and the files next to it name no end of text among its "
             "special tokens; name one as eos_token in tokenizer_config.json, or drop it"
         )
     tokenizer.add_eos = tokenizer.add_eos if add_eos is None else add_eos
     return tokenizer
 
 
-# Tried on everything that a rule of a tokenizer may speak of, a few lines of it.
+# A few lines with everything that a tokenizer's rules may treat in a special way.
 PROBE = (
     "It's 12,345.67\n\n  \tdef f(x):  # caf\u00e9 \u4e16\u754c \U0001f600 don't  a_b-c [x] {y} <s> "
     "\u00a0\u2581\u0627\u0644 fi\ufb01 \r\n"
@@ -157,7 +158,7 @@ except BaseException as error:
 
 @functools.lru_cache(64)
 def _tried(path: Path, stat: tuple) -> str | None:
-    """What goes wrong when a process of its own, with limits, tries a tokenizer; None: nothing."""
+    """Try a tokenizer in a process of its own, with limits; return what goes wrong, or None."""
     cpu, memory = 15 + stat[0] // 2**21, 2**32 + 64 * stat[0]  # seconds, bytes
     given = json.dumps([str(path), PROBE, sys.path, cpu, memory])
     # One thread: a pool's threads cost address space, and their stacks count against the limit.
@@ -183,7 +184,7 @@ def _try_in_a_child(path: Path) -> None:
 
 
 def _settings(path: Path) -> dict:
-    """What the files beside a tokenizer say: data.read_settings.
+    """Read the files next to a tokenizer (data.read_settings).
 
     Raises ValueError naming the file that is damaged.
     """
@@ -216,7 +217,7 @@ def _named_alone(config: dict) -> dict[int, str]:
 
 
 def _load_json(path: Path, config: dict) -> Tokenizer:
-    """Hugging Face's tokenizer.json."""
+    """Load Hugging Face's tokenizer.json."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns after a fork
     plain = data.Tokenizer(path.parent, _named_alone(config))
     tk, specials, eos_id = plain.tokenizer, plain.special, plain.eos_id
@@ -266,7 +267,7 @@ LLAMA3_PATTERN = (
 
 
 def llama3_special_tokens(n_ranks: int) -> dict[str, int]:
-    """Llama 3's 256 special tokens, which follow the n_ranks ordinary ones."""
+    """Return Llama 3's 256 special tokens, which follow the n_ranks ordinary ones."""
     names = [f"reserved_special_token_{i}" for i in range(251)]
     names[:0] = ["begin_of_text", "end_of_text"]
     names[6:6] = ["start_header_id", "end_header_id"]
@@ -275,7 +276,7 @@ def llama3_special_tokens(n_ranks: int) -> dict[str, int]:
 
 
 def read_ranks(path: Path) -> dict[bytes, int] | None:
-    """Tokens of a tiktoken file (base64, space, rank on each line); None if it is not one."""
+    """Read a tiktoken file's tokens (base64, space, rank on each line); None if it is not one."""
     try:
         pairs = (line.split() for line in path.read_bytes().splitlines() if line)
         return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
@@ -284,7 +285,7 @@ def read_ranks(path: Path) -> dict[bytes, int] | None:
 
 
 def _load_ranks(path: Path, config: dict) -> Tokenizer:
-    """Meta's tokenizer.model: tiktoken's ranks."""
+    """Load Meta's tokenizer.model, tiktoken's ranks."""
     import tiktoken
 
     ranks = read_ranks(path)
@@ -324,13 +325,13 @@ DROP = r"(?<=[^\W\d_]) (?=[^\W\d_])"
 
 
 def _pairs(vocab: Iterable[str]) -> frozenset[str]:
-    """The neighbouring characters of all tokens, two and two."""
+    """Return every two neighbouring characters of all tokens."""
     tokens = [token.replace(BLANK, " ") for token in vocab if not BYTE.fullmatch(token)]
     return frozenset(token[i : i + 2] for token in tokens for i in range(len(token) - 1))
 
 
 def _find_cut(tokenizer: Tokenizer) -> re.Pattern | None:
-    """Where a long text may be cut so that its pieces' tokens are the tokens of the whole.
+    """Return where a long text may be cut so that its pieces' tokens are the tokens of the whole.
 
     Byte-level tokenizers cut at word borders first: after a lone newline, or before a lone space,
     is safe. Sentencepiece's put a space in front of every text: cut at a space and drop it. Which
@@ -421,7 +422,7 @@ def check_export(source: Path, tokenizer: Tokenizer, texts: list[str] | None = N
             )
         raise ValueError(
             f"the tokenizer of {source} cannot be exported: "
-            f"{tokenizer.decode(want[max(0, i - 9) : i])!r} goes on as "
+            f"{tokenizer.decode(want[max(0, i - 9) : i])!r} continues as "
             f"{_shown(tokenizer, want[i : i + 4])} in training, as "
             f"{_shown(tokenizer, got[i : i + 4])} by the export's tokenizer.json; {remedy}"
         )
@@ -429,13 +430,13 @@ def check_export(source: Path, tokenizer: Tokenizer, texts: list[str] | None = N
 
 
 def _shown(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Tokens as text and as ids: two texts may look alike."""
+    """Show tokens as text and as ids: two texts may look alike."""
     return f"{tokenizer.decode(ids)!r} {ids}" if ids else "nothing"
 
 
 @functools.lru_cache(4)
 def _export_encoder(source: Path) -> Callable[[str], list[int]]:
-    """text -> ids, by the tokenizer.json that an export of this folder has, with its template."""
+    """Return text -> ids by the tokenizer.json that an export of this folder has."""
     from tokenizers import Tokenizer as Fast
 
     with tempfile.TemporaryDirectory() as folder:
@@ -473,7 +474,7 @@ def _convert(source: Path, out_dir: Path) -> dict:
 
 
 def _convert_ranks(ranks: dict[bytes, int]):
-    """tiktoken's ranks as a byte-level BPE: (tokenizer, its special tokens, which follow)."""
+    """Turn tiktoken's ranks into a byte-level BPE: (tokenizer, its special tokens)."""
     from tokenizers import Regex, decoders, models
     from tokenizers import Tokenizer as Fast
     from tokenizers import pre_tokenizers as cutters
@@ -492,7 +493,7 @@ def _convert_ranks(ranks: dict[bytes, int]):
 
 
 def _merges(vocab: dict[str, int], order: list[str]) -> list[tuple[str, str]]:
-    """Every pair of tokens that make a third, in the order in which BPE prefers the result.
+    """Return every pair of tokens that make a third, in the order in which BPE prefers the result.
 
     The file of ranks does not keep the pairs: any two neighbours merge whose union is a token.
     """

@@ -24,6 +24,9 @@ from measure.losses import BATCH_TOKENS, read, token_losses
 from model import Llama
 
 DRAWS = 10_000  # of a bootstrap
+# The 97.5% quantiles of Student's t with 1, 2, ... 18 degrees of freedom.
+T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
+T += [2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101]
 
 
 class DocumentOf:
@@ -108,8 +111,17 @@ def tail_losses(model: Llama, ids: Tensor, scored: int) -> list[float]:
 
 
 def interval(differences, draws: int = DRAWS) -> tuple[float, float, float]:
-    """Mean over sequences and its 95% bootstrap interval, percentiles, seed 0."""
+    """Return the mean over sequences and its 95% interval; (mean, nan, nan) for one sequence.
+
+    It is a bootstrap's (percentiles, seed 0), and Student's t below 20 sequences, where a bootstrap
+    is too narrow: with 2 normal values it holds the mean in 47% of all cases, with 8 in 86%.
+    """
     d = np.asarray(differences, dtype=np.float64)
+    if len(d) < 2:
+        return float(d.mean()), math.nan, math.nan
+    if len(d) < 20:
+        half = T[len(d) - 2] * d.std(ddof=1) / math.sqrt(len(d))
+        return float(d.mean()), float(d.mean() - half), float(d.mean() + half)
     picks = np.random.default_rng(0).integers(len(d), size=(draws, len(d)))
     low, high = np.percentile(d[picks].mean(1), [2.5, 97.5])
     return float(d.mean()), float(low), float(high)
@@ -125,6 +137,8 @@ def columns(losses: dict[str, list[float]]) -> dict[str, float]:
     """A row of the report: losses by kind of far part, then both differences with their ends."""
     row = {f"loss, far part {name}": float(np.mean(x)) for name, x in losses.items()}
     for name, (mean, low, high) in content_and_length(losses).items():
-        row |= {f"{name} adds": mean, f"{name}, 95% from": low, f"{name}, to": high}
+        row[f"{name} adds"] = mean
+        if len(losses["true"]) > 1:  # one sequence has no interval
+            row |= {f"{name}, 95% from": low, f"{name}, to": high}
     assert all(math.isfinite(x) for x in row.values())
     return row

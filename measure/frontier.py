@@ -562,7 +562,10 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError(f"{', '.join(missing)} missing; or --scores FILE to print one")
             if {*map(Path.resolve, map(Path, a.long))} & {*map(Path.resolve, map(Path, a.books))}:
                 raise ValueError("a book of --books is in --long too, so it would be trained on")
-            runs, original = run_all(a)
+            try:
+                runs, original = run_all(a)
+            except subprocess.CalledProcessError as e:
+                raise ValueError(f"{e}; its output is in {a.out_dir}/RUN.log") from None
         content = {run_name(*run): scores for run, scores in runs.items()}
         write_scores(a.out_dir / "frontier.json.gz", {"original": original, "runs": content})
         show(a, runs, original)

@@ -109,7 +109,17 @@ def _longest(stages):
     return max((u["unit"]["seq_len"] for u in units if "tokens_per_s" in u), default=None)
 
 
-TARGETS = [  # as measure/README.md has them
+# One step of Llama-3-8B at 32K by the planner's FLOPs and assumed rates, in seconds:
+#                                                                            H200   H100
+#     every kernel at its peak                                                219    246
+#     GEMM at 720, attention at 580 forward and 450 backward (TFLOP/s),
+#     elementwise lines eager                                                 252    284
+#     the same, sustained at 700 W                                            274    308
+#     the same, with FlashAttention-2                                         289    321
+# Ideas to save seconds, in this order: recompute less (6, on an H100 28), fuse the elementwise
+# lines (7 to 11), attention at FlashAttention-3's rate (11), FP8 (30, but it changes the numerics).
+# None is built before a GPU has shown where the time goes.
+TARGETS = [
     Target("rotary each way, 32K, 32/8 heads", _rotary("us"), {"H200": 165}, "us", True),
     Target(
         "rotary against a copy", _rotary("percent_of_copy"), {"H200": 95, "H100": 90}, "%", False

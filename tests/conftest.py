@@ -6,14 +6,16 @@ real weights and texts use ../shared and skip where it is absent.
 """
 
 import base64
+import functools
+import gc
 import json
+import multiprocessing
 import os
 import random
 import re
 import shutil
-import subprocess
 import sys
-from collections import Counter
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +36,7 @@ if not torch.cuda.is_available():
 
 import data
 import rope_kernels
-from machine import memory
+from machine import memory, states
 from machine.formats import load_checkpoint, save_checkpoint
 from machine.run import train
 from machine.settings import MachineConfig as Config
@@ -54,6 +56,17 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embedding
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 rope_kernels.interpret_on_cpu = False  # what is not about the kernel shall not pay for it
 torch.set_num_threads(1)  # tiny shapes: threads would mostly wait for each other
+states.code_fingerprints = functools.cache(states.code_fingerprints)  # was half of a tiny run
+
+
+def pytest_collection_finish():
+    """Take what the imports left out of every later gc.collect(): each looked at all of it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -129,22 +142,6 @@ def meta_folder(folder, model, shards, embedding_dim=0, **params):
     known |= {} if c.d_model == c.n_heads * c.head_dim else {"head_dim": c.head_dim}
     (folder / "params.json").write_text(json.dumps(known | params))
     return folder
-
-
-def tiktoken_file(path, text, merges=300):
-    """Ranks as in Meta's Llama 3 tokenizer.model: the bytes, then BPE's merges, learnt on text."""
-    ranks = {bytes([i]): i for i in range(256)}
-    words = [[bytes([b]) for b in word.encode()] for word in re.findall(r" ?\S+|\s+", text)]
-    for rank in range(256, 256 + merges):
-        pairs = Counter(pair for word in words for pair in zip(word, word[1:], strict=False))
-        left, right = max(pairs, key=lambda p: (pairs[p], p))
-        ranks[left + right] = rank
-        for word in words:
-            for i in range(len(word) - 2, -1, -1):
-                if word[i : i + 2] == [left, right]:
-                    word[i : i + 2] = [left + right]
-    lines = (f"{base64.b64encode(token).decode()} {rank}" for token, rank in ranks.items())
-    path.write_text("\n".join(lines) + "\n")
 
 
 PERIOD, PERIODIC = 20, 32  # a token comes back after PERIOD; inputs in a sequence
@@ -225,8 +222,8 @@ def tk(tmp_path):
     return byte_tokenizer(tmp_path / "tk")
 
 
-def bpe(pattern=None):
-    """A byte-level BPE of 600 tokens, trained on English and Python."""
+def bpe(pattern=None, vocab_size=600):
+    """A byte-level BPE, trained on English and Python."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tk = Tokenizer(models.BPE(ignore_merges=True))
@@ -235,7 +232,8 @@ def bpe(pattern=None):
     tk.pre_tokenizer = pre_tokenizers.Sequence([split, level])
     tk.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    more = dict(initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, **more)
     tk.train_from_iterator([prose(), Path(__file__).read_text()], trainer)
     return tk
 
@@ -272,10 +270,34 @@ def made_corpus(lengths, checksums=None, sources=None):
     return data.Corpus("made", np.arange(starts[-1]), starts, checksums, sources)
 
 
-def run_python(code, *args, before=(), **env):
-    command = [*before, sys.executable, "-c", code, *map(str, args)]
-    env = {**os.environ, "PYTHONPATH": str(HERE), **env}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "tokenizers"])
+
+
+def run_python(code, *args, **env):
+    """Start code in a process forked from one that has imported torch, and nothing of ours."""
+    handle, path = tempfile.mkstemp()
+    os.close(handle)
+    begin = f"""
+import os, sys, torch
+torch.set_num_threads(1)
+os.environ.update({env!r})
+sys.argv[1:] = {[*map(str, args)]!r}
+for fd in 1, 2:
+    os.dup2(os.open({path!r}, os.O_WRONLY | os.O_APPEND), fd)
+"""
+    process = FORKSERVER.Process(target=exec, args=(begin + code, {"__name__": "__main__"}))
+    process.path = Path(path)
+    process.start()
+    return process
+
+
+def printed(process) -> str:
+    """What a process of run_python printed, once it has ended."""
+    process.join()
+    text = process.path.read_text()
+    process.path.unlink()
+    return text
 
 
 # --------------------------------------------------------------------------------------------- runs
@@ -287,7 +309,7 @@ WORDS = "the a red long short cat dog runs reads window of in to and 7 42 on, is
 
 @pytest.fixture(scope="session")
 def ckpt(tmp_path_factory):
-    """A tiny byte-level checkpoint, window 64, with text beside it: (folder, long, short)."""
+    """A tiny byte-level checkpoint, window 64, and text for it: (folder, long, short)."""
     root = tmp_path_factory.mktemp("tiny")
     model = tiny_llama(vocab_size=256, std=0.1)
     write_byte_tokenizer(root / "tokenizer")
@@ -307,6 +329,14 @@ def tiny_run(ckpt, out_dir, **changes) -> Config:
         s2l_batch=2, cache_dir=str(out_dir.parent / "tokens"), eval_tokens=512, device="cpu"
     )
     return Config(**(settings | changes))
+
+
+def command_line(c) -> list[str]:
+    """The flags that say what is not a default in a run's settings."""
+    default = vars(Config())
+    given = {name: value for name, value in vars(c).items() if value != default[name]}
+    flags = ([f"--{k}", *(v if isinstance(v, list) else [v])] for k, v in given.items())
+    return [str(x) for flag in flags for x in flag]
 
 
 def read_log(out_dir):

@@ -42,12 +42,15 @@ from tests.conftest import (
     HERE,
     LLAMA3,
     PROPERTY,
+    bpe,
     byte_tokenizer,
     edit_weights,
     hf_model,
     meta_folder,
+    printed,
     rel,
-    tiktoken_file,
+    run_python,
+    tiktoken_folder,
     tiny_config,
     tiny_llama,
     tiny_run,
@@ -128,7 +131,7 @@ def test_a_save_replaces_only_checkpoints(tmp_path):
 
 @pytest.mark.parametrize("kind", ["hf", "meta"])
 def test_weights_are_never_twice_in_memory(tmp_path, kind):
-    model = tiny_llama(d_model=1024, vocab_size=30_000, d_ff=4096, std=0.02)
+    model = tiny_llama(d_model=1024, vocab_size=12_000, d_ff=2048, std=0.02)
     size = sum(p.numel() * 4 for p in model.parameters())
     if kind == "hf":
         save_checkpoint(model, tmp_path / "it")
@@ -141,12 +144,9 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 m = model.load_checkpoint(sys.argv[1])
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
-    out = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "it"], cwd=HERE, capture_output=True, text=True
-    )
-    grown = int(out.stdout)
-    largest = 30_000 * 1024 * 4
-    assert size > 3e8 and grown < size + largest + 40e6, (grown, size)
+    grown = int(printed(run_python(code, tmp_path / "it")))
+    largest = 12_000 * 1024 * 4
+    assert size > 1.5e8 and grown < size + largest + 40e6, (grown, size)
 
 
 FAMILIES = {
@@ -264,11 +264,11 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 PARTIAL = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
 ROTARIES = {
-    "scaling beside parameters": dict(
+    "scaling next to parameters": dict(
         rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         rope_scaling=YARN,
     ),
-    "linear beside parameters": dict(
+    "linear next to parameters": dict(
         rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         rope_scaling=LINEAR,
     ),
@@ -506,7 +506,7 @@ def test_names_of_tensors_that_others_write_get_the_remedy(tmp_path, case, tied)
         load_checkpoint(folder)
     assert "\n" not in str(refused.value)
     if case == "base model" and tied:
-        command = str(refused.value).partition("save it anew: ")[2]
+        command = str(refused.value).partition("resave it: ")[2]
         command = command.replace("python -c", f"{sys.executable} -c")
         subprocess.run(["bash", "-c", command], check=True, capture_output=True)
         assert load_checkpoint(f"{folder}-whole").config.n_layers == 3
@@ -551,7 +551,7 @@ def test_a_larger_theta_over_yarn_is_refused_before_anything_is_read(ckpt, tmp_p
         train(run)
 
 
-def test_an_export_carries_what_stood_beside_the_weights(tmp_path):
+def test_an_export_carries_what_was_next_to_the_weights(tmp_path):
     write_byte_tokenizer(tmp_path / "tokenizer")
     source = save_checkpoint(tiny_llama(), tmp_path / "source", tmp_path / "tokenizer")
     (source / "generation_config.json").write_text(
@@ -649,7 +649,7 @@ def test_a_damaged_meta_folder_is_refused_in_one_line(tmp_path, damage, said):
 
 def test_metas_folder_is_extended_and_its_export_is_a_checkpoint(ckpt, tmp_path):
     folder = meta_folder(tmp_path / "meta", tiny_llama(vocab_size=612, n_layers=2, std=0.1), 2)
-    tiktoken_file(folder / "tokenizer.model", ckpt[1].read_text()[:4000], merges=20)
+    tiktoken_folder(folder, bpe(vocab_size=276))
     run = tiny_run(ckpt, tmp_path / "out", steps=1, distill_layers=[2], eval_tokens=0)
     run.ckpt = str(folder)
     with pytest.raises(ValueError, match="--original_len is missing: .* 4096 for Llama 2"):
@@ -717,7 +717,7 @@ def test_the_hub_is_asked_for_what_is_needed_and_refusals_are_explained(tmp_path
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"much")
     Hub.files, Hub.asked = folder, []
-    said = {
+    answers = {
         "some/model": "a" * 40,  # the commit that was read, in the path that a run records
         "some/model@v1.0": "b" * 40,
         "some/model@v9": "it has no revision 'v9'.*hf download some/model --revision v9",
@@ -734,15 +734,14 @@ for name in sys.argv[1:]:
 """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    env = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
-    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
-    command = [sys.executable, "-c", code, *said]
-    done = subprocess.run(command, env=env, cwd=HERE, capture_output=True, text=True)
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
+    env["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    process = run_python(code, *answers, **env, HF_TOKEN="", HF_HUB_OFFLINE="")
+    lines = printed(process).splitlines()
     server.shutdown()
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.splitlines()
-    for (name, want), got in zip(said.items(), lines, strict=True):
-        assert re.search(want, got), (name, got)
+    assert process.exitcode == 0, lines
+    for (name, want), got in zip(answers.items(), lines, strict=True):
+        assert re.search(want, got), (name, lines)
         assert got == want or ("hf auth login" in got and "hf download" in got), got
     assert sorted(set(Hub.asked)) == ["config.json", "model.safetensors"]
 
@@ -755,8 +754,8 @@ def test_the_downloads_that_refusals_name_bring_what_was_missing(tmp_path):
     byte_tokenizer(Hub.files)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    env = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
-    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": f"{tmp_path}/home"}
+    env = os.environ | {"HF_TOKEN": "", "HF_HUB_OFFLINE": "", "HF_HOME": f"{tmp_path}/home"}
+    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
 
     def obey(refusal):
         command = re.search(r"hf download [^`]*", refusal)[0].replace("OWNER/NAME", "some/model")
@@ -768,14 +767,14 @@ def test_the_downloads_that_refusals_name_bring_what_was_missing(tmp_path):
         load_tokenizer(tmp_path)
     obey(str(refused.value))
     assert load_tokenizer(tmp_path).vocab_size == 257
-    code = "import sys; from machine.formats import load_checkpoint as l; l(sys.argv[1])"
-    command = [sys.executable, "-c", code, "some/model@v1.0"]
-    offline = dict(env=env | {"HF_HUB_OFFLINE": "1"}, cwd=HERE, capture_output=True, text=True)
-    first = subprocess.run(command, **offline)
-    assert first.returncode and "cannot get 'some/model@v1.0' from the hub" in first.stderr
-    obey(first.stderr)
+    code = "from machine.formats import load_checkpoint as load; load('some/model@v1.0')"
+    first = run_python(code, **env | {"HF_HUB_OFFLINE": "1"})
+    refusal = printed(first)
+    assert first.exitcode and "cannot get 'some/model@v1.0' from the hub" in refusal
+    obey(refusal)
     server.shutdown()
-    assert subprocess.run(command, **offline).returncode == 0
+    again = run_python(code, **env | {"HF_HUB_OFFLINE": "1"})
+    assert not printed(again) and again.exitcode == 0
 
 
 def test_a_disk_that_the_hubs_files_fill_is_named_and_no_login_asked_for(tmp_path, monkeypatch, tk):
@@ -924,13 +923,11 @@ for folder in sys.argv[2:]:
     except ValueError as e: said = str(e)
     print(json.dumps([said, peak() - before]))
 """
-    folders = [str(folder) for folder, _ in cases.values()]
-    command = [sys.executable, "-c", code, tmp_path / "good", *folders]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    for (name, (folder, said)), (message, grown) in zip(cases.items(), results, strict=True):
-        assert re.search(said, message), (name, message[:500])
+    process = run_python(code, tmp_path / "good", *(folder for folder, _ in cases.values()))
+    results = [json.loads(x) for x in printed(process).splitlines() if x.startswith("[")]
+    assert process.exitcode == 0, results
+    for (name, (folder, want)), (message, grown) in zip(cases.items(), results, strict=True):
+        assert re.search(want, message), (name, message[:500])
         assert "\n" not in message and len(message) < 600, (name, message[:1000])
         sizes = (
             [f.stat().st_size for f in folder.iterdir() if f.is_file()] if folder.is_dir() else []

@@ -23,6 +23,14 @@ def test_the_demo_trains_an_original_stretches_it_both_ways_and_compares(
     train_demo_model = functools.partial(demo.train_demo_model, steps=2)
     monkeypatch.setattr(demo, "train_demo_model", train_demo_model)
 
+    write_demo_text = demo.write_demo_text
+
+    def some_of_the_code(prose, code):
+        write_demo_text(prose, code)
+        code.write_text("".join(code.read_text().splitlines(True)[:100]))
+
+    monkeypatch.setattr(demo, "write_demo_text", some_of_the_code)
+
     def short_train(config):  # of a minute or two, the first step
         configs.append(config)
         return train(replace(config, steps=1, eval_tokens=2048))

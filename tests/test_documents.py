@@ -99,7 +99,7 @@ def test_no_bit_of_a_document_depends_on_another():
 
 def test_recomputed_blocks_keep_to_documents():
     plain, recomputed = tiny_llama(), tiny_llama()
-    memory.apply_policy(recomputed, memory.Policy(unchecked=1, attention=1, mlp_rows=10))
+    memory.apply_policy(recomputed, memory.Policy(keep_all=1, attention=1, mlp_rows=10))
     for model in (plain, recomputed):
         model(tokens(), documents=documents())[0].square().sum().backward()
     for (name, p), other in zip(plain.named_parameters(), recomputed.parameters(), strict=True):

@@ -89,3 +89,13 @@ def test_the_interval_is_that_of_a_mean():
     assert mean == pytest.approx(d.mean())
     assert low == pytest.approx(mean - half, abs=0.01)
     assert high == pytest.approx(mean + half, abs=0.01)
+
+
+def test_the_interval_of_few_sequences_holds_the_mean_in_95_of_100_cases():
+    rng = np.random.default_rng(2)
+    for n in (2, 5, 19):
+        ends = np.array([interval(d)[1:] for d in rng.normal(0.0, 1.0, size=(2000, n))])
+        held = ((ends[:, 0] <= 0) & (0 <= ends[:, 1])).mean()
+        assert 0.93 < held < 0.97, (n, held)
+    row = columns({"true": [2.0], "other": [2.1], "cut": [2.5]})
+    assert row["content adds"] == pytest.approx(0.1) and "content, 95% from" not in row

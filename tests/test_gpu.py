@@ -60,7 +60,7 @@ def test_adamw_streamed_from_host_memory_has_the_bits_of_one_that_stays():
     memory.free_host_buffers()
 
 
-def test_offloaded_and_recomputed_blocks_give_the_unchecked_gradients():
+def test_offloaded_and_recomputed_blocks_give_the_gradients_of_blocks_kept_whole():
     llama = tiny_llama(n_layers=5).to(DEVICE, torch.bfloat16).train()
     ids = torch.arange(2 * 128, device=DEVICE).view(2, 128) % 96
 
@@ -301,7 +301,7 @@ ONLY_ON_A_GPU = {
     | {"fp32_product"}
     | {"next_token_loss", "next_token_kl"},  # more rows at a time
     "rope_kernels.py": {"_launch", "apply_rope", "rope_backend"},
-    "machine/keeper.py": {"_write_beside"},  # a stream of its own
+    "machine/keeper.py": {"_write_in_thread"},  # a stream of its own
     "machine/memory.py": {
         "host_buffer",
         "_forget_cuda_error",

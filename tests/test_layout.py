@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.conftest import HERE
+from tests.conftest import HERE, printed, run_python
 
 FOLDERS = ("", "machine", "measure", "tests")
 FILES = {
@@ -80,23 +80,28 @@ def is_for_types(tree, node) -> bool:
     return any(node in ast.walk(guard) for guard in guards)
 
 
-def test_each_file_can_be_imported_first():
+@pytest.fixture(scope="module")
+def loaded():
+    """{module: those of ours that it loads where none was}; without what cannot be imported."""
     code = """
 import importlib, os, sys
 import huggingface_hub, torch._dynamo, torch.distributed.fsdp  # once for all: they take seconds
 for name in sys.argv[1:]:
-    sys.stderr.flush()
+    sys.stdout.flush()
     child = os.fork()
-    if not child:  # a process that has seen no file of ours
+    if not child:
         importlib.import_module(name)
+        print(name, *sys.modules.keys() & set(sys.argv), flush=True)
         os._exit(0)
-    if os.waitpid(child, 0)[1]:
-        print(name)
+    os.waitpid(child, 0)
 """
-    modules = [name.removesuffix(".py").replace("/", ".") for name in SOURCES]
-    command = [sys.executable, "-c", code, *modules]
+    command = [sys.executable, "-c", code, *map(module, SOURCES)]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr[-2000:]
+    return {line.split()[0]: {*line.split()[1:]} for line in done.stdout.splitlines()}
+
+
+def test_each_file_can_be_imported_first(loaded):
+    assert loaded.keys() == {module(name) for name in SOURCES}
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -119,17 +124,9 @@ def test_every_exception_to_the_order_is_in_use():
         assert other in re.findall(r"from ([\w.]+) import", FILES[name.replace(".", "/") + ".py"])
 
 
-def test_the_method_loads_four_files_of_ours():
-    for name, files in {
-        "model": {"model", "rope_kernels"},
-        "longred": {"longred", "model", "data", "rope_kernels"},
-    }.items():
-        code = f"import sys, {name}\nfor n, m in sys.modules.items():\n"
-        code += "    if str(getattr(m, '__file__', '')).startswith(sys.argv[1]): print(n)"
-        done = subprocess.run(
-            [sys.executable, "-c", code, HERE], cwd=HERE, capture_output=True, text=True
-        )
-        assert set(done.stdout.split()) == files, done.stderr[-2000:]
+def test_the_method_loads_four_files_of_ours(loaded):
+    assert loaded["model"] == {"model", "rope_kernels"}
+    assert loaded["longred"] == {"longred", "model", "data", "rope_kernels"}
 
 
 def test_no_function_is_longer_than_70_lines():
@@ -162,14 +159,24 @@ def test_train_and_the_losses_know_neither_gpu_nor_number_of_processes():
                 assert word not in ast.unparse(node).lower(), (node.name, word)
 
 
+RUN = """  # as python runs it: sys.path begins with the script's folder, or with the current one
+import runpy
+way, folder, here = sys.argv[1:]
+os.chdir(folder)
+script = way.endswith(".py")
+top = os.path.dirname(way) if script else folder
+sys.path[:] = [top, *(path for path in sys.path if os.path.realpath(path) != here)]
+sys.argv[1:] = ["--help"]
+runpy.run_path(way, run_name="__main__") if script else runpy.run_module(way, {}, "__main__", True)
+"""
+
+
 @pytest.mark.parametrize("name", ["evaluate", "bench"])
 def test_a_command_of_measure_runs_by_name_here_and_by_path_anywhere(name, tmp_path):
-    by_name, by_path = ["-m", f"measure.{name}"], [HERE / "measure" / f"{name}.py"]
-    for command, folder in ((by_name, HERE), (by_path, tmp_path)):
-        done = subprocess.run(
-            [sys.executable, *command, "--help"], cwd=folder, capture_output=True, text=True
-        )
-        assert done.returncode == 0 and f"measure.{name}" in done.stdout, done.stderr[-2000:]
+    ways = (f"measure.{name}", HERE), (HERE / "measure" / f"{name}.py", tmp_path)
+    for run in [run_python(RUN, *way, HERE) for way in ways]:
+        text = printed(run)
+        assert run.exitcode == 0 and f"measure.{name}" in text, text[-2000:]
 
 
 def test_folders_are_packages_with_nothing_in_them():

@@ -1,11 +1,13 @@
 """machine/many.py: many processes train as one does."""
 
-import dataclasses
 import datetime
 import os
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from multiprocessing.connection import wait
 
 import pytest
 import torch.distributed as dist
@@ -13,8 +15,15 @@ from safetensors.torch import load_file
 
 from longred import main
 from machine import many
-from machine.settings import MachineConfig as Config
-from tests.conftest import HERE, killed_after_two, read_log, tiny_run
+from tests.conftest import (
+    HERE,
+    command_line,
+    killed_after_two,
+    printed,
+    read_log,
+    run_python,
+    tiny_run,
+)
 
 
 def test_restarted_processes_do_not_read_what_dead_ones_left_in_the_store():
@@ -40,13 +49,25 @@ def torchrun(n, flags):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def together(n, flags):
+    """What torchrun starts, in processes that have torch imported."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    code, env = "import longred; longred.main(sys.argv[1:])", env | {"WORLD_SIZE": str(n)}
+    ranks = [run_python(code, *flags, **env, RANK=str(i), LOCAL_RANK=str(i)) for i in range(n)]
+    waiting = {rank.sentinel: rank for rank in ranks}
+    while waiting:
+        for ended in wait(list(waiting)):
+            if waiting.pop(ended).exitcode:  # the others wait for it
+                [rank.kill() for rank in ranks]
+    texts = [printed(rank)[-2000:] for rank in ranks]
+    assert not any(rank.exitcode for rank in ranks), texts
+
+
 def test_processes_that_share_sequences_and_tokens_train_as_one_does(whole, ckpt, tmp_path):
     out = tmp_path / "run"
-    settings = dataclasses.asdict(tiny_run(ckpt, out, save_every=2, device="cpu"))
-    default = dataclasses.asdict(Config())
-    given = {k: v for k, v in settings.items() if v != default[k]} | {"context": 2}
-    flags = [(f"--{k}", *(v if isinstance(v, list) else [v])) for k, v in given.items()]
-    torchrun(4, [str(x) for flag in flags for x in flag])  # two share each sequence
+    together(4, command_line(tiny_run(ckpt, out, save_every=2, context=2)))  # two share a sequence
     compare = [out]
     for n, context in ((1, 1), (2, 1)):  # resumed on others than those that saved
         compare.append(killed_after_two(out, tmp_path / f"on{n}"))
@@ -63,17 +84,12 @@ def test_processes_that_share_sequences_and_tokens_train_as_one_does(whole, ckpt
 
 @pytest.mark.parametrize("method", ["soft_replay", "longred"])
 def test_processes_compute_the_kl_of_whole_heads(ckpt, tmp_path, method):
-    settings = dataclasses.asdict(tiny_run(ckpt, tmp_path / "one", steps=2, eval_tokens=0))
-    settings |= {"method": method, "alpha_kl": 1.0, "keep": 0}
-    settings["distill_layers"] = [3] if method == "longred" else None
-    default = dataclasses.asdict(Config())
+    c = tiny_run(ckpt, tmp_path / "1", steps=2, eval_tokens=0, method=method, alpha_kl=1.0, keep=0)
+    c.distill_layers = [3] if method == "longred" else None
     logs = []
     for n in (1, 2):
-        settings["out_dir"] = str(tmp_path / str(n))
-        given = {k: v for k, v in settings.items() if v != default[k]}
-        flags = [(f"--{k}", *(v if isinstance(v, list) else [v])) for k, v in given.items()]
-        flags = [str(x) for flag in flags for x in flag]
-        main(flags) if n == 1 else torchrun(n, flags)
+        flags = command_line(replace(c, out_dir=str(tmp_path / str(n))))
+        main(flags) if n == 1 else together(n, flags)
         logs.append(read_log(tmp_path / str(n)))
     kl = ("loss_kl",) if method == "longred" else ()  # soft_replay's short loss is the KL itself
     for a, b in zip(*logs, strict=True):

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import sys
 import warnings
 import weakref
@@ -15,6 +16,7 @@ from unittest import mock
 
 import pytest
 import torch._dynamo.testing
+from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,7 +25,7 @@ import data
 import longred
 from longred import cosine_distance, fill, main, plan_streams
 from machine import memory, plan, run
-from machine.formats import load_checkpoint
+from machine.formats import load_checkpoint, save_checkpoint
 from machine.plan import (
     GIB,
     Policy,
@@ -39,7 +41,7 @@ from machine.run import train
 from machine.settings import MachineConfig as Config
 from measure import timing
 from model import Attention, Llama, ModelConfig, next_token_loss
-from tests.conftest import killed_after_two, read_log, same_run, tiny_config, tiny_run
+from tests.conftest import DEVICE, killed_after_two, read_log, same_run, tiny_config, tiny_run
 
 # -------------------------------------------------------------------------------------------- AdamW
 
@@ -212,9 +214,9 @@ def test_no_more_than_a_bound_of_gradients_waits_on_its_way_to_the_host(monkeypa
 POLICIES = {
     "recomputed": Policy(mlp_rows=10),
     "attention kept": Policy(attention=2, mlp_rows=10),
-    "some unchecked": Policy(unchecked=1, attention=1, mlp_rows=10),
+    "some kept whole": Policy(keep_all=1, attention=1, mlp_rows=10),
     "offloaded": Policy(attention=2, offload=True, mlp_rows=10),
-    "all at once": Policy(unchecked=1, attention=2, offload=True, mlp_rows=7),
+    "all at once": Policy(keep_all=1, attention=2, offload=True, mlp_rows=7),
 }
 
 
@@ -238,7 +240,7 @@ def gradients(model, ids):
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-def test_every_activation_policy_gives_the_unchecked_gradients(policy):
+def test_every_activation_policy_gives_the_gradients_without_any(policy):
     ids = torch.randint(96, (2, 33), generator=torch.Generator().manual_seed(1))
     model = tiny()
     expected = gradients(model, ids)
@@ -277,7 +279,7 @@ def test_recomputing_stops_before_the_mlp_and_repeats_no_attention_that_was_kept
 def test_offloaded_inputs_leave_the_device_and_come_back_unchanged():
     model, ids = tiny(), torch.randint(96, (2, 16), generator=torch.Generator().manual_seed(1))
     offload = memory.Offload(5, 2 * 16 * 48 * 4, torch.device("cpu"))
-    memory.apply_policy(model, Policy(unchecked=1, offload=True), offload)
+    memory.apply_policy(model, Policy(keep_all=1, offload=True), offload)
     taps = (0, 1, 2, 3)  # the inputs of blocks 0 to 3
     _, hidden = model(ids, layers=taps)
     assert set(offload.on_gpu) == {2, 3}  # the others were let go
@@ -297,7 +299,7 @@ def test_compiled_blocks_share_graphs_and_give_the_same_gradients(monkeypatch):
     policy = Policy(1, 2, offload=True, mlp_rows=20, compile=True)
     memory.apply_policy(model, policy, memory.Offload(5, 2 * 33 * 48 * 4, torch.device("cpu")))
     got = [gradients(model, ids) for _ in range(2)][1]
-    assert graphs.frame_count == 3  # recomputed, recomputed but for attention, unchecked
+    assert graphs.frame_count == 3  # recomputed, recomputed but for attention, kept whole
     assert_same(got, expected)
 
 
@@ -401,8 +403,8 @@ def small_memory(monkeypatch):
         self.plan, self.compute, self.stored = plan, torch.bfloat16, torch.bfloat16
         self.sequences = {name: unit.batch for name, unit in plan.units.items()}
 
-    check = run.Run.check
-    monkeypatch.setattr(run.Run, "check", check_as_on_a_gpu)
+    check = run.Run.fit_to_machine
+    monkeypatch.setattr(run.Run, "fit_to_machine", check_as_on_a_gpu)
     return changes
 
 
@@ -426,6 +428,45 @@ def test_a_run_whose_gradients_go_to_the_host_is_the_same_run(ckpt, tmp_path, sm
     # A state knows nothing of where gradients were.
     main(["--resume", str(killed_after_two(tmp_path / "stay", tmp_path / "parts"))])
     assert same_run(tmp_path / "stay", tmp_path / "parts")
+
+
+BF16_RUN = dict(original_len=128, target_len=256, save_every=2, eval_tokens=0)
+BF16_RUN |= dict(long_micro=1, s2l_micro=0, short_batch=1, distill_layers=[1, 3])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the kernels of a real GPU round otherwise")
+def test_bf16_on_a_cpu_has_the_bits_of_one_gpus_path(ckpt, tmp_path, a_gpu):
+    states = []
+    for name, where in {"gpu": dict(device="cuda"), "cpu": dict(dtype="bf16")}.items():
+        train(tiny_run(ckpt, tmp_path / name, **BF16_RUN, **where))
+        last = tmp_path / name / "checkpoints" / "step-000004"
+        states.append(load_file(last / "shard-00000.safetensors"))
+    assert same_run(tmp_path / "gpu", tmp_path / "cpu")
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])  # masters, too
+    moved = killed_after_two(tmp_path / "gpu", tmp_path / "moved")
+    main(["--resume", str(moved), "--device", "cpu", "--dtype", "bf16", "--resume_anyway"])
+    assert same_run(tmp_path / "cpu", moved)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_bf16_on_a_cpu_stays_near_fp32_resumes_to_the_bit_and_keeps_the_exports_dtype(
+    ckpt, tmp_path, stored, capsys
+):
+    folder = shutil.copytree(ckpt[0], tmp_path / "original")
+    save_checkpoint(load_checkpoint(folder).to(stored), folder, tokenizer_from=ckpt[0])
+    for name, more in {"fp32": {}, "bf16": dict(dtype="bf16", recompute=True)}.items():
+        train(tiny_run((folder, *ckpt[1:]), tmp_path / name, **BF16_RUN, **more))
+        exported = load_file(tmp_path / name / "hf" / "model.safetensors").values()
+        assert {t.dtype for t in exported} == {stored}
+    assert "memory plan" not in capsys.readouterr().out  # which is a GPU's
+    logs = [read_log(tmp_path / name) for name in ("fp32", "bf16")]
+    for a, b in zip(*logs, strict=True):
+        assert b["loss_long"] == pytest.approx(a["loss_long"], rel=2**-8)  # a bf16 half step
+    assert logs[0][-1]["loss_long"] < 0.98 * logs[0][0]["loss_long"]  # it does train
+    killed = killed_after_two(tmp_path / "bf16", tmp_path / "killed")
+    main(["--resume", str(killed)])
+    assert same_run(tmp_path / "bf16", killed)
 
 
 # ----------------------------------------------------------------------------------------- plan.py
@@ -521,7 +562,7 @@ def test_planned_activations_are_within_a_tenth_of_those_the_code_allocates(leng
     with_kl = [replace(short, heads=2), replace(short, hidden_states=0, heads=2)]
     for unit in [*plan.units.values(), *with_kl]:
         p = plan.policies[unit.name]
-        policy = replace(p, unchecked=p.unchecked // 6, attention=min(p.attention, 3))
+        policy = replace(p, keep_all=p.keep_all // 6, attention=min(p.attention, 3))
         traced = traced_peak(config, unit, policy)
         planned = sum(activation_memory(config, unit, policy).values())
         assert 0.95 < planned / traced < 1.15, (unit, policy)
@@ -550,7 +591,7 @@ def test_planner_meets_the_targets_and_more_memory_is_never_slower():
     assert seconds == sorted(seconds, reverse=True) and seconds[0] > seconds[-1]
     roomy = plan(32768, 1000)
     assert not roomy.host_state and roomy.teacher_resident
-    assert all(p.unchecked == 32 for p in roomy.policies.values())
+    assert all(p.keep_all == 32 for p in roomy.policies.values())
 
 
 LLAMA_3B = replace(timing.LLAMA3_8B, d_model=3072, n_layers=28, n_heads=24, d_ff=8192)
@@ -578,7 +619,7 @@ def test_a_plan_leaves_room_for_the_gaps_of_the_allocator(name):
 
 
 CHOICES = {  # length, GiB of GPU and of host, moments -> seconds of a step; of each unit the
-    # sequences in a pass, blocks unchecked, attention outputs kept, whether inputs are offloaded
+    # sequences in a pass, blocks kept whole, attention outputs kept, whether inputs are offloaded
     (32768, 79.1, 120, torch.float32): (232.7, (1, 3, 29, 0), (4, 32, 0, 0), (1, 15, 17, 0)),
     (32768, 139.0, 0, torch.bfloat16): (225.5, (1, 2, 30, 0), (8, 32, 0, 0), (1, 32, 0, 0)),
     (131072, 79.1, 128, torch.float32): (431.2, (1, 0, 19, 1), (4, 32, 0, 0), (1, 15, 17, 0)),
@@ -595,7 +636,7 @@ def test_the_planner_chooses_for_8b_what_its_table_of_seconds_says(asked):
     assert found.seconds == pytest.approx(seconds, rel=1e-3)
     for name, choice in zip(("long", "short", "s2l"), choices, strict=True):
         p = found.policies[name]
-        assert (found.units[name].batch, p.unchecked, p.attention, p.offload) == choice, name
+        assert (found.units[name].batch, p.keep_all, p.attention, p.offload) == choice, name
 
 
 LLAMA_70B = replace(timing.LLAMA3_8B, d_model=8192, n_layers=80, n_heads=64, d_ff=28672)
@@ -697,7 +738,7 @@ def test_a_run_on_several_gpus_prints_its_plan_and_reads_as_it_says(monkeypatch,
         monkeypatch.setattr(plan, "gpu_room", lambda gib=gib: gib * GIB)
         monkeypatch.setattr(plan, "available_memory", lambda: 500 * GIB)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-        machine.check(streams)
+        machine.fit_to_machine(streams)
         assert machine.sequences["short"] == batch and "each of 8" in capsys.readouterr().out
     assert machine.plan is None  # of one GPU
     loaded = []
@@ -1109,7 +1150,7 @@ def test_gradients_on_their_way_to_the_host_have_no_race(races, monkeypatch, siz
 def test_offloaded_inputs_have_no_race(races):
     ids = torch.randint(96, (1, 8), generator=torch.Generator().manual_seed(1))
     model = tiny()
-    policy = Policy(unchecked=1, offload=True)
+    policy = Policy(keep_all=1, offload=True)
     memory.apply_policy(model, policy, memory.Offload(5, 8 * 48 * 4, torch.device("cpu")))
     with races:
         for _ in range(2):

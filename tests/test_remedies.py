@@ -76,6 +76,7 @@ def test_the_command_that_a_refusal_names_mends_the_file(tmp_path, name):
     make(path)
     with pytest.raises(ValueError) as refused:
         tokenize([path], tk, tmp_path / "cache")
+    assert "\n" not in str(refused.value)
     command = re.search(pattern, str(refused.value))[0]
     program = command.split()[0]
     if not shutil.which(program) and program != "python":

@@ -39,18 +39,26 @@ from machine.settings import MachineConfig as Config
 from machine.settings import of_today, resolve
 from machine.tokenizer import load_tokenizer
 from model import CONFIG_NAMES
-from tests.conftest import HERE, edit_record, read_log, run_python, same_run, tiny_llama, tiny_run
+from tests.conftest import (
+    HERE,
+    command_line,
+    edit_record,
+    killed_after_two,
+    read_log,
+    same_run,
+    tiny_llama,
+    tiny_run,
+)
 
 # ------------------------------------------------------------------------------------------- resume
 
 SHARD = "shard-00000.safetensors"  # the file of a state that one process writes
-RECIPE = dict(method="longrecipe", steps=2, replay_steps=2)
 
 
-@pytest.mark.parametrize("recipe", [{}, RECIPE], ids=["longred", "longrecipe"])
-def test_a_stopped_run_resumes_bit_for_bit(ckpt, tmp_path, monkeypatch, recipe):
-    recipe = recipe and recipe | {"replay_data": [str(ckpt[2])], "replay_batch": 2}
-    train(tiny_run(ckpt, tmp_path / "whole", save_every=100, **recipe))
+def test_a_stopped_run_resumes_bit_for_bit(ckpt, tmp_path, monkeypatch):
+    """One of two stages; of one: test_a_stop_acts_within_one_pass."""
+    recipe = dict(method="longrecipe", steps=2, replay_steps=2, replay_data=[str(ckpt[2])])
+    train(tiny_run(ckpt, tmp_path / "whole", save_every=100, **recipe, replay_batch=2))
     print_step = log.print_step
 
     def stop_after_three(line, last, eta):
@@ -61,7 +69,7 @@ def test_a_stopped_run_resumes_bit_for_bit(ckpt, tmp_path, monkeypatch, recipe):
 
     monkeypatch.setattr(log, "print_step", stop_after_three)
     with pytest.raises(SystemExit) as stop:
-        train(tiny_run(ckpt, tmp_path / "parts", save_every=2, **recipe))
+        train(tiny_run(ckpt, tmp_path / "parts", save_every=2, **recipe, replay_batch=2))
     assert stop.value.code == 143
     monkeypatch.setattr(log, "print_step", print_step)
     main(["--resume", str(tmp_path / "parts")])
@@ -286,22 +294,23 @@ def test_a_resumed_run_takes_flags_that_change_no_number(at_two):
 
 
 def test_comments_do_not_change_a_codes_fingerprint(tmp_path, monkeypatch):
-    before = states.code_fingerprints()
+    fingerprints = states.code_fingerprints.__wrapped__  # conftest remembers those of our files
+    before = fingerprints()
     (tmp_path / "machine").mkdir()
     for name in before:
         source = (HERE / name).read_text().replace("import math", "import math  # a comment")
         (tmp_path / name).write_text("# another\n" + source.replace('"""', '"""More. ', 1))
     monkeypatch.setattr(states, "__file__", str(tmp_path / "machine" / "states.py"))
-    assert states.code_fingerprints() == before
+    assert fingerprints() == before
     (tmp_path / "data.py").write_text((HERE / "data.py").read_text() + "\nx = 1\n")
-    assert states.code_fingerprints()["data.py"] != before["data.py"]
+    assert fingerprints()["data.py"] != before["data.py"]
 
 
 def test_states_of_one_gpu_and_of_others_are_told_apart(whole):
     state = states.newest_state(whole)
     student = load_checkpoint(whole).bfloat16()
     optimizer = AdamW(student.parameters(), 0.1, (0.9, 0.95), 1e-8, 0.0, host=True)
-    with pytest.raises(ValueError, match="step-000004: one GPU's state .* do not convert"):
+    with pytest.raises(ValueError, match="step-000004: a state in bf16 .* do not convert"):
         states.read_state(state, student, optimizer)
 
 
@@ -407,58 +416,58 @@ def test_the_report_has_a_column_at_twice_the_window(ckpt, tmp_path):
 # ----------------------------------------------------------------- nobody listens, nothing is taken
 
 
-def run_in_shell(ckpt, out, shell, python="", **more):
-    """longred.py with its flags in place of $RUN in a line of shell; (exit status, stderr)."""
-    default, given = dataclasses.asdict(Config()), dataclasses.asdict(tiny_run(ckpt, out, **more))
-    given = {k: v for k, v in given.items() if v != default[k]}
-    flags = [
-        f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in given.items()
-    ]
-    run = f"{sys.executable} {python} {HERE}/longred.py {' '.join(flags)}"
-    command = ["bash", "-c", shell.replace("$RUN", run)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return done.returncode, done.stderr
+UNREAD = """
+import os, sys
+import torch._dynamo, torch.distributed.tensor
+import longred
+
+out, *flags = sys.argv[1:]
+for reader in ("gone", "full", "leaves"):
+    ours, pipe = os.pipe()
+    if reader == "gone":
+        os.close(ours)
+    child = os.fork()
+    if not child:
+        if reader == "leaves":
+            os.close(ours)
+        full = os.open("/dev/full", os.O_WRONLY)
+        for number in 1, 2:
+            os.dup2(full if reader == "full" else pipe, number)
+        os.close(pipe)
+        sys.argv = ["longred.py", *flags, "--out_dir", f"{out}-{reader}"]
+        sys.exit(longred.main())
+    os.close(pipe)
+    if reader == "leaves":
+        with open(ours, "rb", buffering=0) as f:
+            assert f.readline()
+    print(reader, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+BOTH = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize(
-    "shell",
-    [
-        "$RUN 2>&1 | true; exit ${PIPESTATUS[0]}",
-        "$RUN >/dev/full 2>/dev/full",
-        "$RUN >&- 2>&-",
-        "($RUN; echo $? >$0.code) 2>&1 | (head -n 1 >/dev/null)",
-    ],
-)
-def test_a_run_outlives_whoever_reads_what_it_prints(ckpt, whole, tmp_path, shell):
-    code, said = run_in_shell(
-        ckpt, tmp_path / "run", shell.replace("$0", str(tmp_path / "x")), save_every=2
-    )
-    assert code == 0 and said == "", said
-    if "code" in shell:
-        assert (tmp_path / "x.code").read_text() == "0\n"
-    assert same_run(whole, tmp_path / "run")
+def test_a_run_outlives_whoever_reads_what_it_prints(ckpt, whole, tmp_path):
+    flags = command_line(tiny_run(ckpt, tmp_path / "run", save_every=2))
+    command = [sys.executable, "-c", UNREAD, tmp_path / "run", *flags]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.stdout == "gone 0\nfull 0\nleaves 0\n", done.stderr[-2000:]
+    for reader in ("gone", "full", "leaves"):
+        assert same_run(whole, tmp_path / f"run-{reader}"), reader
 
 
-@pytest.mark.parametrize("ignored", [False, True], ids=["terminal", "nohup"])
-def test_a_hang_up_saves_and_ends_unless_it_was_ignored(ckpt, tmp_path, monkeypatch, ignored):
-    out, print_step = tmp_path / "run", log.print_step
+def test_a_hang_up_that_was_ignored_at_the_start_changes_nothing(ckpt, tmp_path, monkeypatch):
+    print_step = log.print_step
 
-    def hang_up(line, last, eta):
-        print_step(line, last, eta)
+    def hang_up(*args):
+        print_step(*args)
         os.kill(os.getpid(), signal.SIGHUP)
 
     monkeypatch.setattr(log, "print_step", hang_up)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        if ignored:
-            train(tiny_run(ckpt, out, steps=2, eval_tokens=0))
-        else:
-            with pytest.raises(SystemExit) as end:
-                train(tiny_run(ckpt, out, save_every=100))
-            assert end.value.code == 129 and states.newest_state(out).name == "step-000001"
+        train(tiny_run(ckpt, tmp_path / "run", steps=2, eval_tokens=0))
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert (out / "hf").exists() == ignored
+    assert (tmp_path / "run" / "hf").exists()
 
 
 def test_a_second_ctrl_c_gives_up_at_once_and_another_sigterm_changes_nothing():
@@ -475,13 +484,14 @@ def test_a_second_ctrl_c_gives_up_at_once_and_another_sigterm_changes_nothing():
 
 
 SECOND_CTRL_C = """
-import json, os, pathlib, signal, sys, threading
+import functools, json, os, pathlib, signal, sys, threading
 from contextlib import ExitStack
 import torch._dynamo, torch.distributed.tensor
 import longred
 from machine import log, states
 
-out, *flags = sys.argv[1:]
+states.code_fingerprints = functools.cache(states.code_fingerprints)
+states.code_fingerprints()  # once for all children
 PLACES = {"join": (threading.Thread, "join"), "set": (threading.Event, "set")}
 PLACES |= {"flush": (os, "fsync"), "rename": (pathlib.Path, "rename")}
 PLACES |= {"close": (ExitStack, "close"), "write": (states, "write_shard")}
@@ -502,7 +512,7 @@ def run(place):
 
     log.print_step = first
     setattr(owner, name, second)
-    sys.argv = ["longred.py", "--out_dir", f"{out}-{place}", *flags]
+    sys.argv = ["longred.py", "--resume", f"{sys.argv[1]}-{place}"]
     longred.main()
 
 for place in PLACES:
@@ -515,19 +525,14 @@ for place in PLACES:
 """
 
 
-def test_a_second_ctrl_c_in_any_clean_up_ends_by_its_code_without_a_traceback(
-    ckpt, whole, tmp_path
-):
-    default = dataclasses.asdict(Config())
-    given = dataclasses.asdict(tiny_run(ckpt, tmp_path / "run", save_every=2))
-    given = {k: v for k, v in given.items() if v != default[k] and k != "out_dir"}
-    flags = [(f"--{k}", *(v if isinstance(v, list) else [v])) for k, v in given.items()]
-    flags = [str(x) for flag in flags for x in flag]
-    said, _ = run_python(SECOND_CTRL_C, tmp_path / "run", *flags, OMP_NUM_THREADS="1").communicate()
-    said = said.decode()
-    codes = [json.loads(line) for line in said.splitlines() if line.startswith('{"')]
+def test_a_second_ctrl_c_in_any_clean_up_ends_by_its_code_without_a_traceback(whole, tmp_path):
     places = "join", "set", "flush", "rename", "close", "write"
-    assert codes == [{place: 130} for place in places] and "Traceback" not in said, said[-2000:]
+    for place in places:
+        killed_after_two(whole, tmp_path / f"run-{place}")
+    done = subprocess.run([sys.executable, "-c", SECOND_CTRL_C, tmp_path / "run"], cwd=HERE, **BOTH)
+    codes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
+    assert codes == [{place: 130} for place in places], done.stdout[-2000:]
+    assert "Traceback" not in done.stdout, done.stdout[-2000:]
     for place in places:
         main(["--resume", str(tmp_path / f"run-{place}")])
         assert same_run(whole, tmp_path / f"run-{place}"), place
@@ -555,16 +560,20 @@ def test_a_second_ctrl_c_in_a_join_reaches_whoever_called_main(at_two, monkeypat
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_a_run_started_oddly_works_or_says_why(ckpt, whole, tmp_path):
-    code, said = run_in_shell(ckpt, tmp_path / "run", "$RUN", python="-OO", save_every=2)
-    assert code == 0 and same_run(whole, tmp_path / "run"), said
-    for env, line in {
-        "LOCAL_RANK=1": "already holds a run",
-        "RANK=3 LOCAL_RANK=3": "already holds a run",
-        "WORLD_SIZE=4": "RANK is missing: start with torchrun",
-    }.items():
-        code, said = run_in_shell(ckpt, tmp_path / "run", f"{env} $RUN")
-        assert code == 1 and line in said and said.count("\n") == 1, said
+def test_a_run_started_oddly_works_or_says_why(ckpt, whole, tmp_path, monkeypatch, capfd):
+    flags = command_line(tiny_run(ckpt, tmp_path / "run", save_every=2))
+    run = f"{sys.executable} -OO {HERE}/longred.py {' '.join(flags)} >&- 2>&-"
+    assert subprocess.run(["bash", "-c", run]).returncode == 0
+    assert same_run(whole, tmp_path / "run")
+    for env, line in (
+        (dict(LOCAL_RANK="1"), "already holds a run"),
+        (dict(RANK="3", LOCAL_RANK="3"), "already holds a run"),
+        (dict(WORLD_SIZE="4"), "RANK is missing: start with torchrun"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match=line) as end:
+            [patch.setenv(*item) for item in env.items()]
+            main(flags)
+        assert "\n" not in end.value.code and not capfd.readouterr().err
 
 
 def test_a_lock_file_that_is_removed_lets_no_second_run_in(at_two):

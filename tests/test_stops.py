@@ -1,10 +1,12 @@
 """Ctrl-C ends every command by 130 without a traceback, and what it wrote is whole or not there."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
-from tests.conftest import run_python
+from tests.conftest import HERE
 from tests.test_strangers import whole_texts
 
 # Command -> its flags, and a function that it calls in the midst of its work.
@@ -68,7 +70,9 @@ def ended(ckpt, tmp_path_factory):
         for word, path in {"OUT": out, "CKPT": ckpt[0], "ONE": one, "TWO": two}.items():
             flags = flags.replace(word, str(path))
         given[command] = flags, place
-    said = run_python(CODE, json.dumps(given), OMP_NUM_THREADS="1").communicate()[0].decode()
+    command = [sys.executable, "-c", CODE, json.dumps(given)]
+    done = subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    said = done.stdout.decode()
     codes = dict(json.loads(line) for line in said.splitlines() if line.startswith('["'))
     return codes, root, said
 

@@ -81,33 +81,11 @@ def written(ckpt, folder, texts):
     base = folder.parent / "base"
     if not base.exists():
         with_eos(ckpt[0], base)  # which a text may start from
-    samples = [
-        "samples",
-        folder / "own.jsonl",
-        "--base",
-        base,
-        "--n_samples",
-        2,
-        "--length",
-        20,
-        "--device",
-        "cpu",
-    ]
-    evaluate.main([str(x) for x in samples])
-    corpus = [
-        "corpus",
-        folder / "best.jsonl",
-        "--base",
-        ckpt[0],
-        "--ckpt",
-        ckpt[0],
-        "--data",
-        texts[0],
-        "--eval_tokens",
-        256,
-    ]
-    corpus += ["--cache_dir", folder, "--device", "cpu"]
-    evaluate.main([str(x) for x in corpus])
+    argv = f"samples {folder}/own.jsonl --base {base} --n_samples 2 --length 20 --device cpu"
+    evaluate.main(argv.split())
+    argv = f"corpus {folder}/best.jsonl --base {ckpt[0]} --ckpt {ckpt[0]} --data {texts[0]}"
+    argv += f" --eval_tokens 256 --cache_dir {folder} --device cpu"
+    evaluate.main(argv.split())
 
 
 def benched(ckpt, folder, texts):

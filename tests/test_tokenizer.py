@@ -29,7 +29,6 @@ from tests.conftest import (
     meta_folder,
     needs_stories,
     prose,
-    tiktoken_file,
     tiktoken_folder,
     tiny_llama,
 )
@@ -194,7 +193,7 @@ def test_metas_tokenizer_is_exported_as_one_that_encodes_alike(tmp_path):
     prose = (HERE / "longred.py").read_text()[:20000] + MIXED * 5
     model = tiny_llama(vocab_size=812, n_layers=1)
     folder = meta_folder(tmp_path / "meta", model, 1)
-    tiktoken_file(folder / "tokenizer.model", prose)
+    tiktoken_folder(folder, bpe(vocab_size=556))
     out = save_checkpoint(load_checkpoint(folder), tmp_path / "hf", tokenizer_from=folder)
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     meta, rng = load_tokenizer(folder), random.Random(0)
@@ -213,7 +212,7 @@ def test_metas_tokenizer_is_exported_as_one_that_encodes_alike(tmp_path):
 
 
 def named(folder, *special, config=None, beside=None, settings=None):
-    """byte_tokenizer's folder with other special tokens, from 256 on, and files beside it."""
+    """byte_tokenizer's folder with other special tokens, from 256 on, and files next to it."""
     from tokenizers import AddedToken
 
     byte_tokenizer(folder)
