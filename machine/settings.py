@@ -135,7 +135,8 @@ def resolve(config: MachineConfig, model: ModelConfig, ckpt: Path) -> MachineCon
     allocated. ckpt: the folder that config.ckpt names."""
     c = replace(config, ckpt=str(ckpt.resolve()))
     settle_paths(c)
-    fill(c, original_len=original_window(model))
+    if c.original_len is None:  # else original_window's doubts are settled
+        c.original_len = original_window(model)
     if c.original_len is None:
         raise ValueError(
             "--original_len is missing: Meta's params.json does not have it; pass 4096 for Llama "

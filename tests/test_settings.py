@@ -157,6 +157,20 @@ def test_numbers_may_be_written_in_k():
     assert c.target_len == 32768 and c.distill_layers == [1, 2]
 
 
+def test_the_flag_that_settles_a_doubtful_window_is_obeyed(ckpt, tmp_path):
+    folder = shutil.copytree(ckpt[0], tmp_path / "linear")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_scaling"] = {"type": "linear", "factor": 4.0}  # LongLoRA, Vicuna
+    (folder / "config.json").write_text(json.dumps(config))
+    model = load_config(folder)
+    c = tiny_run(ckpt, tmp_path / "run", original_len=None, target_len=1024, rope_theta=None)
+    with pytest.raises(ValueError, match="--original_len 64 or --original_len 256") as refused:
+        resolve(c, model, folder)
+    for named in re.findall(r"--original_len (\d+)", str(refused.value)):
+        given = dataclasses.replace(c, original_len=int(named))
+        assert resolve(given, model, folder).original_len == int(named)
+
+
 def test_help_names_the_two_needed_flags_first_and_every_default(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
