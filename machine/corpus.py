@@ -870,9 +870,10 @@ def _unfinished(part: Path, fresh: dict) -> dict:
     state = read_signed(part / "meta.json")
     if state and state.keys() - {"checksum"} == fresh.keys():
         del state["checksum"]
-        sums = [file_checksum(part / file, state[file]) for file in FILES]
-        if sums == state["checksums"] and state["dtype"] == fresh["dtype"]:
-            return state
+        with contextlib.suppress(OSError):
+            sums = [file_checksum(part / file, state[file]) for file in FILES]
+            if sums == state["checksums"] and state["dtype"] == fresh["dtype"]:
+                return state
     return fresh
 
 

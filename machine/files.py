@@ -193,7 +193,9 @@ def refuse_foreign(path: Path, keys: set[str], maker: str, others: Iterable[Path
 
 
 def file_checksum(path: Path, most: int = 2**63) -> int:
-    """Return the crc32 of a file's first `most` bytes."""
+    """Return the crc32 of a file's first `most` bytes. OSError, not a wait, for a pipe."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, or no regular file")
     found = 0
     with open(path, "rb") as f:
         while block := f.read(min(2**22, most)):
@@ -216,6 +218,8 @@ def signed(content: dict) -> dict:
 
 def read_signed(path: Path) -> dict | None:
     """Return the object that was written with its checksum; None if it is missing or damaged."""
+    if not path.is_file():  # a pipe would be waited for
+        return None
     try:
         content = json.loads(path.read_bytes())
         return content if content == signed(content) else None

@@ -181,7 +181,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tk, tmp_path):
     assert not list((tmp_path / "cache").glob("tokens-*[!k]"))
 
 
-@pytest.mark.parametrize("how", ["cut", "other bytes"])
+@pytest.mark.parametrize("how", ["cut", "other bytes", "pipe"])
 @pytest.mark.parametrize("harm", ["tokens.bin", "documents.bin", "meta.json"])
 def test_a_damaged_cache_is_built_anew_and_never_read(tk, tmp_path, harm, how):
     lines = []
@@ -190,7 +190,11 @@ def test_a_damaged_cache_is_built_anew_and_never_read(tk, tmp_path, harm, how):
     expected = documents(corpus)
     whole = (corpus.folder / harm).read_bytes()
     other = whole[:9] + bytes([whole[9] ^ 1]) + whole[10:]
-    (corpus.folder / harm).write_bytes(whole[:-2] if how == "cut" else other)  # not \n alone
+    if how == "pipe":
+        (corpus.folder / harm).unlink()
+        os.mkfifo(corpus.folder / harm)
+    else:
+        (corpus.folder / harm).write_bytes(whole[:-2] if how == "cut" else other)  # not \n alone
     rebuilt = tokenize([tmp_path / "a.txt"], tk, tmp_path / "cache", log=lines.append)
     assert documents(rebuilt) == expected and any("is damaged" in line for line in lines)
 
