@@ -247,6 +247,7 @@ def test_a_kill_at_a_random_moment_loses_the_row_being_measured_and_no_more(
     moment, events = random.Random(seed).randrange(4, 28), []
     child = os.fork()
     if not child:
+        gc.freeze()  # the parent's objects: some need its threads when they are destroyed
 
         def killing(function):
             def run(*args, **more):
