@@ -385,8 +385,9 @@ def _is_object(line: bytes) -> bool:
 def _as_lines(path: str, suffix: str) -> str:
     """The command that makes .jsonl of a table, or of other JSON; every value stays as it is."""
     made = f"{path}.jsonl"
+    unpack = "zstd -dcf" if path.lower().endswith(".zst") else "gzip -cdf"
     command = (
-        f"""gzip -cdf {shlex.quote(path)} | jq -c 'if type == "array" then .[] else . end' > """
+        f"""{unpack} {shlex.quote(path)} | jq -c 'if type == "array" then .[] else . end' > """
     )
     command += shlex.quote(made)
     if suffix in TABLES:
