@@ -60,7 +60,7 @@ TEXT = 8  # a sequence, and a text that repeats a passage, is window / TEXT toke
 PASSAGE = 16  # the passage is 1 / PASSAGE of that text
 DISTANCES = (1 / 32, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8, 31 / 32)  # shares of FACTOR x window
 TOLD_APART = 2  # standard errors by which the short losses of two scalings must differ
-FORETELLS = 0.9  # share of the pairs told apart that a predictor must order as the loss does
+FORETELLS = 0.9  # a predictor must order this share of the distinguishable pairs as the loss does
 PAIRS = 10  # fewer of them decide nothing
 
 
