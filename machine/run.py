@@ -254,14 +254,14 @@ class Run(longred.Run):
         for spec in specs:
             n = samples.count(spec)
             if n and spec not in self.own:
-                asked = sum(
-                    s.tokens * len(s.steps)
-                    for s in self.streams.values()
-                    if spec in getattr(self.c, f"{s.name}_data")
-                )
+                streams = self.streams.values()
+                readers = [s for s in streams if spec in getattr(self.c, f"{s.name}_data")]
+                asked = sum(s.tokens * len(s.steps) for s in readers)
+                longest = max(s.seq_len for s in readers)
                 path, cost = samples.own_samples(
                     self.c,
                     n,
+                    min(longest, self.c.original_len),
                     source=self.source,
                     config=self.original,
                     load=self.load_whole,

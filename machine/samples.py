@@ -62,14 +62,13 @@ def sample_ids(
 
 
 def own_samples(
-    c, n: int, source: Path, config, load, tokenizer: Tokenizer, asked: int
+    c, n: int, length: int, source: Path, config, load, tokenizer: Tokenizer, asked: int
 ) -> tuple[str, dict]:
-    """Return (a file of n texts up to c.original_len tokens, its cost), made now or found cached.
+    """Return (a file of n texts up to `length` tokens, its cost), made now or found cached.
 
     source: the checkpoint's folder, config: its ModelConfig. load(): the whole model. asked: tokens
     that the run will read of them.
     """
-    length = c.original_len
     each = max(1, min(64, PART_TOKENS // length))
     key = [states.weight_fingerprints(source), tokenizer.fingerprint, c.seed, length, each]
     key += ["T=1, ids"]

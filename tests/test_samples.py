@@ -65,6 +65,15 @@ def test_a_run_on_its_own_samples_says_what_they_cost(ckpt, tmp_path, capsys, sm
     assert f"self:40: 40 of the checkpoint's own texts, {cost['tokens']:,} tokens" in report
 
 
+def test_no_text_is_longer_than_the_sequences_that_read_it(ckpt, tmp_path, capsys):
+    """Beyond them it costs most of the time: a window of 8,192 for sequences of 1,024."""
+    short = dict(short_len=32, steps=1, s2l_micro=0, s2l_data=None)
+    train(own_run(ckpt, tmp_path / "short", "self:8", **short))
+    assert "8 texts of up to 32 tokens, at most 256 tokens" in capsys.readouterr().out
+    train(own_run(ckpt, tmp_path / "both", "self:8", short_len=32, steps=1))
+    assert "8 texts of up to 64 tokens, at most 512 tokens" in capsys.readouterr().out
+
+
 def test_texts_are_those_that_generate_draws_and_a_stopped_run_goes_on(
     ckpt, tmp_path, capsys, small_parts, monkeypatch
 ):
@@ -210,7 +219,9 @@ def test_what_was_sampled_and_nothing_else_is_read(tmp_path, make):
     config = tiny_config(vocab_size=vocab)
     (tmp_path / "tk" / "config.json").write_text(json.dumps(config_to_hf(config)))
     c = Config(original_len=64, seed=3, cache_dir=str(tmp_path / "cache"), device="cpu")
-    path, cost = samples.own_samples(c, 128, tmp_path / "tk", config, lambda: model, tokenizer, 1)
+    path, cost = samples.own_samples(
+        c, 128, 64, tmp_path / "tk", config, lambda: model, tokenizer, 1
+    )
     documents, n = [], 0
     for row in model.said:
         # The end of text is the last token; nothing that a text cannot become is in it.
