@@ -1,0 +1,56 @@
+"""The tables of results/README.md are what the committed scores give."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from measure import frontier
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    spec = importlib.util.spec_from_file_location("smollm2", RESULTS / "smollm2.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def not_in_readme(lines):
+    """Return rows of tables, other than those that were not run, that the document has not."""
+    document = (RESULTS / "README.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("|") and "NOT RUN" not in line]
+    assert len(rows) > 3
+    return [line for line in rows if line not in document]
+
+
+def test_the_second_comparison_is_that_of_its_scores():
+    content = frontier.read_scores(RESULTS / "frontier.json.gz")
+    names = {frontier.run_name(*run): run for run in frontier.RUNS}
+    runs = {names[name]: scores for name, scores in content["runs"].items()}
+    table = frontier.leaderboard(runs, content["original"])
+    assert not not_in_readme(table + frontier.comparisons(runs, "own", frontier.SEEDS))
+    document = (RESULTS / "README.md").read_text()
+    assert f"**{len(runs)} of {len(names)} runs are done" in document
+
+
+def test_a_difference_is_paired_by_seed_and_one_without_a_run_decides_nothing(smollm2):
+    rng = np.random.default_rng(0)
+    luck = rng.normal(size=len(smollm2.SEEDS))  # of a seed's batches, which both methods read
+
+    def made(seed, shift):
+        tasks = {t: (luck[seed - 1] + shift + rng.normal(size=40) / 100) for t in smollm2.ITEMS}
+        gains = {str(d): rng.normal(size=40) for d in smollm2.FAR}
+        return {"tasks": {t: x.tolist() for t, x in tasks.items()}, "copy": gains}
+
+    runs = {f"foreign-longred-{seed}": made(seed, -0.1) for seed in smollm2.SEEDS}
+    runs |= {f"foreign-mix_cpt-{seed}": made(seed, 0) for seed in smollm2.SEEDS}
+    _, _, bits, copying, *own = smollm2.comparisons(runs)
+    assert "| -0.1" in bits and bits.endswith("| differ |")  # the seeds' luck is ten times that
+    assert copying.endswith("no difference shown |")
+    assert len(own) == 2 and all("NOT RUN" in line for line in own)
+    del runs["foreign-mix_cpt-3"]
+    assert all("NOT RUN" in line for line in smollm2.comparisons(runs)[2:])
