@@ -37,6 +37,12 @@ def test_the_second_comparison_is_that_of_its_scores():
     assert f"**{len(runs)} of {len(names)} runs are done" in document
 
 
+def test_the_comparison_at_135m_is_that_of_its_scores(smollm2):
+    runs = frontier.read_scores(RESULTS / "smollm2.json.gz")["runs"]
+    lines = [*smollm2.table(runs), *smollm2.comparisons(runs), *smollm2.by_task(runs)]
+    assert not not_in_readme(lines)
+
+
 def test_a_difference_is_paired_by_seed_and_one_without_a_run_decides_nothing(smollm2):
     rng = np.random.default_rng(0)
     luck = rng.normal(size=len(smollm2.SEEDS))  # of a seed's batches, which both methods read
