@@ -296,13 +296,16 @@ def main() -> None:
     add("--scores", type=Path, metavar="FILE", help="print an earlier smollm2.json.gz")
     a = parser.parse_args()
     with command_line("smollm2", None):
+        if not a.only:
+            refuse_foreign(a.out_dir, "smollm2", {"runs"})
         if a.scores:
             runs = read_scores(a.scores, {"runs"})["runs"]
         else:
+            if missing := [f"--{x}" for x in ("base", "long", "books") if not getattr(a, x)]:
+                raise ValueError(f"{', '.join(missing)} missing; or --scores FILE to print one")
             runs = run_all(a)
         if a.only:
             return
-        refuse_foreign(a.out_dir, "smollm2", {"runs"})
         lines = [*table(runs), "", *comparisons(runs), "", *by_task(runs)]
         print("\n".join(lines))
         with whole_file(a.out_dir / "smollm2.md") as f:
