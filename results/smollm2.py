@@ -8,7 +8,8 @@
 The first command trains and scores what is missing, one run after another, and continues where it
 was after a stop. --only NAME ... does no other runs than these, so that two processes can share the
 work, and --earlier FILE takes the scores that an earlier smollm2.json.gz holds. The second command
-prints the tables from such a file alone. The constants below are the plan.
+prints the tables from such a file alone. Without --only, both write smollm2.md, smollm2.png and
+smollm2.json.gz. The constants below are the plan.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from measure.demo import prose_lines
 from measure.diagnosis import copy_gains, docstrings, rounded, scaled
 from measure.frontier import holm, paired_t, read_scores, refuse_foreign, sequences, write_scores
 from measure.losses import short_text_drift
+from measure.pictures import COLORS, GREY
 
 SETTING = (
     "--target_len 32768 --long_position_scheme pose --train_len 1024 --steps 70 --lr 3e-4 "
@@ -240,6 +242,15 @@ def comparisons(runs: dict) -> list[str]:
     return lines
 
 
+def groups(runs: dict) -> list[tuple[str, str, dict]]:
+    """Return (title, kind of short text or "", {seed: scores}) of each row of the table."""
+    found = [(name, "", {"": runs[name]} if name in runs else {}) for name in UNTRAINED]
+    for text, method in ROWS:
+        there = {s: runs[name] for s in SEEDS if (name := f"{text}-{method}-{s}") in runs}
+        found.append((METHODS[method][0], text, there))
+    return found
+
+
 def table(runs: dict) -> list[str]:
     """Print one row a model; ± is the standard deviation over seeds."""
 
@@ -252,12 +263,8 @@ def table(runs: dict) -> list[str]:
     head = ["model", "short text", "seeds", "tasks", "docstrings", "KL", "drift"]
     head += [*(f"{int(d) // 1024}K" for d in copies), "20K to 31K", "processor seconds"]
     lines = ["| " + " | ".join(head) + " |", "|---|---|---|" + "---:|" * (len(head) - 3)]
-    groups = [(name, "", {"": runs[name]} if name in runs else {}) for name in UNTRAINED]
-    for text, method in ROWS:
-        there = {s: runs[name] for s in SEEDS if (name := f"{text}-{method}-{s}") in runs}
-        groups.append((METHODS[method][0], TEXTS[text], there))
-    for name, text, there in groups:
-        group = [*there.values()]
+    for name, text, there in groups(runs):
+        group, text = [*there.values()], TEXTS.get(text, "")
         if not group:
             lines.append(f"| {name} | {text} | NOT RUN |" + " |" * (len(head) - 3))
             continue
@@ -280,6 +287,39 @@ def by_task(runs: dict) -> list[str]:
             cells = [f"{np.mean([r['tasks'][task] for r in group]):.3f}" for task in ITEMS]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
+
+
+def draw(runs: dict, path: Path) -> None:
+    """Draw what was kept against what was gained, and copying by distance.
+
+    Large points and lines are means over seeds, pale points are runs.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
+    for color, (title, text, group) in zip([GREY, *COLORS], groups(runs), strict=False):
+        if not group:
+            continue
+        label = f"{title}, {TEXTS[text]}" if text else title
+        places = np.array([(items(run).mean(), far_copying(run).mean()) for run in group.values()])
+        left.plot(*places.T, "o", ms=4, color=color, alpha=0.3)
+        left.plot(*places.mean(0), "o", ms=7, color=color)
+        gains = np.mean([[np.mean(run["copy"][str(d)]) for d in FAR] for run in group.values()], 0)
+        right.plot([d // 1024 for d in FAR], gains, "o-", ms=4, lw=1, color=color, label=label)
+    left.set(xlabel="bits per byte of the tasks' right answers (left is better)")
+    left.set(ylabel="nats a token copied, mean of 20K to 31K (up is better)")
+    left.set_title("kept against gained (pale: seeds)", fontsize=10)
+    right.set(xlabel="distance, thousands (1,024) of tokens", ylabel="nats a token copied")
+    right.set(xticks=[d // 1024 for d in FAR])
+    right.set_title("copying by distance (original, ABF, YaRN: untrained)", fontsize=10)
+    right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -310,6 +350,10 @@ def main() -> None:
         print("\n".join(lines))
         with whole_file(a.out_dir / "smollm2.md") as f:
             f.write("\n".join(lines) + "\n")
+        try:
+            draw(runs, a.out_dir / "smollm2.png")
+        except ImportError:
+            print("for the picture: pip install matplotlib, then the same command")
         about = {"python": platform.python_version(), "torch": torch.__version__}
         write_scores(a.out_dir / "smollm2.json.gz", {"about": about, "runs": runs})
 
