@@ -17,7 +17,7 @@ how, is in longred.py.
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -28,7 +28,7 @@ from torch import Tensor
 
 import data
 import longred
-from longred import Config, parse_args
+from longred import Config, given_flags
 from machine import checkpoints, corpus, files, log, memory, plan, samples, states
 from machine.checkpoints import open_tensors, resolve_checkpoint
 from machine.corpus import at_commit, beginnings
@@ -53,9 +53,13 @@ from model import Llama, export_dtype, hf_name, merge_weights
 
 
 class Run(longred.Run):
-    """One process's part of a run, from the settings to the export; a context around all of it."""
+    """One process's part of a run, from the settings to the export; a context around all of it.
 
-    def __init__(self):
+    given: names of the settings that a resumed run may take anew; None: all but the defaults.
+    """
+
+    def __init__(self, given: Set[str] | None = None):
+        self.given = given
         plan.expand_segments()  # before anything asks for the GPU
         self.processes = Processes()
         self.keeper = Keeper(self.processes)
@@ -103,7 +107,7 @@ class Run(longred.Run):
             self.resumed = states.read_run(config.resume)
             self.resumed["config"] = of_today(self.resumed["config"])
             self.commits = self.resumed["commits"]
-            config = resumed_config(self.resumed["config"], config)
+            config = resumed_config(self.resumed["config"], config, self.given)
         self.processes.join(config.device, config.context or 1)
         if self.resumed:
             self.keeper.claim(Path(config.resume), resumed=True)
@@ -534,19 +538,20 @@ class Run(longred.Run):
         return exported
 
 
-def train(config: Config) -> Path:
+def train(config: Config, given: Set[str] | None = None) -> Path:
     """Run longred.train with the Run of this file. Returns the folder of the exported model."""
-    return longred.train(config, Run())
+    return longred.train(config, Run(given))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. An error that the user can correct ends it with one line."""
     log.outlive_readers()
-    config = parse_args(argv, MachineConfig)
-    check_flags(config)
+    given = given_flags(argv, MachineConfig)
+    config = MachineConfig(**given)
+    check_flags(config, given.keys())
     with command_line("longred", argv):
         if config.resume or config.ckpt:
-            train(config)
+            train(config, given.keys())
         else:
             from measure.demo import demo  # not at the top: it imports this file
 

@@ -7,6 +7,7 @@ import glob
 import math
 import os
 import re
+from collections.abc import Set
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -152,9 +153,8 @@ def resolve(config: MachineConfig, model: ModelConfig, ckpt: Path) -> MachineCon
     return c
 
 
-def check_flags(c: MachineConfig) -> None:
-    """Raise SystemExit, in one line, for flags that do not fit --resume or need --ckpt."""
-    given = {f.name for f in fields(c) if getattr(c, f.name) != f.default}
+def check_flags(c: MachineConfig, given: Set[str]) -> None:
+    """Raise SystemExit, in one line, for given flags that do not fit --resume or need --ckpt."""
     extra = given - {"resume", "resume_anyway", *MAY_CHANGE}
     if c.resume and extra and not c.resume_anyway:
         raise SystemExit(
@@ -255,11 +255,14 @@ def of_today(saved: dict) -> dict:
     return saved | {name: None for name in unread if name in saved}
 
 
-def resumed_config(saved: dict, given: MachineConfig) -> MachineConfig:
+def resumed_config(
+    saved: dict, given: MachineConfig, named: Set[str] | None = None
+) -> MachineConfig:
     """Return the config that a run began with, with the flags that may be given when it resumes.
 
-    saved: from OUT_DIR/longred.json. Raises ValueError where it is damaged or another version's,
-    and for a path that is gone and was not given anew.
+    saved: from OUT_DIR/longred.json. named: the flags of `given` that count; None: those that are
+    not defaults. Raises ValueError where saved is damaged or another version's, and for a path that
+    is gone and was not given anew.
     """
     names = {f.name for f in fields(given)}
     if unknown := saved.keys() - names:
@@ -272,10 +275,11 @@ def resumed_config(saved: dict, given: MachineConfig) -> MachineConfig:
         raise ValueError(f"{path} is damaged, in its config; take it from a backup")
     saved, out_dir = dict(saved), whole_path(given.resume, "resume")
     now = {"out_dir": out_dir, "resume": out_dir, "resume_anyway": given.resume_anyway}
-    for f in fields(given):
-        if f.name in MAY_CHANGE or given.resume_anyway:
-            if f.name not in now and getattr(given, f.name) != f.default:
-                now[f.name] = getattr(given, f.name)
+    if named is None:
+        named = {f.name for f in fields(given) if getattr(given, f.name) != f.default}
+    for name in named - now.keys():
+        if name in MAY_CHANGE or given.resume_anyway:
+            now[name] = getattr(given, name)
     # A source that was given a new path has it wherever else it is named.
     pairs = (zip(saved.get(name) or (), now.get(name) or (), strict=False) for name in TEXTS)
     renamed = {old: str(new) for pair in pairs for old, new in pair}

@@ -35,8 +35,8 @@ from machine.log import Watch
 from machine.many import Processes
 from machine.memory import AdamW
 from machine.run import train
+from machine.settings import MAY_CHANGE, of_today, resolve
 from machine.settings import MachineConfig as Config
-from machine.settings import of_today, resolve
 from machine.tokenizer import load_tokenizer
 from model import CONFIG_NAMES
 from tests.conftest import (
@@ -291,6 +291,22 @@ def test_a_resumed_run_takes_flags_that_change_no_number(at_two):
         main(["--resume", str(at_two), "--lr", "0.5", "--keep", "1"])
     main(["--resume", str(at_two), "--keep", "1"])
     assert len(list((at_two / "checkpoints").iterdir())) == 1
+
+
+def test_a_flag_counts_on_resuming_though_its_value_is_the_default(at_two):
+    for f in dataclasses.fields(Config):
+        if f.default is not None and f.name not in MAY_CHANGE | {"resume_anyway"}:
+            flag = [f"--{f.name}", str(f.default)]
+            if isinstance(f.default, bool):
+                flag = [f"--{'' if f.default else 'no-'}{f.name}"]
+            with pytest.raises(SystemExit, match=f"drop --{f.name}, or add --resume_anyway"):
+                main(["--resume", str(at_two), *flag])
+    before = json.loads((at_two / "longred.json").read_text())["config"]
+    default = Config.save_every
+    assert before["save_every"] != default
+    main(["--resume", str(at_two), "--save_every", str(default)])
+    after = json.loads((at_two / "longred.json").read_text())["config"]
+    assert after["save_every"] == default and after["steps"] == before["steps"]
 
 
 def test_comments_do_not_change_a_codes_fingerprint(tmp_path, monkeypatch):
