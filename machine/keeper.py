@@ -14,6 +14,7 @@ import threading
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from torch import nn
 from machine import states
 from machine.checkpoints import checkpoint_files, drop_checkpoint
 from machine.files import free_name, lock_folder, unfinished
+from machine.log import command
 from machine.many import Processes, is_silent
 
 
@@ -156,8 +158,8 @@ def refuse_taken(out_dir: Path) -> None:
             )
     if (out_dir / "longred.json").exists():
         raise ValueError(
-            f"{out_dir} already holds a run; continue it with --resume {out_dir}, or pass another "
-            "--out_dir"
+            f"{out_dir} already holds a run; continue it with --resume {quote(str(out_dir))}, or "
+            "pass another --out_dir"
         )
     there = out_dir
     while not there.exists():
@@ -344,9 +346,8 @@ class Keeper:
         self.save_seconds = time.monotonic() - self.saved_at
 
     def how_to_resume(self) -> str:
-        size = self.processes.size
-        many = f"torchrun --nproc_per_node {size}" if size > 1 else "python"
-        return f"Continue with: {many} longred.py --resume {self.out_dir}"
+        words = "longred.py", "--resume", self.out_dir
+        return f"Continue with: {command(*words, processes=self.processes.size)}"
 
     def finish(self) -> None:
         """End the steps: the last state is on disk, and signals act as usual again."""

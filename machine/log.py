@@ -18,10 +18,11 @@ from model import Llama
 from rope_kernels import rope_backend
 
 
-def command(script: str, *arguments) -> str:
+def command(script: str, *arguments, processes: int = 1) -> str:
     """Return a command line that works from any folder: python PATH/script, quoted for a shell."""
     path = Path(__file__).resolve().parent.parent / script
-    return shlex.join(["python", str(path), *map(str, arguments)])
+    python = ["torchrun", "--nproc_per_node", processes] if processes > 1 else ["python"]
+    return shlex.join(map(str, [*python, path, *arguments]))
 
 
 # ------------------------------------------------------------------------- a stdout that is closed

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from machine import files, memory
 from machine.files import digest, file_checksum, read_json, signed, whole_file
 from machine.formats import load_config
-from machine.log import json_line, read_line
+from machine.log import command, json_line, read_line
 from machine.plan import GIB
 
 # ----------------------------------------------------------------------------- the run's own files
@@ -253,10 +253,11 @@ def is_copy(folder: Path) -> bool:
 
 def cannot_save(folder: Path, step: int, need: int, e: OSError) -> ValueError:
     free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
+    resume = command("longred.py", "--resume", folder.parent)
     return ValueError(
         f"cannot save the state after step {step} in {folder}: {getattr(e, 'strerror', e)}; it "
         f"takes {need / GIB:.3g} GiB, {free / GIB:.3g} GiB are free; older states are untouched: "
-        f"{files.remedy(e)} and continue with: python longred.py --resume {folder.parent}"
+        f"{files.remedy(e)} and continue with: {resume}"
     )
 
 

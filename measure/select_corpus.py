@@ -10,6 +10,7 @@ It needs an extended model first; a short one will do.
 
 import json
 from argparse import Namespace
+from shlex import quote
 
 import numpy as np
 import torch
@@ -130,7 +131,7 @@ def select_corpus(a: Namespace) -> None:
     if not a.data or len(a.ckpt) != 1 or not 0 < a.keep <= 1:
         raise ValueError("corpus: need one --ckpt, --data, and a --keep in (0, 1]")
     tokenizer = load_tokenizer(resolve_checkpoint(a.base), a.add_eos)
-    corpus = tokenize(a.data, tokenizer, a.cache_dir, "data")
+    corpus = tokenize(a.data, tokenizer, a.cache_dir, "data", a.skip_bad_lines)
     is_anchor, is_end = find_anchors(a, corpus, tokenizer), data.sentence_ends(tokenizer)
     special = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
     total = selected = documents = 0
@@ -147,5 +148,5 @@ def select_corpus(a: Namespace) -> None:
                 selected, documents = selected + len(ids), documents + 1
     print(
         f"kept {selected:,} of {total:,} tokens in {documents:,} of {corpus.n_docs:,} documents: "
-        f"{a.file}; train on it with --method longrecipe --long_data {a.file}"
+        f"{a.file}; train on it with --method longrecipe --long_data {quote(a.file)}"
     )
