@@ -229,7 +229,18 @@ def settle_paths(c: MachineConfig) -> None:
             setattr(c, name, whole_path(getattr(c, name), name))
     for name in TEXTS:
         if specs := getattr(c, name):
-            setattr(c, name, [whole_path(s, name) if is_path(s) else s for s in map(str, specs)])
+            setattr(c, name, [whole_source(s, name) for s in map(str, specs)])
+    if c.source_weights:
+        shares = [(text, text.rpartition("=")[0]) for text in c.source_weights]
+        c.source_weights = [
+            whole_source(source, "source_weights") + text[len(source) :] if source else text
+            for text, source in shares
+        ]
+
+
+def whole_source(spec: str, flag: str) -> str:
+    """Return a source of text with an absolute path, if it has one."""
+    return whole_path(spec, flag) if is_path(spec) else spec
 
 
 def is_path(spec: str) -> bool:

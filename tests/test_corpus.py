@@ -501,17 +501,19 @@ def test_a_mixture_holds_the_shares_asked_for_and_repeats_no_sequence_of_an_epoc
     assert "25.0% of long: 2 documents" in mixed.describe(250)
 
 
-def test_source_weights_are_trained_on_and_mistakes_refused(ckpt, tmp_path):
-    _, long, short = ckpt
+def test_source_weights_are_trained_on_and_mistakes_refused(ckpt, tmp_path, monkeypatch):
+    monkeypatch.chdir(ckpt[1].parent)  # sources are named as a user names them
+    long, short = (os.path.relpath(path) for path in ckpt[1:])
     c = tiny_run(ckpt, tmp_path / "run", steps=1, method="long_cpt", eval_tokens=0)
     c = dataclasses.replace(c, long_data=[str(long), str(short)])
     weights = [f"{long}=1", f"{short}=0.25"]
     train(dataclasses.replace(c, source_weights=weights))
     mistakes = (
-        (weights[:1], f"no share for {short}"),
+        (weights[:1], f"no share for {ckpt[2]}"),
         ([*weights, "elsewhere=1"], "elsewhere is no source of this run"),
         ([f"{long}=0", weights[1]], "need SOURCE=SHARE, a number above 0"),
         ([f"{long}=x", weights[1]], "need SOURCE=SHARE, a number above 0"),
+        (["1", weights[1]], "--source_weights 1: need SOURCE=SHARE, a number above 0"),
     )
     for shares, words in mistakes:
         bad = dataclasses.replace(c, source_weights=shares, out_dir=str(tmp_path / "bad"))
