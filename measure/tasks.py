@@ -33,6 +33,7 @@ from machine.files import remember, whole_file
 from machine.formats import load_checkpoint, load_config
 from machine.keeper import command_line
 from machine.plan import expand_segments
+from machine.settings import check_device
 from machine.states import weight_fingerprints
 from machine.tokenizer import Tokenizer, load_tokenizer
 from measure.evaluate import FORMAT, find_run
@@ -203,9 +204,13 @@ def compare(a) -> tuple[list[str], dict]:
         raise ValueError("two checkpoints have one name: give them names by NAME=DIR")
     tasks = {task: read_items(task, a.items) for task in a.tasks}
     tokenizer = load_tokenizer(folders["original"])
-    config = load_config(folders["original"])
-    tokenizer.check_fits(config.vocab_size)
-    window = config.max_position_embeddings or CHUNK  # of every model: they read the same contexts
+    for name, folder in folders.items():
+        try:
+            tokenizer.check_fits(load_config(folder).vocab_size)
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from None
+    # of every model: they read the same contexts
+    window = load_config(folders["original"]).max_position_embeddings or CHUNK
     scores = {}
     for name, folder in folders.items():
         model, scores[name] = load_checkpoint(folder, device=a.device, dtype=a.dtype), {}
@@ -259,6 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     with command_line("tasks", argv):
         if a.items < 2:
             raise ValueError(f"--items {a.items}: need 2 at least")
+        check_device(a, 0)
         refuse_foreign(a.out_dir, "tasks", {"scores"})
         lines, scores = compare(a)
         print("\n".join(lines), flush=True)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from machine.formats import load_checkpoint
+from machine.formats import load_checkpoint, save_checkpoint
 from machine.tokenizer import load_tokenizer
 from measure import tasks
 from measure.frontier import read_scores
 from measure.tasks import Item, answer_bits, encode, main, read_items, score, table
-from tests.conftest import edit_weights
+from tests.conftest import edit_weights, tiny_llama
 
 
 def package(root, rows: dict, monkeypatch, version="0.9.0") -> None:
@@ -151,6 +151,15 @@ def test_one_command_compares_checkpoints_and_measures_nothing_twice(
     main(argv)
     with pytest.raises(SystemExit, match="two checkpoints have one name"):
         main([*argv, "--ckpt", str(other), str(other)])
+    small = save_checkpoint(tiny_llama(vocab_size=100), tmp_path / "small")
+    with pytest.raises(SystemExit, match="small: tokenizer does not fit .* has 100 embeddings"):
+        main([*argv, "--ckpt", str(small)])
+    devices = {"gpu": "need cpu or cuda"}
+    if not torch.cuda.is_available():
+        devices["cuda"] = "torch sees no GPU"
+    for device, words in devices.items():
+        with pytest.raises(SystemExit, match=f"tasks: --device {device}: {words}"):
+            main([*argv, "--device", device])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "tasks.md").write_text("mine")
     with pytest.raises(SystemExit, match="is in the way"):
