@@ -49,7 +49,7 @@ from machine.settings import (
     source_shares,
 )
 from machine.tokenizer import check_export, find_tokenizer, load_tokenizer
-from model import Llama, export_dtype, hf_name, merge_weights
+from model import Llama, export_dtype, hf_name, merge_weights, stored_dtype
 
 
 class Run(longred.Run):
@@ -321,6 +321,9 @@ class Run(longred.Run):
         adamw = dict(lr=c.lr, betas=(c.beta1, c.beta2), eps=1e-8, weight_decay=c.weight_decay)
         self.student = student
         if self.plan:
+            if (dtype := stored_dtype(self.original)) not in (None, torch.bfloat16):
+                name = str(dtype).removeprefix("torch.")
+                print(f"weights stored as {name} are rounded to bfloat16; the export is {name}")
             self.one_gpu = self.open_one_gpu(student, teacher, **adamw)
             self.adamw = self.one_gpu.optimizer
         else:

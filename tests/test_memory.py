@@ -459,7 +459,10 @@ def test_bf16_on_a_cpu_stays_near_fp32_resumes_to_the_bit_and_keeps_the_exports_
         train(tiny_run((folder, *ckpt[1:]), tmp_path / name, **BF16_RUN, **more))
         exported = load_file(tmp_path / name / "hf" / "model.safetensors").values()
         assert {t.dtype for t in exported} == {stored}
-    assert "memory plan" not in capsys.readouterr().out  # which is a GPU's
+    printed = capsys.readouterr().out
+    assert "memory plan" not in printed  # which is a GPU's
+    rounded = "weights stored as float32 are rounded to bfloat16" in printed
+    assert rounded == (stored == torch.float32)
     logs = [read_log(tmp_path / name) for name in ("fp32", "bf16")]
     for a, b in zip(*logs, strict=True):
         assert b["loss_long"] == pytest.approx(a["loss_long"], rel=2**-8)  # a bf16 half step
