@@ -248,6 +248,12 @@ def is_path(spec: str) -> bool:
     return not spec.startswith("hf:") and samples.count(spec) is None
 
 
+def is_at_hand(specs: list[str]) -> bool:
+    """Return whether a list can be read by who did not train on it: no default short text, which
+    would have to be fetched, and no sample of the model's."""
+    return specs != corpus.DEFAULT_SHORT and all(samples.count(spec) is None for spec in specs)
+
+
 # Removed flags, and their values with which a recorded run can still be resumed.
 REMOVED = {"short_rope": "new", "export_longrope": False}
 

@@ -59,7 +59,7 @@ from machine.keeper import command_line
 from machine.log import command, outlive_readers
 from machine.plan import available_memory, expand_segments, parameter_count
 from machine.samples import sample_ids
-from machine.settings import check_device
+from machine.settings import check_device, is_at_hand
 from machine.states import read_run, weight_fingerprints
 from machine.tokenizer import Tokenizer, load_tokenizer
 from measure.far_context import columns, far_losses, other_documents, shuffled
@@ -686,7 +686,8 @@ def _add_flags(job: str, parser: argparse.ArgumentParser) -> None:
     add(every, "--base", required=True, metavar="DIR", help=original)
     extended = "extended checkpoints; those given one NAME share a row (default: none)"
     add(both, "--ckpt", nargs="+", default=[], metavar="[NAME=]DIR", help=extended)
-    long = "long text: files, .jsonl, folders, globs (default: the first run's)"
+    long = "long text: files, .jsonl, folders, globs"
+    long += " (default: the first run's)" if job == "compare" else ""
     add(both, "--data", nargs="+", metavar="TEXT", help=long)
     short = "short text, for what was kept (default: the first run's, else --data)"
     add("compare", "--short_data", nargs="+", metavar="TEXT", help=short)
@@ -694,6 +695,9 @@ def _add_flags(job: str, parser: argparse.ArgumentParser) -> None:
     add(both, "--eval_tokens", default=65536, help=many, **integers)
     eos = "documents end with EOS (default: where the tokenizer has one)"
     add(both, "--add_eos", action=argparse.BooleanOptionalAction, default=None, help=eos)
+    bad = "leave out and count malformed records"
+    bad += " (default: as the first run)" if job == "compare" else ""
+    add(both, "--skip_bad_lines", action="store_true", help=bad)
     tokens = "where tokenised text is kept (default: out/tokens)"
     add(both, "--cache_dir", default="out/tokens", metavar="DIR", help=tokens)
     tasks = f"of {' '.join(TASKS_ALL)} (default: {' '.join(TASKS)})"
@@ -733,8 +737,11 @@ def open_weights(folder: Path, config) -> None:
     open_tensors(folder, shapes, config)
 
 
-def open_texts(a: Namespace, base: Path, folders: list[Path]) -> Texts:
-    """Check the settings, tokenise and take the held-out parts."""
+def open_texts(a: Namespace, base: Path, folders: list[Path], trained_on: list = ()) -> Texts:
+    """Check the settings, tokenise and take the held-out parts.
+
+    trained_on: the lists of text that decided together what was held out; none: those scored.
+    """
     configs = [load_config(folder) for folder in (base, *folders)]
     windows = [c.max_position_embeddings or 0 for c in configs]  # Meta's Llama 1 and 2: unknown
     original_len = a.original_len or windows[0]
@@ -765,8 +772,14 @@ def open_texts(a: Namespace, base: Path, folders: list[Path]) -> Texts:
     tokenizer = load_tokenizer(base, a.add_eos)
     tokenizer.check_fits(configs[0].vocab_size)
     texts = {"long": a.data, "short": a.short_data or a.data}
-    corpora = {name: tokenize(x, tokenizer, a.cache_dir, name) for name, x in texts.items()}
-    data.share_held_out([*corpora.values()])
+
+    def opened(specs: list[str], name: str) -> data.Corpus:
+        return tokenize(specs, tokenizer, a.cache_dir, name, a.skip_bad_lines)
+
+    corpora = {name: opened(specs, name) for name, specs in texts.items()}
+    trained = [opened(specs, "trained on") for specs in trained_on] or [*corpora.values()]
+    data.share_held_out(trained)
+    data.share_held_out([*corpora.values()], trained[0].ends)
     ids = [
         data.held_out(corpus, max(1, a.eval_tokens // length), length)
         for corpus, length in zip(corpora.values(), (lengths[-1], original_len), strict=True)
@@ -828,26 +841,41 @@ def compare(a: Namespace) -> None:
                 folder,
                 why,
             )  # two folders of one name are two rows unless asked for as one
-    for _, folder, _ in found:  # the text that a run of longred.py was given
+    trained_on = ()  # of the first run, the list of each stream
+    for _, folder, _ in found:
         run = folder and folder.parent / "longred.json"
         if run and run.is_file() and not a.data:
-            record = read_run(run.parent)
-            config, own, commits = (record[key] for key in ("config", "own_samples", "commits"))
-            try:
-                long, short = (
-                    [own.get(s, {"file": at_commit(s, commits.get(s))})["file"] for s in specs]
-                    for specs in (config.get(f"{name}_data") or () for name in ("long", "short"))
-                )
-            except (TypeError, KeyError, AttributeError):
-                raise ValueError(f"{run} is damaged, in its texts; pass --data") from None
-            a.data = [str(file) for file in long] or None
-            a.short_data = a.short_data or [str(file) for file in short] or None
+            config, lists, short = texts_of_run(run)
+            a.data, a.short_data = lists["long"], a.short_data or short
+            trained_on = [specs for specs in lists.values() if specs]
             a.add_eos = config.get("add_eos") if a.add_eos is None else a.add_eos
+            a.skip_bad_lines |= bool(config.get("skip_bad_lines"))
     runs = [("original", base)] + [(name, folder) for name, folder, _ in found if folder]
     unfinished = [(name, why) for name, folder, why in found if not folder]
-    texts = open_texts(a, base, [folder for _, folder in runs[1:]])
+    texts = open_texts(a, base, [folder for _, folder in runs[1:]], trained_on)
     with lock_folder(Path(a.out_dir), "--out_dir"):  # two at work there would mix their results
         measure_all(a, texts, runs, base, unfinished)
+
+
+def texts_of_run(path: Path) -> tuple[dict, dict[str, list[str]], list[str] | None]:
+    """Return a run's settings, its streams' lists of text, and the list to score as short text.
+
+    path: of its longred.json. Raises ValueError if that is damaged.
+    """
+    record = read_run(path.parent)
+    config, own, commits = (record[key] for key in ("config", "own_samples", "commits"))
+
+    def files(name: str) -> list[str]:
+        specs = config.get(f"{name}_data") or ()
+        found = (own.get(s, {"file": at_commit(s, commits.get(s))})["file"] for s in specs)
+        return [str(file) for file in found]
+
+    try:
+        lists = {name: files(name) for name in record["data"]}
+        scored = "short" in lists or is_at_hand(config.get("short_data") or [])
+        return config, {"long": files("long")} | lists, (files("short") or None) if scored else None
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError(f"{path} is damaged, in its texts; pass --data") from None
 
 
 def measure_all(a: Namespace, texts: Texts, runs: list, base: Path, unfinished: list) -> None:

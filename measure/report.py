@@ -7,8 +7,9 @@ import torch
 from tqdm import tqdm
 
 import data
-from machine.corpus import DEFAULT_SHORT, tokenize
+from machine.corpus import tokenize
 from machine.files import finite, whole_file
+from machine.settings import is_at_hand
 from machine.tokenizer import load_tokenizer
 from measure.evaluate import table
 from measure.losses import losses_by_sequence, short_text_drift, standard_error
@@ -94,8 +95,8 @@ def held_out_texts(c, corpora: dict) -> dict:
 
     "short" has the original window's length, "long" the target's and "beyond" twice the target's.
     A text that was no stream of the run is held out too, as far as the streams that share documents
-    with it hold out a document's end. The default short text, 2.9 GB to fetch, is measured only if
-    the run reads it anyway.
+    with it hold out a document's end. The default short text, 2.9 GB to fetch, and the checkpoint's
+    own are measured only if the run reads them anyway.
     """
     tokenizer, texts = load_tokenizer(c.ckpt, c.add_eos), {}
     for name, specs, seq_len in (
@@ -103,8 +104,8 @@ def held_out_texts(c, corpora: dict) -> dict:
         ("long", c.long_data, c.target_len),
         ("beyond", c.long_data, 2 * c.target_len),
     ):
-        if name not in corpora and specs == DEFAULT_SHORT:
-            print("not measured: short text, which this run does not read; name it to measure it")
+        if name == "short" and name not in corpora and not is_at_hand(specs):
+            print("not measured: short text, which this run does not read; name files to measure")
             continue
         quiet = dict(skip_bad_lines=c.skip_bad_lines, log=lambda line: None)
         try:

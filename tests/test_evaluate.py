@@ -16,11 +16,12 @@ import torch.nn.functional as F
 
 import data
 import model as model_module
+from machine.corpus import tokenize
 from machine.files import lock_folder
 from machine.formats import load_checkpoint, save_checkpoint
 from machine.run import train
 from machine.tokenizer import load_tokenizer
-from measure import evaluate, losses, pcd, select_corpus
+from measure import evaluate, losses, pcd, report, select_corpus
 from model import Llama, attention_kl
 from tests.conftest import (
     bpe,
@@ -209,6 +210,46 @@ def comparison(ckpt, sentences, tmp_path, monkeypatch):
     argv += f" --device cpu --cache_dir {tmp_path}/tokens --out_dir {tmp_path}/o"
     argv += f" --ckpt ext={tmp_path}/run0 ext={tmp_path}/run1 {tmp_path}/late"
     return argv.split(), tmp_path / "o"
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"s2l_data": "held"},  # one of long_data, of which the run holds out the end alone
+        {"short_data": "bad", "skip_bad_lines": True},
+        {"short_data": None, "method": "long_cpt"},  # the default, which nobody fetched
+        {"short_data": ["self:10"], "method": "long_cpt"},  # which nobody drew
+    ],
+    ids=lambda run: str(next(iter(run.items()))),
+)
+def test_the_text_that_a_runs_report_scored_is_scored(ckpt, tmp_path, monkeypatch, run, capsys):
+    folder, long, short = ckpt
+    books, bad, text = tmp_path / "books", tmp_path / "bad.jsonl", long.read_text()
+    books.mkdir()
+    paths = [books / f"{i:02}.txt" for i in range(80)]
+    for i, path in enumerate(paths):
+        path.write_text(text[600 * i : 600 * (i + 1)])
+    bad.write_text(json.dumps({"text": short.read_text()}) + "\nnot a record\n")
+    corpus = tokenize([str(books)], load_tokenizer(folder), tmp_path / "tokens")
+    checksums = zip(paths, corpus.doc_checksums, strict=True)
+    held = [str(path) for path, x in checksums if x % 20 == 0]
+    assert len(held) > 2
+    named = {"held": held[:1], "bad": [str(bad)]}
+    run = {key: named.get(str(value), value) for key, value in run.items()}
+    scored, held_out_texts = {}, report.held_out_texts
+    monkeypatch.setattr(
+        report, "held_out_texts", lambda *x: scored.update(held_out_texts(*x)) or {**scored}
+    )
+    c = tiny_run(ckpt, tmp_path / "run", **{"long_data": [str(books)], "steps": 1} | run)
+    train(c)
+    assert ("short" in scored) == (c.method != "long_cpt")
+    again = []
+    monkeypatch.setattr(evaluate, "measure_all", lambda a, texts, *_: again.append(texts))
+    argv = f"--base {folder} --ckpt {c.out_dir} --tasks kept --eval_tokens 512 --device cpu"
+    evaluate.main([*argv.split(), "--cache_dir", c.cache_dir, "--out_dir", str(tmp_path / "o")])
+    assert torch.equal(again[0].long, scored["long"]) and len(again[0].short) > 1
+    assert "short" not in scored or torch.equal(again[0].short, scored["short"])
+    assert "no file at" not in capsys.readouterr().out
 
 
 def test_one_command_leaves_report_numbers_and_pictures(comparison, capsys, monkeypatch):
