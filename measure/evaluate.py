@@ -12,7 +12,7 @@ folder the command is python PATH/measure/evaluate.py.
     task        question, and where it is answered
     ----------  ------------------------------------------------------------------------------------
     kept        short text: loss, KL(original || it), first choices, drift  (short_text_drift)
-    position    long text: loss by position, whole and with the window cut  (position_losses)
+    position    long text: loss by position, whole and with the window cut  (losses_by_sequence)
     far         long text: what far text adds by its content, and what by its length alone: the
                 same tokens behind the far part of another document  (measure/far_context.py)
     repeat      is a passage better known the second time, and from how far?  (repeat_scores)

@@ -67,25 +67,17 @@ def short_text_drift(
 
 
 @torch.no_grad()
-def position_losses(
+def losses_by_sequence(
     model: Llama, input_ids: Tensor, window: int | None = None, rows: int = 512
 ) -> Tensor:
-    """Return the next-token loss at each position, as a mean over sequences.
+    """Return the next-token loss at each position of each sequence.
 
     input_ids: (B, T + 1) int64, read one sequence at a time, logits `rows` tokens at a time.
     window: None reads each sequence whole. Else each token is predicted from at most the `window`
         tokens before it: windows slide by a quarter, each scoring the tokens the one before it has
         not, so context is never under 3/4 of the window (the first window's own tokens excepted).
-    Returns (T,) float64 on the CPU, nats.
+    Returns (B, T) float64 on the CPU, nats.
     """
-    return losses_by_sequence(model, input_ids, window, rows).mean(0)
-
-
-@torch.no_grad()
-def losses_by_sequence(
-    model: Llama, input_ids: Tensor, window: int | None = None, rows: int = 512
-) -> Tensor:
-    """Return position_losses before the mean: (B, T) float64."""
     length = input_ids.shape[1] - 1
     found = torch.zeros(len(input_ids), length, dtype=torch.float64)
     window = min(window or length, length)

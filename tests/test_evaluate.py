@@ -86,23 +86,23 @@ def test_what_was_kept_equals_transformers(pairs):
 def test_losses_by_position_equal_transformers(pairs, chunk, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK", chunk)
     ids = tokens(3, 50)
-    got = losses.position_losses(pairs[0][1], ids, rows=3)
-    assert rel(got, nll_by_hand(pairs[1][1], ids).mean(0)) < 1e-5
+    got = losses.losses_by_sequence(pairs[0][1], ids, rows=3)
+    assert rel(got, nll_by_hand(pairs[1][1], ids)) < 1e-5
 
 
 @pytest.mark.parametrize("chunk", [5, 4096])
 def test_a_cut_window_scores_each_token_from_its_own_window_only(pairs, chunk, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK", chunk)
     ids, window, stride = tokens(1, 50), 16, 4
-    got = losses.position_losses(pairs[0][1], ids, window)
+    got = losses.losses_by_sequence(pairs[0][1], ids, window)[0]
     for t in range(49):  # token t + 1 is predicted from start .. t
         end = min(49, window + max(0, math.ceil((t + 1 - window) / stride)) * stride)
         start = max(0, end - window)
         assert t - start < window and (t < window or t - start >= window - stride)
         want = nll_by_hand(pairs[1][1], ids[:, start : t + 2])[0, -1]
         assert got[t].item() == pytest.approx(want.item(), rel=1e-4)
-    far = losses.position_losses(pairs[0][1], ids, 49)
-    assert torch.equal(far, losses.position_losses(pairs[0][1], ids))
+    far = losses.losses_by_sequence(pairs[0][1], ids, 49)
+    assert torch.equal(far, losses.losses_by_sequence(pairs[0][1], ids))
 
 
 @pytest.mark.parametrize("length", [96, 512])
