@@ -37,7 +37,7 @@ from tqdm import tqdm
 from longred import Config, default_theta, rope_scaling
 from machine.checkpoints import resolve_checkpoint
 from machine.files import digest, refuse_foreign, remember, whole_file, write_json
-from machine.formats import load_checkpoint, rescaled
+from machine.formats import load_checkpoint, load_config, rescaled
 from machine.keeper import command_line
 from machine.tokenizer import load_tokenizer
 from measure.demo import prose_lines
@@ -164,14 +164,19 @@ def docstrings() -> str:
 
 def read_texts(a) -> dict[str, str]:
     topics = (json.loads(line)["text"] for line in prose_lines().splitlines())
-    book = a.book.read_bytes().decode()
+    try:
+        book = a.book.read_bytes().decode()
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{a.book} is not UTF-8 text ({e}); convert it") from None
     return {"docstrings": docstrings(), "help topics": "\n\n".join(topics), a.book.stem: book}
 
 
 def run_all(a):
     """Measure every row that is missing; yield diagnosis.json's content after each."""
-    folder = resolve_checkpoint(a.base)
-    base, tokenizer, texts = load_checkpoint(folder), load_tokenizer(folder), read_texts(a)
+    folder, texts = resolve_checkpoint(a.base), read_texts(a)
+    if scaling := load_config(folder).rope_scaling:
+        raise ValueError(f"{a.base} is already scaled by {scaling}: need a model without a scaling")
+    base, tokenizer = load_checkpoint(folder), load_tokenizer(folder)
     tokenizer.check_fits(base.config.vocab_size)
     window = base.config.max_position_embeddings or 0
     length = window // TEXT

@@ -685,13 +685,16 @@ def _add_flags(job: str, parser: argparse.ArgumentParser) -> None:
     original = "the original: folder, OUT_DIR, known name or hub id"
     add(every, "--base", required=True, metavar="DIR", help=original)
     extended = "extended checkpoints; those given one NAME share a row (default: none)"
-    add(both, "--ckpt", nargs="+", default=[], metavar="[NAME=]DIR", help=extended)
+    extended = extended if job == "compare" else "the extended checkpoint, one"
+    name = "[NAME=]DIR" if job == "compare" else "DIR"
+    add(both, "--ckpt", nargs="+", default=[], metavar=name, help=extended)
     long = "long text: files, .jsonl, folders, globs"
     long += " (default: the first run's)" if job == "compare" else ""
     add(both, "--data", nargs="+", metavar="TEXT", help=long)
     short = "short text, for what was kept (default: the first run's, else --data)"
     add("compare", "--short_data", nargs="+", metavar="TEXT", help=short)
-    many = "held-out tokens of long and of short text (default: 65536)"
+    many = "held-out tokens of long and of short text" if job == "compare" else "tokens of --data"
+    many += " (default: 65536)"
     add(both, "--eval_tokens", default=65536, help=many, **integers)
     eos = "documents end with EOS (default: where the tokenizer has one)"
     add(both, "--add_eos", action=argparse.BooleanOptionalAction, default=None, help=eos)

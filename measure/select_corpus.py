@@ -21,7 +21,7 @@ import data
 from machine.checkpoints import resolve_checkpoint
 from machine.corpus import tokenize
 from machine.files import whole_file
-from machine.formats import load_checkpoint
+from machine.formats import load_checkpoint, load_config
 from machine.tokenizer import Tokenizer, load_tokenizer
 from measure.losses import read
 from model import Llama
@@ -130,7 +130,10 @@ def select_corpus(a: Namespace) -> None:
     """
     if not a.data or len(a.ckpt) != 1 or not 0 < a.keep <= 1:
         raise ValueError("corpus: need one --ckpt, --data, and a --keep in (0, 1]")
-    tokenizer = load_tokenizer(resolve_checkpoint(a.base), a.add_eos)
+    folders = [resolve_checkpoint(x) for x in (a.base, *a.ckpt)]
+    if len(sizes := {load_config(folder).vocab_size for folder in folders}) > 1:
+        raise ValueError(f"corpus: need two checkpoints of one vocabulary, got {sorted(sizes)} ids")
+    tokenizer = load_tokenizer(folders[0], a.add_eos)
     corpus = tokenize(a.data, tokenizer, a.cache_dir, "data", a.skip_bad_lines)
     is_anchor, is_end = find_anchors(a, corpus, tokenizer), data.sentence_ends(tokenizer)
     special = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]

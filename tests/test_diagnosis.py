@@ -190,16 +190,21 @@ def test_a_predictor_is_judged_by_the_pairs_of_one_factor_that_are_told_apart():
 
 @pytest.mark.parametrize(
     "change, said",
-    [({"window": 64}, "its window is 64, need 128"), ({"book": "a b"}, "book has 3 tokens, need")],
+    [
+        ({"max_position_embeddings": 64}, "its window is 64, need 128"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "b is already scaled by .*need"),
+        ({"book": b"a b"}, "book has 3 tokens, need"),
+        ({"book": b"caf\xe9"}, "book.txt is not UTF-8 text .*; convert it"),
+    ],
 )
 def test_bad_input_ends_in_one_line(small, few, tmp_path, change, said):
     argv = [*small, "--out_dir", str(tmp_path / "o")]
-    if "window" in change:
+    if "book" not in change:
         write_byte_tokenizer(tmp_path / "tk")
-        model = tiny_llama(vocab_size=256, max_position_embeddings=64)
+        model = tiny_llama(vocab_size=256, **change)
         argv[1] = str(save_checkpoint(model, tmp_path / "b", tokenizer_from=tmp_path / "tk"))
     else:
-        (tmp_path / "book.txt").write_text(change["book"])
+        (tmp_path / "book.txt").write_bytes(change["book"])
         argv[3] = str(tmp_path / "book.txt")
     with pytest.raises(SystemExit, match=said) as end:
         main(argv)

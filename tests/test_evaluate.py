@@ -485,6 +485,10 @@ def test_select_corpus_writes_sentences_of_the_training_part(ckpt, tmp_path, cap
         place = whole.index(sentence, place) + len(sentence)
     assert place < 0.96 * len(whole) and 0.3 * 0.95 < len(text) / (0.95 * len(whole)) < 0.31
     assert f"kept {len(text):,} of" in capsys.readouterr().out
+    other = save_checkpoint(tiny_llama(vocab_size=300), tmp_path / "other")
+    flags = ["corpus", tmp_path / "x", "--base", ckpt[0], "--ckpt", other, "--data", ckpt[1]]
+    with pytest.raises(SystemExit, match=r"of one vocabulary, got \[256, 300\] ids"):
+        evaluate.main([str(f) for f in flags])
 
 
 # ------------------------------------------------------------------------- numbers and neighbours
