@@ -136,7 +136,7 @@ def find_files(
     """Specs -> the files they name, sorted, each file once.
 
     specs: a file, a folder (all files below it, hidden ones left out; of a downloaded dataset its
-        train split alone, which is listed), a glob, or
+        train split alone, which is listed), a glob of files and folders, or
         hf:owner/name[@revision][/part]: a dataset of the Hugging Face hub, where revision is a
         commit, tag or branch, and part a file or glob in it, or a folder, whose train split is read
         where there is such; each may end in #column, the field of records to read ("text" if not
@@ -145,15 +145,14 @@ def find_files(
     """
     found = {}
     for source, spec in enumerate(map(str, specs)):
-        path, column = spec, "text"
-        if "#" in spec and not os.path.exists(spec):
-            path, column = spec.rsplit("#", 1)
+        path, column = split_column(spec)
         if path.startswith("hf:"):
             remembered[path] = remembered.get(path) or _hub_files(path)
             remembered.setdefault(at_commit(path, remembered[path][0][3]), remembered[path])
             for name, size, *hub in remembered[path]:
                 key = "/".join([*hub, name])
-                found.setdefault(key, File(name, source, column, key, (size,), tuple(hub)))
+                file = File(name, source, column, key, (size,), tuple(hub))
+                _one_column(spec, found.setdefault(key, file), column, path.endswith(name))
             continue
         path = os.path.expanduser(path)
         if os.path.isdir(path):
@@ -164,7 +163,9 @@ def find_files(
                 "$(find FOLDER -name '*.txt')"
             )
         else:
-            paths = [path] if os.path.isfile(path) else sorted(glob.glob(path))
+            matches = [path] if os.path.isfile(path) else sorted(glob.glob(path))
+            matches = (_files_of(p, log) if os.path.isdir(p) else [p] for p in matches)
+            paths = [*itertools.chain.from_iterable(matches)]
         if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
             raise ValueError(
                 f"{spec} is a pipe or a device; text is read twice: write it to a file"
@@ -176,8 +177,26 @@ def find_files(
             what = "only empty files" if stats else "no file"
             raise ValueError(f"{what} at {spec}: need a text file, folder, glob or hf:owner/name")
         for p, stat in full.items():
-            found.setdefault(stat[3:], File(p, source, column, stat=stat))
+            file = File(p, source, column, stat=stat)
+            _one_column(spec, found.setdefault(stat[3:], file), column, path == p)
     return list(found.values())
+
+
+def split_column(spec: str) -> tuple[str, str]:
+    """PATH#COLUMN -> (PATH, COLUMN); the column is "text" where a path itself holds the sign."""
+    path, sign, column = spec.rpartition("#")
+    if not sign or "/" in column or os.path.exists(spec) or glob.glob(spec):
+        return spec, "text"
+    return path, column
+
+
+def _one_column(spec: str, file: File, column: str, by_name: bool) -> None:
+    """Raise ValueError if a spec names a file, of which another column is read already."""
+    if by_name and file.column != column:
+        raise ValueError(
+            f"{spec}: of this file #{file.column} is read already, and a file is read once: name "
+            "one column, and before its folder"
+        )
 
 
 def at_commit(spec: str, commit: str | None) -> str:
@@ -266,7 +285,8 @@ def _files_of(folder: str, log: Callable) -> list[str]:
     names = {os.path.relpath(p, folder): p for p in _walk(folder) if os.path.isfile(p)}
     records = [n for n in names if _is_records(n)]
     card = records and any(os.path.basename(n) in CARDS for n in names)
-    data = records if card else records + [n for n in names if PLAIN.search(n) and not _suffix(n)]
+    plain = [n for n in names if PLAIN.search(n) and not _suffix(n)]
+    data = records + [n for n in plain if not card or "." in os.path.basename(n)]  # no LICENSE
     if not card and not (any(map(TRAIN.search, data)) and any(map(OTHER_SPLIT.search, data))):
         return list(names.values())
     chosen = set(_train_split(data))
@@ -276,8 +296,9 @@ def _files_of(folder: str, log: Callable) -> list[str]:
             ", ".join(some[:8]) + (f" and {len(some) - 8} more" if len(some) > 8 else "")
             for some in (read, left_out)
         )
+        part = "its train split" if any(map(TRAIN.search, read)) else "its data"
         log(
-            f"{folder} is a dataset's folder: reading its train split, {next(said)}; left out: "
+            f"{folder} is a dataset's folder: reading {part}, {next(said)}; left out: "
             f"{next(said)} (name files or a glob to read them)"
         )
     return [names[n] for n in read]
@@ -358,6 +379,9 @@ def _kind(file: File) -> str:
         head = stream.read(1024)
         _refuse_other(path, head)
         if head.startswith(b"PAR1"):
+            if not stream.seekable():
+                unpack = f"zstd -d {shlex.quote(path)}"
+                raise ValueError(f"{path} is parquet in .zst, which is not read: {unpack}")
             return "parquet"
         if head.startswith(IDS.encode()):
             return "ids"
@@ -645,9 +669,9 @@ def _encoded(batches, encode) -> Iterator[tuple[list[Piece], list]]:
 def _fingerprint(files: list[File], seen: dict, skip_bad: bool, log: Callable) -> list[File]:
     """Fill in each file's content fingerprint; read only files not seen before or changed since.
 
-    What is not read is refused here, before hours of work, and so is plain text that is not UTF-8;
-    with skip_bad it is left out. seen: path -> size, times and fingerprint, remembered from run to
-    run.
+    What is not read is refused here, before hours of work, and so is a text that is not UTF-8 or
+    cannot be unpacked; with skip_bad it is left out. seen: path -> size, times and fingerprint,
+    remembered from run to run.
     """
     good = []
     for file in tqdm(files, "checking files", disable=None, leave=False):
@@ -676,10 +700,12 @@ def _stat(path: str) -> tuple:
 
 def _hash(file: File) -> str:
     digest, kind = hashlib.sha256(), _kind(file)
-    with _open(file) as (stream, raw):
-        if kind == "text" and stream is raw:
-            for _ in _decoded(stream, file.path, digest):
+    with _reading(file.path), _open(file) as (stream, raw):
+        if kind == "text":
+            for _ in _decoded(stream, file.path, digest if stream is raw else None):
                 pass
+            if stream is not raw:
+                raw.seek(0)
         while block := raw.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:32]

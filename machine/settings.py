@@ -310,7 +310,7 @@ def resumed_config(
     for name in ("ckpt", *TEXTS):
         value = getattr(c, name) or []
         for path in map(str, value if isinstance(value, list) else [value]):
-            plain = path.rpartition("#")[0] if "#" in path and not os.path.exists(path) else path
+            plain, _ = corpus.split_column(path)
             if os.path.isabs(plain) and not glob.glob(plain) and not os.path.exists(plain):
                 raise ValueError(
                     f"--resume {given.resume}: {plain} is gone; if it was moved, name it anew (of "

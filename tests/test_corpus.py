@@ -80,6 +80,9 @@ def test_zstd_and_parquet_are_read_where_installed(tk, tmp_path):
         assert [tk.decode(d[:-1]) for d in documents(corpus)] == DOCS
     with pytest.raises(ValueError, match="b.parquet:1: .*no 'nope' in"):
         tokenize([f"{tmp_path}/b.parquet#nope"], tk, tmp_path / "cache")
+    (tmp_path / "b.parquet.zst").write_bytes(pack((tmp_path / "b.parquet").read_bytes()))
+    with pytest.raises(ValueError, match="parquet in .zst, which is not read: zstd -d .*b.parquet"):
+        tokenize([tmp_path / "b.parquet.zst"], tk, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("name, package", [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")])
@@ -334,9 +337,13 @@ def test_skip_bad_lines_leaves_out_and_counts(tk, tmp_path):
     lines = []
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\nnonsense\n\n{"text": "b"}\n{"text": 3}\n')
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "d.gz").write_bytes(gzip.compress("caf\u00e9".encode("latin1")))
+    (tmp_path / "e.gz").write_bytes(gzip.compress(prose().encode())[:-9])
     corpus = tokenize([tmp_path / "?.*"], tk, tmp_path / "c", skip_bad_lines=True, log=lines.append)
     assert [tk.decode(d[:-1]) for d in documents(corpus)] == ["a", "b"]
-    assert "2 bad records left out" in lines[-1] and any("left out: " in line for line in lines)
+    assert "2 bad records left out" in lines[-1]
+    for line, name in zip(lines, ("b.txt", "d.gz", "e.gz"), strict=False):
+        assert line.startswith("left out: ") and name in line
 
 
 def test_20000_small_files_are_each_read_once(tk, tmp_path):
@@ -713,6 +720,17 @@ def test_of_a_dataset_folder_the_train_split_is_read_and_listed(tk, tmp_path, ca
     assert any("reading its train split" in x and "test-0.jsonl" in x for x in said)
 
 
+def test_books_beside_a_readme_and_records_are_read(tk, tmp_path):
+    files = {"README.md": "mine", "LICENSE": "MIT", "a.jsonl": '{"text": "a"}', "b.txt": "b"}
+    (tmp_path / "set").mkdir()
+    for name, content in files.items():
+        (tmp_path / "set" / name).write_text(content)
+    said = []
+    corpus = tokenize([tmp_path / "set"], tk, tmp_path / "cache", log=said.append)
+    assert [tk.decode(d[:-1]) for d in documents(corpus)] == ["a", "b"]
+    assert any("reading its data, a.jsonl, b.txt; left out: LICENSE, README" in x for x in said)
+
+
 SETS = {  # a dataset's files, and which of them are its train split
     "TinyStories-train.txt TinyStories-valid.txt": 0,
     "wiki.train.raw wiki.valid.raw wiki.test.raw": 0,
@@ -777,6 +795,40 @@ def test_a_glob_of_any_depth_is_refused_with_what_lists_the_files(tk, tmp_path):
     command = str(refused.value).split("$(")[1][:-1].replace("FOLDER", str(tmp_path / "a"))
     found = subprocess.run(["bash", "-c", command], capture_output=True, text=True).stdout.split()
     assert tokenize(found, tk, tmp_path / "cache").n_docs == 2
+
+
+def test_a_glob_names_what_the_shell_would(tk, tmp_path):
+    for name in ("a.txt", "sub/b.txt", "c#/c.txt", "shot #1.txt", ".hidden/d.txt"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_text(name)
+    for glob, names in {
+        "*": ["a.txt", "c#/c.txt", "shot #1.txt", "sub/b.txt"],
+        "c#/*.txt": ["c#/c.txt"],
+        "shot #*": ["shot #1.txt"],
+        "s*": ["shot #1.txt", "sub/b.txt"],
+    }.items():
+        corpus = tokenize([f"{tmp_path}/set/{glob}"], tk, tmp_path / "cache")
+        assert [tk.decode(d[:-1]) for d in documents(corpus)] == names
+    (tmp_path / "set" / "c").mkdir()
+    with pytest.raises(ValueError, match=r"no file at .*c#/\*.md"):
+        tokenize([f"{tmp_path}/set/c#/*.md"], tk, tmp_path / "cache")
+
+
+def test_one_column_of_a_file_is_read(tk, tmp_path):
+    path = tmp_path / "set" / "a.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"text": "a text", "title": "a title"}))
+    corpus = tokenize(
+        [f"{path}#title", path.parent, path.with_name("*.jsonl")], tk, tmp_path / "cache"
+    )
+    assert [tk.decode(d[:-1]) for d in documents(corpus)] == ["a title"]
+    for specs in ([path, f"{path}#title"], [path.parent, f"{path}#title"]):
+        with pytest.raises(ValueError, match="a.jsonl#title: of this file #text is read already"):
+            tokenize(specs, tk, tmp_path / "cache")
+    with pytest.raises(ValueError, match="hf:a/b/a.jsonl: of this file #x is read already"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("huggingface_hub.HfApi.dataset_info", listed)
+            machine.corpus.find_files(["hf:a/b/a.jsonl#x", "hf:a/b/a.jsonl"], {})
 
 
 SPECS = st.text(st.sampled_from(list("ab/*?[]:#@.~{}()|\\\0\n %\u00e9")), max_size=12)
