@@ -65,9 +65,12 @@ def run_demo(out_dir: Path, seed: int, device: str | None) -> Path:
     """Run the demo in a folder that is locked. Return the folder."""
     take_folder(out_dir)
     prose, code, original = out_dir / "prose.jsonl", out_dir / "code.jsonl", out_dir / "original"
-    if not (original / "config.json").is_file():
+    mark = {"made by": MAKER}
+    if not (original / "config.json").is_file() or read_json(out_dir / MARK).get("seed") != seed:
+        write_json(out_dir / MARK, mark)  # the original is no seed's until it is whole
         write_demo_text(prose, code)
         train_demo_model(seed, original, prose)
+        write_json(out_dir / MARK, mark | {"seed": seed})
     flags = dict(ckpt=str(original), target_len=1024, rope_theta=1e5, steps=50, lr=1e-3)
     flags |= dict(long_data=[str(code)], short_data=[str(prose)], s2l_data=[str(prose)])
     flags |= dict(long_micro=1, long_batch=2, short_micro=1, short_batch=4)

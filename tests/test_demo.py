@@ -40,6 +40,8 @@ def test_the_demo_trains_an_original_stretches_it_both_ways_and_compares(
     main(flags)
     monkeypatch.setattr(demo, "train_demo_model", None)
     main(flags)  # the earlier demo's runs are replaced, its original is taken
+    with pytest.raises(TypeError):  # another seed has an original of its own
+        main([*flags, "--seed", "8"])
     assert [c.method for c in configs] == 2 * ["long_cpt", "longred"]
     assert {(c.seed, c.target_len) for c in configs} == {(7, 1024)}
     table = capsys.readouterr().out.split("what it cost:\n\n")[-1]
