@@ -19,7 +19,7 @@ COLORS = ["#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 COLORS += ["#7f3b08", "#5e3c99", "#8c0d2c", "#4d7c0f", "#b8a100"]
 STREAMS = {"long": "long text", "short": "short text", "s2l": "short to long", "replay": "replay"}
 CE, KL, COS = "cross-entropy, nats a token", "KL, nats a token", "distance, 1 - cos"
-UNITS = {"longred": COS, "soft_replay": KL}  # of short text and short to long, by method
+UNITS = {"longred": COS, "soft_replay": KL, "mix_cpt": CE}  # of short text and short to long
 SMOOTH = 5  # values in a moving average
 
 
@@ -112,7 +112,7 @@ def name_lines(axes, lines: dict, style: dict, height: float = 0.06) -> None:
     for name, drawn in lines.items():
         line, end = drawn.get_ydata(), drawn.get_xdata()[-1]
         if end < 0.9 * last:
-            axes.annotate(f"{name}, so far", (end, line[-1]), xytext=(4, 0),
+            axes.annotate(name, (end, line[-1]), xytext=(4, 0),
                           textcoords="offset points", color=style[name]["color"], va="center",
                           fontsize=9, bbox={"fc": "white", "ec": "none", "pad": 1})  # fmt: skip
             continue
@@ -162,9 +162,8 @@ def draw_overview(plt, results: list, style: dict, original_len: int, target_len
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=[1, 1.2])
     first, *others = parts
     # The original's loss may dwarf every difference between the others: it is left out then.
-    shown = np.concatenate([parts[n].ravel() for n in others or [first]])
-    low, span = shown.min(), max(np.ptp(shown), 1e-3)
-    highest = max(p.max() for p in parts.values())
+    low, highest = min(map(np.min, parts.values())), max(map(np.max, parts.values()))
+    span = max(max(parts[n].max() for n in others or [first]) - low, 1e-3)
     top = (highest if highest < low + 3.2 * span else low + span) + 0.12 * span
     x = (np.arange(parts[first].shape[1]) + 0.5) * target_len / parts[first].shape[1]
     lines = {n: plot(right, x, runs, style[n]) for n, runs in parts.items()}
@@ -194,7 +193,8 @@ def draw_points(axes, points: dict, short: dict, long: dict, style: dict, first:
     ys = [v for n in points if n != first for v in long[n].mean(1)] or [points[first][1]]
     # A small difference of one must not look as large as a large one of the other.
     wide = np.ptp([x for x, _ in points.values()])
-    low, height = min(ys), max(max(ys) - min(ys), 0.25 * wide, 0.05)
+    low = min(*ys, points[first][1])
+    height = max(max(ys) - low, 0.25 * wide, 0.05)
     top = low + 1.25 * height
     for name, (x, y) in points.items():
         color = style[name]["color"]
@@ -262,11 +262,12 @@ def training_curves(results: list) -> dict[tuple[str, str], list]:
         config = read_run(run.parent)["config"] if run.is_file() else {}
         method = str(config.get("method", "longred"))
         for stream in STREAMS:
-            unit = UNITS.get(method, CE) if stream in ("short", "s2l") else CE
+            unit = UNITS.get(method, f"loss of {method}") if stream in ("short", "s2l") else CE
             add(stream, unit, name, [line.get(f"loss_{stream}") for line in lines])
         if method == "longred":  # soft replay's short loss is this KL already
             add("short", KL, name, [line.get("loss_kl") for line in lines])
     streams, units = ["long", "short", "s2l", "replay"], [COS, CE, KL]
+    units += sorted({unit for _, unit in curves} - {*units})  # of methods that a user wrote
     place = {stream: (i > 0) + (i > 2) for i, stream in enumerate(streams)}  # the two in the middle
     order = {(s, u): (place[s], units.index(u), streams.index(s)) for s, u in curves}
     return {key: curves[key] for key in sorted(curves, key=order.get)}
