@@ -213,7 +213,11 @@ def open_texts(a, base) -> dict[str, torch.Tensor]:
     texts = {"stories": stories(base, tokenizer)}
     for book in a.books:
         name = Path(book).stem
+        if name in texts:
+            raise ValueError(f"--books {book}: another text is called {name} too; rename one")
         tokens = tokenize([book], tokenizer, a.cache_dir, name).tokens
+        if len(tokens) <= BOOK_LEN:
+            raise ValueError(f"--books {book}: {len(tokens):,} tokens, need over {BOOK_LEN:,}")
         texts[name] = sequences(tokens, BOOK_LEN, BOOK_SEQUENCES)
     return texts
 
@@ -562,10 +566,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError(f"{', '.join(missing)} missing; or --scores FILE to print one")
             if {*map(Path.resolve, map(Path, a.long))} & {*map(Path.resolve, map(Path, a.books))}:
                 raise ValueError("a book of --books is in --long too, so it would be trained on")
-            try:
-                runs, original = run_all(a)
-            except subprocess.CalledProcessError as e:
-                raise ValueError(f"{e}; its output is in {a.out_dir}/RUN.log") from None
+            runs, original = run_all(a)
         content = {run_name(*run): scores for run, scores in runs.items()}
         write_scores(a.out_dir / "frontier.json.gz", {"original": original, "runs": content})
         show(a, runs, original)

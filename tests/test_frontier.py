@@ -1,11 +1,12 @@
 """measure/frontier.py: the declared statistics by hand, and what a missing run prints."""
 
 import argparse
-import subprocess
+import shutil
 import sys
 
 import numpy as np
 import pytest
+import torch
 
 from longred import parse_args, plan_streams
 from machine.formats import load_config
@@ -173,7 +174,7 @@ def test_what_was_scored_is_neither_trained_nor_scored_again(ckpt, tmp_path, mon
     def train(a, *run):
         trained.append(run_name(*run))
         if len(trained) == 2:
-            raise subprocess.CalledProcessError(1, "longred")  # the second run breaks
+            raise ValueError("the second run breaks")
         (a.out_dir / trained[-1] / "hf").mkdir(parents=True)
         (a.out_dir / trained[-1] / "hf" / "config.json").write_text("{}")
 
@@ -189,7 +190,7 @@ def test_what_was_scored_is_neither_trained_nor_scored_again(ckpt, tmp_path, mon
     monkeypatch.setattr(frontier, "draw", lambda *args: None)
     argv = ["--base", str(folder), "--long", str(long), "--books", str(short)]
     argv += ["--out_dir", str(tmp_path / "o")]
-    with pytest.raises(SystemExit, match="its output is in"):
+    with pytest.raises(SystemExit, match="the second run breaks"):
         main(argv)
     main(argv)
     names = [run_name(*run) for run in two]
@@ -258,3 +259,17 @@ def test_an_unread_book_is_not_trained_on_and_other_prose_is_refused(ckpt, tmp_p
     (tmp_path / "prose.jsonl").write_text("mine")
     with pytest.raises(SystemExit, match="is not the prose of Python"):
         main([*argv, "--books", str(short)])
+
+
+def test_each_book_is_scored_under_a_name_of_its_own(ckpt, tmp_path, monkeypatch):
+    monkeypatch.setattr(frontier, "stories", lambda *args: torch.zeros(1, 513))
+    (tmp_path / "few.txt").write_text("a few words")
+    args = argparse.Namespace(base=str(ckpt[0]), cache_dir=str(tmp_path / "tokens"))
+    for books, said in {
+        (ckpt[1], shutil.copy(ckpt[1], tmp_path / "long.txt")): "another text is called long too",
+        (shutil.copy(ckpt[1], tmp_path / "stories.txt"),): "another text is called stories too",
+        (tmp_path / "few.txt",): "few.txt: 11 tokens, need over 2,048",
+    }.items():
+        args.books = [str(book) for book in books]
+        with pytest.raises(ValueError, match=said):
+            frontier.open_texts(args, None)
