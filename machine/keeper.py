@@ -255,7 +255,8 @@ class Keeper:
             return
         self.save()
         self.wait()
-        saved = self.how_to_resume() if self.c.keep else "Nothing was saved: --keep is 0."
+        saved = f"Continue with: {self.resume_command()}"
+        saved = saved if self.c.keep else "Nothing was saved: --keep is 0."
         print(f"\nstopped by signal {number} after step {self.step}. {saved}")
         sys.exit(128 + number)
 
@@ -345,9 +346,10 @@ class Keeper:
             raise states.cannot_save(folder, step, sum(t.nbytes for t in tensors.values()), failed)
         self.save_seconds = time.monotonic() - self.saved_at
 
-    def how_to_resume(self) -> str:
-        words = "longred.py", "--resume", self.out_dir
-        return f"Continue with: {command(*words, processes=self.processes.size)}"
+    def resume_command(self, *flags: str) -> str:
+        """Return the command that continues this run; of several nodes, what each one runs."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.processes.size))
+        return command("longred.py", "--resume", self.out_dir, *flags, processes=here)
 
     def finish(self) -> None:
         """End the steps: the last state is on disk, and signals act as usual again."""
@@ -386,7 +388,8 @@ class Keeper:
                 self.save()
                 self.wait()
                 if self.saved_step:
-                    print(f"ended after step {self.step}. {self.how_to_resume()}", flush=True)
+                    resume = self.resume_command()
+                    print(f"ended after step {self.step}. Continue with: {resume}", flush=True)
         except ValueError as e:
             print(f"longred: {e}", file=sys.stderr)  # in addition to the error that ended the run
         finally:

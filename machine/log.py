@@ -131,10 +131,12 @@ class Watch:
         if self.bad >= self.max_bad or (self.bad and line["step"] == steps):
             keeper.sound = False
             values = {k: line[k] for k in ("loss", "grad_norm")}
+            remedy = f"Begin again with a smaller --lr than {line['lr']:g}"
+            if keeper.saved_step:
+                smaller = keeper.resume_command("--lr", "SMALLER", "--resume_anyway")
+                remedy += f", or continue after step {keeper.saved_step} with: {smaller}"
             raise ValueError(
-                f"step {line['step']}: {values}, {self.bad} steps in a row not finite; the newest "
-                f"good state is that after step {keeper.saved_step}: try a smaller --lr than "
-                f"{line['lr']:g}. {keeper.how_to_resume()}"
+                f"step {line['step']}: {values}, {self.bad} steps in a row not finite. {remedy}"
             )
 
 

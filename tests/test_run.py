@@ -58,7 +58,7 @@ SHARD = "shard-00000.safetensors"  # the file of a state that one process writes
 
 def resume_flags(line):
     """Return the flags of the command that a line ends with, as a shell reads them."""
-    python, script, *flags = shlex.split(re.split("[Cc]ontinue with: ", line)[1])
+    python, script, *flags = shlex.split(line.rpartition("with: ")[2])
     assert python == "python" and Path(script).samefile(HERE / "longred.py")
     return flags
 
@@ -391,10 +391,15 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_flagged(ckpt, tmp_path
 def test_bad_steps_in_a_row_end_the_run_with_the_last_good_state(ckpt, tmp_path, monkeypatch):
     out = tmp_path / "run"
     spoil(monkeypatch, out, {3, 4, 6, 7, 8})
-    with pytest.raises(ValueError, match="step 8: .* 3 steps in a row not finite.* after step 5: "):
+    with pytest.raises(ValueError, match="step 8: .* 3 steps in a row not finite") as lost:
         train(tiny_run(ckpt, out, steps=20, save_every=1))
     names = sorted(p.name for p in (out / "checkpoints").iterdir())
     assert names == ["step-000002", "step-000005"] and not (out / "hf").exists()
+    assert "smaller --lr than 0.001, or continue after step 5 with: python" in str(lost.value)
+    remedy = resume_flags(str(lost.value).replace("SMALLER", "1e-4"))
+    monkeypatch.undo()
+    main([*remedy, "--steps", "6"])
+    assert [line["lr"] for line in read_log(out)[4:]] == [0.001, 1e-4]
 
 
 def test_spikes_are_flagged_against_the_median_before_them():
