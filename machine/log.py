@@ -168,10 +168,10 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def print_forecast(c, seconds: float, steps: int) -> None:
-    """Print how long a CPU will take, before step 1, and how to make it less."""
+def print_forecast(seconds: float, steps: int) -> None:
+    """Print how long a CPU will take for the steps to go, and what makes it less."""
     print(
-        f"forecast on this CPU: about {span(seconds)} a step, {span(steps * seconds)} for {steps} "
+        f"forecast on this CPU: about {span(seconds / steps)} a step, {span(seconds)} for {steps} "
         "steps (within a factor of two or three). Shorter: fewer --steps; a smaller --target_len; "
         "fewer tokens a step by --long_micro, --long_batch, --short_micro, --short_batch, "
         "--s2l_micro, --s2l_batch (all 1: the least)",

@@ -796,8 +796,8 @@ def activation_bytes(model, tokens: int, recompute: bool) -> int:
     return 4 * tokens * model.d_model * model.n_layers + block
 
 
-def forecast(c, config: ModelConfig, streams, processes: int = 1) -> float:
-    """Seconds of an optimizer step on this CPU: its arithmetic at half the speed of one matmul.
+def forecast(c, config: ModelConfig, streams, steps: range, processes: int = 1) -> float:
+    """Seconds of optimizer steps on this CPU: their arithmetic at half the speed of one matmul.
 
     That speed is measured here, in a fraction of a second, with the threads the run will have.
     """
@@ -810,8 +810,9 @@ def forecast(c, config: ModelConfig, streams, processes: int = 1) -> float:
         torch.mm(x, w)
         n += 1
     speed = n * 2 * x.numel() * config.d_ff / (time.perf_counter() - began)
-    units = (Unit.of(s, c) for s in streams)
-    return sum(u.count * model_flops(config, u) for u in units) / speed * 2 / processes
+    read = [(Unit.of(s, c), sum(step in s.steps for step in steps)) for s in streams]
+    flops = sum(n * unit.count * model_flops(config, unit) for unit, n in read)
+    return flops / speed * 2 / processes
 
 
 def check_disk(out_dir: Path, *, export: int, states: int, freed: int) -> None:

@@ -331,10 +331,6 @@ class Run(longred.Run):
             if c.recompute or self.processes.size > 1:
                 memory.apply_policy(student, plan.RECOMPUTE_ALL)
         log.print_header(c, student, teacher, self.streams)
-        if c.device == "cpu":
-            now = [s for s in self.streams.values() if 0 in s.steps]
-            seconds = plan.forecast(c, self.original, now, self.processes.size)
-            log.print_forecast(c, seconds, c.steps)
         return self.adamw
 
     def open_one_gpu(self, student: Llama, teacher: Llama, **adamw) -> memory.OneGPU:
@@ -375,6 +371,10 @@ class Run(longred.Run):
         before = self.resumed["config"] if self.resumed else {}
         first = keeper.load(c, config, before, self.student, self.adamw)
         self.note_changed_code(first)
+        if c.device == "cpu" and first < last:
+            steps, streams = range(first, last), self.streams.values()
+            seconds = plan.forecast(c, self.original, streams, steps, self.processes.size)
+            log.print_forecast(seconds, len(steps))
         self.write_record()
         logged = self.once(lambda: states.trim_log(self.out_dir / "log.jsonl", first))
         self.watch = log.Watch(logged, c.max_bad_steps)

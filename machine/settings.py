@@ -149,6 +149,7 @@ def resolve(config: MachineConfig, model: ModelConfig, ckpt: Path) -> MachineCon
     fill(c, long_data=corpus.DEFAULT_LONG, short_data=corpus.DEFAULT_SHORT)
     c = longred.resolve(c, model, Path(os.path.abspath(config.ckpt)).name)
     check_lengths(c, model)
+    check_cpu(c)
     check_sources(c)
     return c
 
@@ -212,6 +213,14 @@ def check_lengths(c: MachineConfig, model: ModelConfig) -> None:
                     f"--{name} {length}: attention on a GPU needs a multiple of 128, try "
                     f"{max(128, length // 128 * 128)}"
                 )
+
+
+def check_cpu(c: MachineConfig) -> None:
+    """Refuse what a CPU would ignore; a GPU's run may be resumed on one."""
+    ignored = [f"--{name}" for name in ("gpu_gib", "host_gib", "compile") if getattr(c, name)]
+    ignored += ["--moments bf16"] * (c.moments == "bf16" and c.dtype is None)
+    if c.device == "cpu" and ignored and not c.resume:
+        raise ValueError(f"{', '.join(ignored)}: a CPU does nothing with it; drop it")
 
 
 def whole_path(path: str, flag: str) -> str:

@@ -208,3 +208,15 @@ def test_a_long_step_says_so_and_a_cpu_gets_a_forecast(ckpt, tmp_path, capsys, m
     with log.pulse(lambda: say.append(1)):
         pass
     assert len(say) <= 1  # it ends with its context
+    main(["--resume", str(tmp_path / "run"), "--steps", "5"])
+    assert "for 3 steps (within" in capsys.readouterr().out
+    main(["--resume", str(tmp_path / "run")])
+    assert "forecast" not in capsys.readouterr().out  # nothing is left to do
+
+
+def test_a_cpu_refuses_what_it_would_ignore(ckpt, tmp_path):
+    flags = dict(gpu_gib=1.0, host_gib=1.0, compile=True, moments="bf16")
+    with pytest.raises(ValueError, match="--gpu_gib, --host_gib, --compile, --moments bf16: a CPU"):
+        resolve(tiny_run(ckpt, tmp_path / "run", **flags), load_config(ckpt[0]), ckpt[0])
+    with_bf16 = tiny_run(ckpt, tmp_path / "run", dtype="bf16", moments="bf16")
+    assert resolve(with_bf16, load_config(ckpt[0]), ckpt[0]).moments == "bf16"
