@@ -181,7 +181,7 @@ def is_silent() -> bool:
 
 
 def after_restart(config):
-    """Make a config resume its run if torchrun repeats its command after a failure."""
+    """Make a config with an out_dir resume its run if torchrun repeats its command."""
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if restarted and config.out_dir and not config.resume:
         if (Path(config.out_dir) / "longred.json").exists():

@@ -308,8 +308,7 @@ class AdamW:
     def state_dict(self) -> dict:
         """Return everything except the bf16 weights, without a copy: the state's own buffers.
 
-        torch.save streams them: from the host's flat buffer straight to the file, from the GPU one
-        piece (160 MiB) at a time. To be saved before the next step, which writes them again.
+        To be saved before the next step, which writes them again.
         """
         torch.get_device_module(self.device).synchronize()
         return {
