@@ -300,7 +300,8 @@ def draw(runs: dict, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
-    for color, (title, text, group) in zip([GREY, *COLORS], groups(runs), strict=False):
+    colors = [GREY, *COLORS[:6], COLORS[7]]  # no black, whose pale points would be the original's
+    for color, (title, text, group) in zip(colors, groups(runs), strict=True):
         if not group:
             continue
         label = f"{title}, {TEXTS[text]}" if text else title
