@@ -685,12 +685,11 @@ def _add_flags(job: str, parser: argparse.ArgumentParser) -> None:
     original = "the original: folder, OUT_DIR, known name or hub id"
     add(every, "--base", required=True, metavar="DIR", help=original)
     extended = "extended checkpoints; those given one NAME share a row (default: none)"
-    extended = extended if job == "compare" else "the extended checkpoint, one"
-    name = "[NAME=]DIR" if job == "compare" else "DIR"
-    add(both, "--ckpt", nargs="+", default=[], metavar=name, help=extended)
+    add("compare", "--ckpt", nargs="+", default=[], metavar="[NAME=]DIR", help=extended)
+    add("corpus", "--ckpt", nargs=1, required=True, metavar="DIR", help="the extended checkpoint")
     long = "long text: files, .jsonl, folders, globs"
     long += " (default: the first run's)" if job == "compare" else ""
-    add(both, "--data", nargs="+", metavar="TEXT", help=long)
+    add(both, "--data", nargs="+", required=job == "corpus", metavar="TEXT", help=long)
     short = "short text, for what was kept (default: the first run's, else --data)"
     add("compare", "--short_data", nargs="+", metavar="TEXT", help=short)
     many = "held-out tokens of long and of short text" if job == "compare" else "tokens of --data"
@@ -699,7 +698,7 @@ def _add_flags(job: str, parser: argparse.ArgumentParser) -> None:
     eos = "documents end with EOS (default: where the tokenizer has one)"
     add(both, "--add_eos", action=argparse.BooleanOptionalAction, default=None, help=eos)
     bad = "leave out and count malformed records"
-    bad += " (default: as the first run)" if job == "compare" else ""
+    bad += " (default: as the first run)" if job == "compare" else " (default: no)"
     add(both, "--skip_bad_lines", action="store_true", help=bad)
     tokens = "where tokenised text is kept (default: out/tokens)"
     add(both, "--cache_dir", default="out/tokens", metavar="DIR", help=tokens)

@@ -128,8 +128,8 @@ def select_corpus(a: Namespace) -> None:
     The paper filters an 80K sample to the 24K trained on, hence --keep 0.3, document by document.
     What training holds out is left out here too: selected text has other checksums.
     """
-    if not a.data or len(a.ckpt) != 1 or not 0 < a.keep <= 1:
-        raise ValueError("corpus: need one --ckpt, --data, and a --keep in (0, 1]")
+    if not 0 < a.keep <= 1:
+        raise ValueError(f"corpus: --keep {a.keep}: need a share above 0, at most 1")
     folders = [resolve_checkpoint(x) for x in (a.base, *a.ckpt)]
     if len(sizes := {load_config(folder).vocab_size for folder in folders}) > 1:
         raise ValueError(f"corpus: need two checkpoints of one vocabulary, got {sorted(sizes)} ids")
