@@ -258,8 +258,10 @@ def is_path(spec: str) -> bool:
 
 
 def is_at_hand(specs: list[str]) -> bool:
-    """Return whether a list can be read by who did not train on it: no default short text, which
-    would have to be fetched, and no sample of the model's."""
+    """Return whether a list of text that a run did not read can be read now.
+
+    The default short text would have to be fetched, and samples to be drawn.
+    """
     return specs != corpus.DEFAULT_SHORT and all(samples.count(spec) is None for spec in specs)
 
 

@@ -209,7 +209,7 @@ def compare(a) -> tuple[list[str], dict]:
             tokenizer.check_fits(load_config(folder).vocab_size)
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from None
-    # of every model: they read the same contexts
+    # One window for all models, so that they read the same contexts.
     window = load_config(folders["original"]).max_position_embeddings or CHUNK
     scores = {}
     for name, folder in folders.items():

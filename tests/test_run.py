@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,15 @@ def resume_flags(line):
     python, script, *flags = shlex.split(line.rpartition("with: ")[2])
     assert python == "python" and Path(script).samefile(HERE / "longred.py")
     return flags
+
+
+def test_the_command_to_resume_starts_the_processes_of_one_node(monkeypatch):
+    keeper = types.SimpleNamespace(out_dir="my run", processes=types.SimpleNamespace(size=16))
+    for here in ("8", "16"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+        words = shlex.split(Keeper.resume_command(keeper, "--keep", "1"))
+        assert words[:3] == ["torchrun", "--nproc_per_node", here]
+        assert words[4:] == ["--resume", "my run", "--keep", "1"]
 
 
 def test_a_stopped_run_resumes_bit_for_bit(ckpt, tmp_path, monkeypatch):
