@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -273,13 +274,24 @@ def test_a_kill_at_a_random_moment_loses_the_row_being_measured_and_no_more(
 
 
 def test_tests_that_do_not_end_leave_what_they_printed(tmp_path, monkeypatch):
+    """The time is over once the second test has begun, however slow the machine is."""
+
+    def over(command, timeout, **settings):
+        with subprocess.Popen(command, **settings) as process:
+            printed = b""
+            while b"::test_b" not in printed and (more := os.read(process.stdout.fileno(), 4096)):
+                printed += more
+            process.kill()
+        raise subprocess.TimeoutExpired(command, timeout, output=printed)
+
     tests = tmp_path / "test_hangs.py"
     tests.write_text("import signal\ndef test_a(): pass\ndef test_b(): signal.pause()\n")
     monkeypatch.setattr(prove, "GPU_TESTS", tests)
-    stage = prove.Stage("tests", 6, 1e9, torch.device("cuda"), None, lambda stage: None)
+    stage = prove.Stage("tests", 600, 1e9, torch.device("cuda"), None, lambda stage: None)
     stage.begin = lambda: None
-    prove.tests_stage(stage)
-    assert stage.rows["passed"] is False and "6 s" in stage.rows["error"]
+    with mock.patch.object(subprocess, "run", over):
+        prove.tests_stage(stage)
+    assert stage.rows["passed"] is False and "600 s" in stage.rows["error"]
     assert "test_hangs.py::test_a PASSED" in stage.rows["output"]
     tests.write_text("def test_a(): pass\n")
     prove.tests_stage(stage)
