@@ -290,7 +290,8 @@ def draw_training(plt, results: list, style: dict):
         for name, rows in by_name(runs).items():
             lines[name] = plot(axes, np.arange(1, rows.shape[1] + 1), rows, style[name])
         name_lines(axes, lines, style)
-        axes.set(title=STREAMS[stream], xlabel="step", ylabel=unit)
+        step = "step of replay" if stream == "replay" else "step"
+        axes.set(title=STREAMS[stream], xlabel=step, ylabel=unit)
         whole_steps(axes)
     figure.suptitle("Training losses, unweighted")
     figure.get_layout_engine().set(w_pad=0.15)  # a name and the next panel's unit
