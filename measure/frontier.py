@@ -168,16 +168,17 @@ def flags_of(a, text: str, point: Point, seed: int) -> list[str]:
     return [*flags, "--seed", str(seed), "--out_dir", str(out), "--cache_dir", a.cache_dir]
 
 
-def train(a, text: str, point: Point, seed: int) -> None:
-    """Train one run into its folder, or continue what a stopped one left there."""
-    out = a.out_dir / run_name(text, point, seed)
+def train(out: Path, flags: list[str]) -> None:
+    """Train one run into its folder, or continue what a stopped one left there.
+
+    flags: of longred.py. What it prints is added to OUT.log beside the folder.
+    """
     script = Path(__file__).resolve().parent.parent / "longred.py"
     started = (out / "longred.json").exists()
-    flags = ["--resume", str(out)] if started else flags_of(a, text, point, seed)
-    print(f"{time.strftime('%H:%M:%S')} {out.name}", flush=True)
+    print(f"{time.strftime('%H:%M:%S')} {out.name}: train", flush=True)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    with open(a.out_dir / f"{out.name}.log", "a", encoding="utf-8") as log:
-        command = [sys.executable, str(script), *flags]
+    with open(out.with_name(f"{out.name}.log"), "a", encoding="utf-8") as log:
+        command = [sys.executable, str(script), *(["--resume", str(out)] if started else flags)]
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
     if code:
         raise ValueError(f"{out.name} ended by {code}; its output is in {log.name}")
@@ -185,7 +186,7 @@ def train(a, text: str, point: Point, seed: int) -> None:
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     if not started:  # of a run that was stopped, the seconds before are not known
         with whole_file(out / "processor_seconds.json") as f:
-            json.dump(round(seconds, 1), f)
+            json.dump(round(seconds), f)
 
 
 @torch.no_grad()
@@ -299,7 +300,7 @@ def run_all(a) -> tuple[dict, dict]:
             continue
         if not (out / "scores.json.gz").exists():
             if a.train and not (out / "hf" / "config.json").exists():
-                train(a, *run)
+                train(out, flags_of(a, *run))
             if not (out / "hf" / "config.json").exists():
                 continue
             found = score(base, load_checkpoint(out), texts())

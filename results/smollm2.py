@@ -17,8 +17,6 @@ import functools
 import itertools
 import json
 import platform
-import resource
-import subprocess
 import sys
 import sysconfig
 import time
@@ -37,7 +35,15 @@ from machine.tokenizer import load_tokenizer
 from measure import tasks
 from measure.demo import prose_lines
 from measure.diagnosis import copy_gains, docstrings, rounded, scaled
-from measure.frontier import holm, paired_t, read_scores, refuse_foreign, sequences, write_scores
+from measure.frontier import (
+    holm,
+    paired_t,
+    read_scores,
+    refuse_foreign,
+    sequences,
+    train,
+    write_scores,
+)
 from measure.losses import short_text_drift
 from measure.pictures import COLORS, GREY
 
@@ -102,32 +108,16 @@ def foreign_text() -> str:
     return "\n".join(lines) + "\n"
 
 
-def train(a, name: str) -> None:
-    """Train one run into its folder, or continue what a stopped one left there."""
+def flags_of(a, name: str) -> list[str]:
+    """Return the flags of one run, as a user would type them."""
     text, method, seed = name.split("-")
-    out, short = a.out_dir / name, a.out_dir / "foreign.jsonl"
-    if text == "foreign" and not short.exists():
-        with whole_file(short) as f:
-            f.write(foreign_text())
     flags = ["--ckpt", a.base, "--long_data", a.long, *SETTING.split(), *METHODS[method][1].split()]
     if text != "none":
-        short = f"self:{OWN_TEXTS}" if text == "own" else str(short)
+        short = f"self:{OWN_TEXTS}" if text == "own" else str(a.out_dir / "foreign.jsonl")
         flags += ["--short_data", short]
-    flags += ["--seed", seed, "--out_dir", str(out), "--cache_dir", str(a.cache_dir)]
-    started = (out / "longred.json").exists()
-    print(f"{time.strftime('%H:%M:%S')} {name}: train", flush=True)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    with open(a.out_dir / f"{name}.log", "a", encoding="utf-8") as log:
-        script = str(Path(__file__).resolve().parent.parent / "longred.py")
-        command = [sys.executable, script, *(["--resume", str(out)] if started else flags)]
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-    if code:
-        raise ValueError(f"{name} ended by {code}; its output is in {log.name}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    if not started:
-        with whole_file(out / "processor_seconds.json") as f:
-            json.dump(round(seconds), f)
+    return [
+        *flags, "--seed", seed, "--out_dir", str(a.out_dir / name), "--cache_dir", str(a.cache_dir)
+    ]  # fmt: skip
 
 
 def scored_texts(a, tokenizer) -> dict:
@@ -165,6 +155,9 @@ def run_all(a) -> dict[str, dict]:
     a.out_dir.mkdir(parents=True, exist_ok=True)
     base, tokenizer = load_checkpoint(a.base), load_tokenizer(a.base, add_eos=False)
     texts = functools.cache(lambda: scored_texts(a, tokenizer))
+    if not (short := a.out_dir / "foreign.jsonl").exists():
+        with whole_file(short) as f:
+            f.write(foreign_text())
     found = read_scores(a.earlier, {"runs"})["runs"] if a.earlier else {}
     for name in ["original", "ABF", *RUNS, "YaRN"]:
         path = a.out_dir / f"{name}.json.gz"
@@ -177,7 +170,7 @@ def run_all(a) -> dict[str, dict]:
             model = scaled(base, *scaling) if scaling else base
         else:
             if not (a.out_dir / name / "hf" / "config.json").exists():
-                train(a, name)
+                train(a.out_dir / name, flags_of(a, name))
             model = load_checkpoint(a.out_dir / name)
         print(f"{time.strftime('%H:%M:%S')} {name}: score", flush=True)
         found[name] = score(base, model, tokenizer, texts())

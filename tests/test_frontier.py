@@ -171,12 +171,13 @@ def test_what_was_scored_is_neither_trained_nor_scored_again(ckpt, tmp_path, mon
     folder, long, short = ckpt
     trained, scored, two = [], [], RUNS[:2]
 
-    def train(a, *run):
-        trained.append(run_name(*run))
+    def train(out, flags):
+        assert flags[flags.index("--out_dir") + 1] == str(out)
+        trained.append(out.name)
         if len(trained) == 2:
             raise ValueError("the second run breaks")
-        (a.out_dir / trained[-1] / "hf").mkdir(parents=True)
-        (a.out_dir / trained[-1] / "hf" / "config.json").write_text("{}")
+        (out / "hf").mkdir(parents=True)
+        (out / "hf" / "config.json").write_text("{}")
 
     def score(base, model, texts):
         scored.append(model)

@@ -1,5 +1,6 @@
 """The tables of results/README.md are what the committed scores give."""
 
+import argparse
 import importlib.util
 import sys
 from pathlib import Path
@@ -7,6 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from longred import parse_args, plan_streams
+from machine.formats import load_config
+from machine.settings import MachineConfig as Config
+from machine.settings import resolve
 from measure import frontier
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -49,6 +54,20 @@ def test_the_comparison_at_135m_is_that_of_its_scores(smollm2, monkeypatch, tmp_
     smollm2.draw({"original": runs["original"]}, tmp_path / "one.png")
     least = (tmp_path / "one.png").stat().st_size
     assert (tmp_path / "smollm2.png").stat().st_size > 1.3 * least
+
+
+def test_every_run_at_135m_is_accepted(smollm2, ckpt, tmp_path):
+    """NOT RUN must not mean that it could not be run."""
+    folder, long, _ = ckpt
+    args = argparse.Namespace(base=str(folder), long=str(long), out_dir=tmp_path)
+    args.cache_dir = "tokens"
+    model = load_config(folder)
+    model.n_layers, model.max_position_embeddings = 30, 8192  # SmolLM2-135M's
+    for name in smollm2.RUNS:
+        c = resolve(parse_args(smollm2.flags_of(args, name), Config), model, folder)
+        text, method, seed = name.split("-")
+        assert (c.method, c.seed, c.steps, c.original_len) == (method, int(seed), 70, 8192)
+        assert set(plan_streams(c)) == ({"long"} if text == "none" else {"long", "short"})
 
 
 def test_a_difference_is_paired_by_seed_and_one_without_a_run_decides_nothing(smollm2):
