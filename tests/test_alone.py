@@ -165,6 +165,8 @@ SETTINGS = {
     "a blank in front, denied": ({"add_prefix_space": False, "tokenizer_class": None},
                                  {"add_prefix_space": True}),
     "no blank in front": ({"add_prefix_space": True}, {"add_prefix_space": False}),
+    "Llama's": ({"tokenizer_class": "LlamaTokenizer"},
+                {"padding_side": "left", "clean_up_tokenization_spaces": False}),
 }  # fmt: skip
 
 
@@ -188,6 +190,7 @@ def test_both_ways_export_the_same_tokenizer(tmp_path, kind):
     assert plain == robust
     common = {"eos_token": "<|eot_id|>", "bos_token": "<|begin_of_text|>"}
     common |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64}
+    common["model_input_names"] = ["input_ids", "attention_mask"]
     assert json.loads(plain[1]) == common | want
     ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")("It is 1999")["input_ids"]
     assert ids == tk.encode("It is 1999").ids
@@ -231,7 +234,7 @@ REFUSED = {
     "no long text": (dict(long_data=None), "--long_data is missing"),
     "a folder": (dict(long_data="."), "cannot read . .*need a file of plain UTF-8 text"),
     "not above": (dict(target_len=64), "not above the original window of 64"),
-    "no scaling to remove": (dict(rope_type="default"), "and it has none"),
+    "a scaling removed": (dict(rope_type="default"), "needs a larger --rope_theta"),
     "above the window": (dict(short_len=65), "--short_len 65 is above the original window of 64"),
     "no such device": (dict(device="gpu"), "--device gpu: need cpu or cuda"),
     "no GPU": (dict(device="cuda:99"), "--device cuda:99: torch sees [0-9]+ GPUs"),

@@ -436,6 +436,7 @@ def test_the_class_of_an_export_is_one_that_transformers_4_and_5_know(tmp_path, 
     written = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
     assert written == {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
         "additional_special_tokens": ["<x>"],
     }
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "b").tokenize("a") == ["a"]
@@ -483,6 +484,48 @@ def test_transformers_reads_an_exports_text_by_its_tokenizer_json(tmp_path, kind
         assert [opened(text, add_special_tokens=False)["input_ids"] for text in texts] == want
 
 
+LEFT = {"padding_side": "left", "clean_up_tokenization_spaces": False}
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+BY_CLASS = {  # its source's class, what else its tokenizer_config.json says -> what is added
+    "nothing else": ("LlamaTokenizer", {}, LEFT | TOKENS),
+    "fast": ("LlamaTokenizerFast", TOKENS, LEFT),
+    "its own": ("CodeLlamaTokenizer", TOKENS | {"eos_token": "!", "padding_side": "right"},
+                {"clean_up_tokenization_spaces": False}),
+    "a map beside it": ("LlamaTokenizer", {}, LEFT),
+    "another class": ("Qwen2Tokenizer", TOKENS, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BY_CLASS)
+def test_an_export_says_what_its_sources_class_took_for_granted(tmp_path, kind):
+    name, settings, more = BY_CLASS[kind]
+    settings = settings | {"tokenizer_class": name}
+    source, out = mkdir(tmp_path / "a"), mkdir(tmp_path / "b")
+    tk = bpe() if name.startswith("Qwen2") else with_rules("no blank in front")
+    tk.add_special_tokens([*TOKENS.values()])
+    tk.save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    if kind == "a map beside it":
+        (source / "special_tokens_map.json").write_text(json.dumps(TOKENS))
+    carry_tokenizer(source, out, None)
+    written = json.loads((out / "tokenizer_config.json").read_text())
+    names = {"model_input_names": ["input_ids", "attention_mask"]}
+    assert written == settings | names | more | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    theirs, opened = map(transformers.AutoTokenizer.from_pretrained, (source, out))
+    for key in ("padding_side", "eos_token", "bos_token", "clean_up_tokenization_spaces"):
+        assert getattr(opened, key) == getattr(theirs, key), key
+    assert len(opened) == tk.get_vocab_size()
+    assert set(opened("a")) == {"input_ids", "attention_mask"}
+
+
+def test_no_token_is_added_that_the_tokenizer_has_not(tmp_path):
+    source = named(tmp_path / "a", "<s>", settings={"tokenizer_class": "LlamaTokenizer"})
+    (source / "special_tokens_map.json").unlink()
+    carry_tokenizer(source, mkdir(tmp_path / "b"), None)
+    written = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
+    assert written["bos_token"] == "<s>" and "eos_token" not in written
+
+
 def mkdir(folder):
     folder.mkdir()
     return folder
@@ -499,6 +542,6 @@ def test_truncation_and_padding_stay_behind(tmp_path):
     (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(settings))
     carry_tokenizer(tmp_path / "a", tmp_path / "b", 128)
     carried = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
-    kept = {"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    assert carried == kept | {"model_max_length": 128}
+    kept = {"eos_token": "<|end|>", "model_input_names": ["input_ids", "attention_mask"]}
+    assert carried == kept | {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 128}
     assert len(Tokenizer.from_file(str(tmp_path / "b" / "tokenizer.json")).encode("a" * 9)) == 9
