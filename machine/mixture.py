@@ -82,13 +82,13 @@ class Mixture:
     batch, first_tokens = Stream.batch, Stream.first_tokens
 
     def describe(self, n_batches: int) -> str:
-        """Return a line for each source, about its share of a run of n_batches."""
-        shares = self.counts / self.BLOCK
-        lines = (
-            f"{share:.1%} of {s.describe(round(n_batches * share))}"
+        """Return a line for each source, about its share of a run of n_batches, and one for all."""
+        shares, held = self.counts / self.BLOCK, self.corpus.describe_held_out()
+        lines = [
+            f"{share:.1%} of {s.describe(round(n_batches * share))}".replace(f", {held}", "")
             for s, share in zip(self.streams, shares, strict=True)
-        )
-        return "\n".join(lines)
+        ]
+        return "\n".join([*lines, f"{self.streams[0].name}: of all its sources {held}"])
 
 
 def _upsample(corpus: Corpus, lengths: np.ndarray, seq_len: int, factor: float) -> np.ndarray:
