@@ -122,8 +122,6 @@ def _download(name: str, repo: str, revision: str | None) -> Path:
                 ignore_patterns=["original/*", "consolidated*"],  # Meta's copy doubles the download
             )
         return resolve_checkpoint(found)
-    except ValueError:
-        raise
     except GatedRepoError:
         reason = f"its licence must be accepted at https://huggingface.co/{repo}, and {login}"
     except RevisionNotFoundError:
@@ -131,6 +129,8 @@ def _download(name: str, repo: str, revision: str | None) -> Path:
     except RepositoryNotFoundError:
         reason = f"the hub has no such repository, or it is private and {login}"
     except Exception as e:  # a dozen network errors from three libraries
+        if type(e) is ValueError:  # our own; some of theirs are kinds of ValueError
+            raise
         said = " ".join(str(e.__cause__ or e).split())
         reason = f"nothing is cached, the hub refused or is out of reach ({said:.100}), and {login}"
     wanted = f"{repo} --revision {revision}" if revision else repo
@@ -606,7 +606,11 @@ def new_folder(out_dir: Path) -> Iterator[Path]:
         drop_checkpoint(left)
     partial = free_name(out_dir.with_name(f"{out_dir.name}.{os.getpid()}.partial"))
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:  # a full disk, say, on which its size is missed
+        drop_checkpoint(partial)
+        raise
     for shard in partial.glob("*.safetensors"):  # written for the owner's eyes only by safetensors
         shutil.copymode(partial / "config.json", shard)
     new = {path.name for path in partial.iterdir()}

@@ -66,6 +66,12 @@ def remedy(error: Exception) -> str:
     return "make room" if code in (errno.ENOSPC, errno.EDQUOT) else "mend that"
 
 
+def os_error(error: Exception) -> OSError:
+    """Return the OSError, a full disk say, that safetensors has put into the words of its own."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
+
+
 @contextmanager
 def writing(path: Path):
     """Turn an OSError inside into a ValueError that names the file, the cause and the remedy."""

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -37,7 +38,7 @@ from machine.settings import resolve
 from machine.tokenizer import load_tokenizer
 from measure import evaluate
 from measure.demo import write_byte_tokenizer
-from model import stored_dtype
+from model import save, stored_dtype
 from tests.conftest import (
     HERE,
     LLAMA3,
@@ -549,6 +550,8 @@ def test_a_larger_theta_over_yarn_is_refused_before_anything_is_read(ckpt, tmp_p
     run = dataclasses.replace(tiny_run(ckpt, tmp_path / "out", target_len=512), ckpt=str(folder))
     with pytest.raises(ValueError, match="scaled by YaRN.*--rope_type default"):
         train(run)
+    with pytest.raises(ValueError, match="--rope_type default only removes .* --rope_theta"):
+        train(dataclasses.replace(run, rope_type="default", rope_theta=None))
 
 
 def test_an_export_carries_what_was_next_to_the_weights(tmp_path):
@@ -574,6 +577,38 @@ def test_an_export_carries_what_was_next_to_the_weights(tmp_path):
     assert theirs.config.max_position_embeddings == tokenizer.model_max_length == 4096
     assert tokenizer.eos_token == "b" and tokenizer.chat_template == "{{ messages }}"
     assert tokenizer.decode(tokenizer("it's 7 o'clock").input_ids) == "it's 7 o'clock"
+
+
+def test_weights_that_cannot_be_written_end_in_one_line_and_leave_nothing(tmp_path):
+    """safetensors says a full disk, or a limit, by an exception of its own."""
+    limit, llama = resource.getrlimit(resource.RLIMIT_FSIZE), tiny_llama()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        said = r"cannot write .*out: File too large; raise the limit .*ulimit -f"
+        with pytest.raises(ValueError, match=said), files.writing(tmp_path / "out"):
+            save_checkpoint(llama, tmp_path / "out")
+        assert not [*tmp_path.iterdir()]
+        with pytest.raises(OSError, match="cannot write .*alone.*File too large"):
+            save(llama, tmp_path / "alone", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def test_files_that_may_only_be_read_are_carried_into_an_export(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    write_byte_tokenizer(source)
+    (source / "tokenizer_config.json").write_text("{}")
+    for path in source.iterdir():
+        path.chmod(0o444)
+    save(tiny_llama(), out, source)
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
+
+
+def test_a_config_without_a_class_gets_its_familys(tmp_path):
+    llama = tiny_llama()
+    llama.config.hf = {"model_type": "llama", "architectures": None}
+    out = save_checkpoint(llama, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
 def test_an_export_says_what_other_programs_get_wrong(tmp_path):
@@ -775,6 +810,17 @@ def test_the_downloads_that_refusals_name_bring_what_was_missing(tmp_path):
     server.shutdown()
     again = run_python(code, **env | {"HF_HUB_OFFLINE": "1"})
     assert not printed(again) and again.exitcode == 0
+
+
+def test_a_hub_out_of_reach_is_said_whatever_kind_its_error_is(monkeypatch):
+    """huggingface_hub below 1.0 raises a kind of ValueError for it."""
+
+    def away(*args, **kwargs):
+        raise type("LocalEntryNotFoundError", (FileNotFoundError, ValueError), {})("no snapshot")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", away)
+    with pytest.raises(ValueError, match=r"cannot get 'some/model' from the hub.*--ckpt /path"):
+        load_checkpoint("some/model")
 
 
 def test_a_disk_that_the_hubs_files_fill_is_named_and_no_login_asked_for(tmp_path, monkeypatch, tk):
