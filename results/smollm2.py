@@ -274,11 +274,10 @@ def table(runs: dict) -> list[str]:
 def by_task(runs: dict) -> list[str]:
     """Print the mean bits per byte of each task, means over seeds."""
     lines = ["| model | " + " | ".join(ITEMS) + " |", "|---|" + "---:|" * len(ITEMS)]
-    for name in [*UNTRAINED, *("-".join(row) for row in ROWS)]:
-        group = [run for key, run in runs.items() if key == name or key[:-2] == name]
+    for title, text, group in groups(runs):
         if group:
-            cells = [f"{np.mean([r['tasks'][task] for r in group]):.3f}" for task in ITEMS]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+            cells = [f"{np.mean([r['tasks'][t] for r in group.values()]):.3f}" for t in ITEMS]
+            lines.append(f"| {title}{text and f', {TEXTS[text]}'} | {' | '.join(cells)} |")
     return lines
 
 
@@ -292,7 +291,7 @@ def draw(runs: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), constrained_layout=True)
     colors = [GREY, *COLORS[:6], COLORS[7]]  # no black, whose pale points would be the original's
     for color, (title, text, group) in zip(colors, groups(runs), strict=True):
         if not group:
@@ -306,10 +305,10 @@ def draw(runs: dict, path: Path) -> None:
     left.set(xlabel="bits per byte of the tasks' right answers (left is better)")
     left.set(ylabel="nats a token copied, mean of 20K to 31K (up is better)")
     left.set_title("kept against gained (pale: seeds)", fontsize=10)
-    right.set(xlabel="distance, thousands (1,024) of tokens", ylabel="nats a token copied")
+    right.set(xlabel="distance in position ids, thousands (1,024)", ylabel="nats a token copied")
     right.set(xticks=[d // 1024 for d in FAR])
     right.set_title("copying by distance (original, ABF, YaRN: untrained)", fontsize=10)
-    right.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
