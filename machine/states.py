@@ -15,8 +15,9 @@ trains these steps again, on a CPU to the same bits.
 
 There are two kinds of states, and neither converts to the other. A run on CPUs or on several GPUs
 saves fp32 weights, and any number of processes can resume what any other number saved. A run on one
-GPU saves bf16 weights with their remainders, which resume on one GPU only, with the same --moments.
-When a state is saved, and what a signal does, is in machine/keeper.py.
+GPU saves bf16 weights with their remainders, which resume on one GPU only, with the same --moments,
+or on a CPU with --dtype bf16 --resume_anyway. When a state is saved, and what a signal does, is in
+machine/keeper.py.
 """
 
 import ast

@@ -1,6 +1,6 @@
 """Benchmarks against peers and against the machine's own limits, all in one run.
 
-    python -m measure.bench prove         one GPU: all targets in two commands, one JSON and a table
+    python -m measure.bench prove         one GPU: all targets in three commands, a JSON and a table
     python -m measure.bench rope          one GPU: the rotary kernel against its peers and a copy
     python -m measure.bench step          one GPU: a LongReD step of Llama-3-8B, part by part
     python -m measure.bench memory        planned peaks of a step; on a GPU against measured ones

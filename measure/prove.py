@@ -1,4 +1,4 @@
-"""All that is claimed of a GPU, measured in two commands: python -m measure.bench prove, --then
+"""All that is claimed of a GPU, by three commands: measure.bench prove, --then and --more.
 
 Every row is on disk as soon as it is measured, so that a kill loses the one being measured. A row
 that fails, or for which there is no memory or no time, is a result like any other. It ends with the
