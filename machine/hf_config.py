@@ -21,23 +21,6 @@ FAMILIES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-# Other families that users try -> what they compute and this model does not.
-OTHER_FAMILIES = {
-    "_vl|vision|audio|omni|llava|mllama": "it reads more than text",
-    "mixtral|moe|deepseek|llama4|dbrx|gpt_oss|minimax": "its MLPs are mixtures of experts",
-    "qwen3_next|mamba|jamba|bamba|rwkv|hymba|zamba|lfm": "not all of its blocks are attention",
-    "gemma": "its norms scale by 1 + weight and follow the blocks too, its MLP is a GeGLU, and its "
-    "embeddings are scaled",
-    "olmo2|olmo3": "its norms follow attention and MLP instead of preceding them",
-    "olmo|cohere|command": "it has no RMSNorm before attention and MLP",
-    "phi3|phi4": "its q, k, v and its gate, up are fused into one matrix each",
-    "phi|gpt|opt|bloom|falcon|mpt|starcoder|stablelm|persimmon|pythia": "its blocks have LayerNorm "
-    "or a plain MLP",
-    "granite": "it multiplies embeddings, residuals, attention and logits by constants",
-    "smollm3": "every fourth of its blocks has no rotary embedding",
-    "exaone|nemotron|glm|internlm|baichuan|qwen": "its blocks or the names of its weights differ "
-    "from Llama's",
-}
 # transformers' own defaults for what a config.json leaves out
 WINDOWS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
 KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
@@ -78,7 +61,8 @@ def check_config(hf: dict) -> dict:
     family = str(hf.get("model_type", "llama"))
     if family not in FAMILIES:
         raise ValueError(
-            f"model_type is {family:.60}: {_difference(family)}; need one of {', '.join(FAMILIES)}"
+            f"model_type is {family:.60}, which is not computed here; need one of "
+            f"{', '.join(FAMILIES)}"
         )
     n_layers = _number(hf, "num_hidden_layers", most=1000)
     _refuse_unsupported(hf, family, n_layers)
@@ -112,14 +96,6 @@ def check_config(hf: dict) -> dict:
         "attention_bias": family in ("llama", "qwen3") and _flag(hf, "attention_bias"),
         "mlp_bias": family == "llama" and _flag(hf, "mlp_bias"),
     }
-
-
-def _difference(family: str) -> str:
-    """Return how a family that is not computed here differs from Llama, if that is known."""
-    for names, difference in OTHER_FAMILIES.items():
-        if any(name in family.lower() for name in names.split("|")):
-            return difference
-    return "this model knows nothing of it"
 
 
 def _number(hf: dict, key: str, default=None, most: int = 2**20, kind: type = int):
