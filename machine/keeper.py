@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from shlex import quote
 
@@ -296,9 +296,12 @@ class Keeper:
             self.thread.start()
 
     def _write_in_thread(self, tensors: dict, words: dict) -> None:
-        on_gpu = next(iter(tensors.values())).is_cuda
+        gpu = next(iter(tensors.values())).device
         try:  # on a stream of its own: weights are copied between, not after, the passes' kernels
-            with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext():
+            with ExitStack() as stack:
+                if gpu.type == "cuda":  # a thread begins on GPU 0
+                    stack.enter_context(torch.cuda.device(gpu))
+                    stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
                 self._write(tensors, words)
         except Exception as e:
             self.failure = e

@@ -41,6 +41,11 @@ class Processes:
                     f"--context {context} needs as many processes: start with torchrun"
                 )
             return
+        if ":" in (device or ""):
+            raise ValueError(
+                f"--device {device} under torchrun, where every process has a GPU of its own: pass "
+                "--device cuda"
+            )
         if self.size % context:
             raise ValueError(
                 f"--context {context} does not divide torchrun's {self.size} processes"

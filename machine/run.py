@@ -84,16 +84,19 @@ class Run(longred.Run):
                 self.stepping.close()
         finally:
             self.keeper.close(error)
-            self.processes.leave()
+            if error is None:  # of one process alone, it would wait here for the others, in silence
+                self.processes.leave()
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise ValueError(
                 f"the host's memory ran out ({str(error).splitlines()[-1:]!r:.150}); a smaller "
                 "--unit_tokens, --recompute, or a machine with more. What was saved is kept"
             ) from error
         if isinstance(error, torch.OutOfMemoryError):
+            less = "a --gpu_gib some GiB below the GPU peak of the memory plan, or "
+            less = "" if self.processes.size > 1 else less  # which has no plan to change
             raise ValueError(
-                f"{str(error).splitlines()[0]} Resume, or begin again, with a --gpu_gib some GiB "
-                "below the GPU peak of the memory plan, or a smaller --unit_tokens"
+                f"{str(error).splitlines()[0]} Resume, or begin again, with {less}a smaller "
+                "--unit_tokens"
             ) from error
 
     # ---------------------------------------------------------------------------- before step 1

@@ -6,15 +6,18 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import wait
 
 import pytest
+import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
 from longred import main
 from machine import many
+from machine.run import Run
 from tests.conftest import (
     HERE,
     command_line,
@@ -38,6 +41,30 @@ def test_restarted_processes_do_not_read_what_dead_ones_left_in_the_store():
         named[0].set("address", str(start))
         seen.append([own.get("address") for own in named])
     assert seen == [[str(start).encode()] * 3 for start in range(3)]
+
+
+@pytest.mark.parametrize("error, left", [(None, [1]), (OSError("a disk is full"), [])])
+def test_a_process_that_fails_alone_does_not_wait_for_the_others(monkeypatch, error, left):
+    """NCCL's leave is a collective: the error would never be printed."""
+    one, seen = Run(), []
+    monkeypatch.setattr(one.processes, "leave", lambda: seen.append(1))
+    with suppress(OSError), one:
+        if error:
+            raise error
+    assert seen == left
+
+
+def test_out_of_memory_of_many_processes_advises_what_they_take(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="CUDA out. Resume, .* with a smaller --unit_tokens"):
+        with Run():
+            raise torch.OutOfMemoryError("CUDA out.")
+
+
+def test_a_gpu_named_for_all_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--device cuda:0 under torchrun.*pass --device cuda"):
+        many.Processes().join("cuda:0", 1)
 
 
 def torchrun(n, flags):
