@@ -50,7 +50,7 @@ def command_line(name: str, argv: list[str] | None):
         signal.signal(signal.SIGINT, interrupt)
     try:
         yield
-    except (ValueError, OSError, MemoryError) as e:
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as e:
         raise SystemExit(last_words(name, e)) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -58,7 +58,7 @@ from machine.formats import load_checkpoint, load_config
 from machine.keeper import command_line
 from machine.log import command, outlive_readers
 from machine.plan import available_memory, expand_segments, parameter_count
-from machine.samples import sample_ids
+from machine.samples import PART_TOKENS, sample_ids
 from machine.settings import check_device, is_at_hand
 from machine.states import read_run, weight_fingerprints
 from machine.tokenizer import Tokenizer, load_tokenizer
@@ -76,7 +76,7 @@ from measure.pictures import draw
 from measure.select_corpus import select_corpus
 from model import Llama, hf_name, merge_weights
 
-FORMAT = 4  # of a remembered result; raised when what is measured changes
+FORMAT = 5  # of a remembered result; raised when what is measured changes
 
 
 @torch.no_grad()
@@ -128,10 +128,11 @@ def repeat_sequences(
     for index in range(n):
         rng = np.random.default_rng([seed, zlib.crc32(b"repeat"), length, index])
         first = np.resize(np.roll(tokens, -rng.integers(len(tokens))), length)
-        text, repeated = first[: length - passage], first[length - passage :]
+        # As the control does, what is read again follows its own text, but at depth 1.
+        text, repeated = first[passage : length - passage], first[length - passage :]
         for depth in depths:
             place = round(depth * room)
-            rows.append(np.concatenate([text[:place], repeated, text[place:room], repeated]))
+            rows.append(np.concatenate([text[:place], repeated, text[place:], repeated]))
         rows.append(first)
     return torch.from_numpy(np.stack(rows)), passage
 
@@ -163,9 +164,9 @@ def repeat(a: Namespace, model: Llama, long: Tensor, length: int, pcd: dict | No
 #
 # Construction: RULER's paper, section 3, and its published settings. Differs: sentences are our
 # own; the haystack is the user's held-out text instead of essays; words are drawn from that text
-# instead of a list; below 4K the room for an answer shrinks to an eighth of the length. RULER's
-# other tasks (several values or keys at once, variable tracking, word counting, questions) are left
-# to RULER itself.
+# instead of a list; the room for a number is 32 tokens instead of 128, and no answer has more than
+# an eighth of the length. RULER's other tasks (several values or keys at once, variable tracking,
+# word counting, questions) are left to RULER itself.
 
 # haystack, kind of keys, kind of values, needles with a key (one of them is asked for)
 NIAH = {
@@ -212,6 +213,8 @@ class Source:
 
     def draw(self, rng: np.random.Generator, kind: str, n: int) -> list[str]:
         """Return n different pairs of words, 7-digit numbers, or uuids."""
+        if kind == "words" and n > len(self.words) ** 2:
+            raise ValueError(f"{n} pairs of words of {len(self.words)} different ones")
         found = {}  # a set that keeps its order
         while len(found) < n:
             if kind == "number":
@@ -246,12 +249,14 @@ def make_sample(
     haystack = "".join(stated[n_keys:]) or haystack
     bos = [source.tokenizer.bos_id] if source.tokenizer.add_bos else []
     head, tail = np.concatenate([bos, source.encode(head)]).astype(np.int64), source.encode(tail)
-    n_new = min(math.ceil(32 * source.stretch), length // 8)
+    n_new = min(math.ceil((128 if value_kind == "uuid" else 32) * source.stretch), length // 8)
     needles, room = (
         [source.encode(s) for s in stated[:n_keys]],
         length - n_new - len(head) - len(tail),
     )
     try:
+        if (n_answer := len(source.encode(" " + values[0]))) > n_new:
+            raise ValueError(f"its answer takes {n_answer}, above an eighth")
         middle = _bury(source, haystack, needles, depths, room, rng)
     except ValueError as e:
         raise ValueError(f"{task} does not fit {length} tokens: {e}") from None
@@ -407,10 +412,10 @@ def measure(
             out[task] = short_text_drift(original, model, texts.short.to(a.device))
             del original  # an 8B model, which what follows does not need
         elif task == "position":
-            windows = {"whole": None, "cut": texts.original_len}
-            out[task] = {
-                name: by_position(model, long, window, edges) for name, window in windows.items()
-            }
+            whole = cut = by_position(model, long, None, edges)
+            if texts.lengths[-1] > texts.original_len:
+                cut = by_position(model, long, texts.original_len, edges)
+            out[task] = {"whole": whole, "cut": cut}
         elif task == "far":
             if texts.has_far:
                 out[task] = far_losses(model, long, texts.original_len, texts.far)
@@ -548,6 +553,8 @@ def write_report(a: Namespace, texts: Texts, results: list, unfinished: list) ->
                 f"the needles' mean at {length:,} is over: {', '.join(tasks) or 'no task'}.\n"
             ]
         lines += [f"Left out of it: {why}.\n" for why in left_out]
+    if "far" in a.tasks and not texts.has_far:
+        lines += [f"Far context is not measured: {texts.far}.\n"]
     lines += [f"{name}: {why}" for name, why in unfinished]
     report = "\n".join(lines)
     out_dir = Path(a.out_dir)
@@ -603,11 +610,17 @@ def write_samples(a: Namespace) -> None:
     length = a.length or model.config.max_position_embeddings
     if not length:
         raise ValueError("--length is missing: Meta's params.json does not say the window")
+    if length < 2 or a.n_samples < 1 or not 0 <= a.temperature < math.inf or a.seed < 0:
+        raise ValueError(
+            f"--length {length} --n_samples {a.n_samples} --temperature {a.temperature} --seed "
+            f"{a.seed}: need at least 2 tokens, 1 text, and numbers of at least 0"
+        )
+    each = max(1, min(50, PART_TOKENS // length))
     generator = torch.Generator(a.device).manual_seed(a.seed)
     tokenizer = load_tokenizer(resolve_checkpoint(a.base))
     with whole_file(a.file) as f, tqdm(total=a.n_samples, unit="text") as bar:
-        for start in range(0, a.n_samples, 50):
-            n = min(50, a.n_samples - start)
+        for start in range(0, a.n_samples, each):
+            n = min(each, a.n_samples - start)
             texts = sample_ids(model, tokenizer, n, length, generator, a.temperature)
             texts = ([i for i in ids if i != tokenizer.eos_id] for ids in texts)
             f.writelines(json.dumps({"text": tokenizer.decode(ids)}) + "\n" for ids in texts)
@@ -759,6 +772,8 @@ def open_texts(a: Namespace, base: Path, folders: list[Path], trained_on: list =
         raise ValueError("need --lengths of 64 at least, --samples of 1, and --depths from 0 to 1")
     if not all(0 < share < 1 for share in a.merge):
         raise ValueError(f"--merge {a.merge}: need the original's shares, between 0 and 1")
+    if a.merge and not folders:
+        raise ValueError("--merge needs --ckpt, of which it takes the other share")
     if len(set(shapes)) > 1:
         raise ValueError(
             f"need checkpoints of one shape, got {shapes}: vocabulary, layers, heads, D"

@@ -165,9 +165,11 @@ def test_needles_are_there_once_at_their_depth_and_exact_in_length(source, task,
             assert hay.count(" One secret number of ") == 4
 
 
+@pytest.mark.parametrize("stretch", [4.0, 1.0])  # 1: by a text's mean, not by that of a uuid
 @pytest.mark.parametrize("task", evaluate.NIAH)
-def test_a_perfect_answerer_scores_all_and_a_random_one_nothing(source, task, monkeypatch):
+def test_a_perfect_answerer_scores_all_and_a_random_one_nothing(source, task, stretch, monkeypatch):
     monkeypatch.setattr(evaluate, "BATCH_TOKENS", 6000)
+    monkeypatch.setattr(source, "stretch", stretch)
     rngs = (np.random.default_rng(i) for i in range(5))
     samples = [evaluate.make_sample(source, task, 3000, 0.5, rng) for rng in rngs]
     answers = {s.prompt.tobytes(): f" {s.answer}." for s in samples}
@@ -181,6 +183,16 @@ def test_a_perfect_answerer_scores_all_and_a_random_one_nothing(source, task, mo
 
     assert evaluate.ask(perfect, samples, source.tokenizer) == [1.0] * 5
     assert evaluate.ask(babble, samples, source.tokenizer) == [0.0] * 5
+
+
+def test_needles_that_cannot_be_made_or_answered_are_refused(source, monkeypatch):
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="niah_single_3 does not fit 256 tokens: its answer takes"):
+        evaluate.make_sample(source, "niah_single_3", 256, 0.5, rng)
+    monkeypatch.setattr(source, "words", source.words[:3])
+    with pytest.raises(ValueError, match="10 pairs of words of 3 different ones"):
+        source.draw(rng, "words", 10)
+    assert len(set(source.draw(rng, "words", 9))) == 9
 
 
 def test_an_answer_counts_as_a_whole_word():
@@ -428,6 +440,38 @@ def test_own_samples_are_text_for_training(ckpt, tmp_path):
     assert len(texts) == 3 and any(texts) and all("\n" not in text for text in texts)
 
 
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("--n_samples", 0),
+        ("--length", -5),
+        ("--length", 1),
+        ("--temperature", "nan"),
+        ("--seed", -1),
+    ],
+)
+def test_samples_that_cannot_be_drawn_are_refused_and_leave_no_file(ckpt, tmp_path, flag, value):
+    argv = ["samples", tmp_path / "own.jsonl", "--base", ckpt[0], flag, value]
+    with pytest.raises(SystemExit, match=f"{flag} {value}.*: need at least 2 tokens, 1 text"):
+        evaluate.main([str(x) for x in argv])
+    assert not (tmp_path / "own.jsonl").exists()
+
+
+def test_samples_of_a_long_window_are_drawn_as_many_at_a_time_as_fit(ckpt, tmp_path, monkeypatch):
+    drawn = []
+
+    def none(model, tokenizer, n, length, *more):
+        drawn.append(n)
+        return [[65]] * n
+
+    monkeypatch.setattr(evaluate, "sample_ids", none)
+    for length in ("131072", "1024", "1000M"):
+        path = tmp_path / f"{length}.jsonl"
+        flags = ["--base", str(ckpt[0]), "--n_samples", "52", "--length", length]
+        evaluate.main(["samples", str(path), *flags])
+    assert drawn == [2] * 26 + [50, 2] + [1] * 52
+
+
 def test_logit_change_is_the_softmax_of_the_difference_by_hand():
     a, b, ids = tiny_llama(), tiny_llama(seed=5), tokens(1, 40)[0]
     got = select_corpus.logit_change(a, b, ids, rows=7)
@@ -540,6 +584,27 @@ def test_results_that_are_not_finite_are_null_and_end_the_command_by_1(
     assert (
         content["runs"][0]["kept"]["kl"] is None and "not finite" in (out / "report.md").read_text()
     )
+
+
+def test_a_far_part_whose_losses_are_not_finite_is_shown_so(comparison, monkeypatch):
+    broken = dict.fromkeys(("true", "other", "short text", "shuffled", "cut"), [math.nan] * 2)
+    monkeypatch.setattr(evaluate, "far_parts", lambda *args: {"other": torch.zeros(1, 1).long()})
+    monkeypatch.setattr(evaluate, "far_losses", lambda *args: broken)
+    with pytest.raises(SystemExit, match="original, ext: numbers that are not finite"):
+        evaluate.main([*comparison[0], "--tasks", "far"])
+    assert "not finite" in (comparison[1] / "report.md").read_text()
+
+
+def test_the_report_says_why_far_context_is_not_in_it(comparison):
+    argv, out = comparison
+    evaluate.main([*argv, "--tasks", "far", "--lengths", "64"])
+    said = "Far context is not measured: --lengths end at the original window of 64."
+    assert said in (out / "report.md").read_text()
+
+
+def test_a_share_without_an_extension_is_refused(ckpt):
+    with pytest.raises(SystemExit, match="--merge needs --ckpt"):
+        evaluate.main(["--base", str(ckpt[0]), "--data", str(ckpt[1]), "--merge", "0.5"])
 
 
 def test_evaluations_wait_for_no_other_and_overwrite_nobodys_report(comparison):

@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from machine.keeper import command_line
 from tests.conftest import HERE
 from tests.test_strangers import whole_texts
 
@@ -83,3 +85,9 @@ def test_ctrl_c_twice_ends_a_command_by_130_with_nothing_half_written(ended, com
     assert codes.get(command) == 130 and "Traceback" not in said, said[-9000:]
     left = [p.name for p in (root / command.replace(" ", "_")).rglob("*")]
     assert not [name for name in left if "partial" in name], left
+
+
+def test_a_full_gpu_ends_a_command_in_one_line():
+    with pytest.raises(SystemExit, match="^evaluate: CUDA out of memory. Tried 9 GiB$"):
+        with command_line("evaluate", []):
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried 9 GiB")
