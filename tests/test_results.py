@@ -38,7 +38,11 @@ def test_the_second_comparison_is_that_of_its_scores():
     names = {frontier.run_name(*run): run for run in frontier.RUNS}
     runs = {names[name]: scores for name, scores in content["runs"].items()}
     table = frontier.leaderboard(runs, content["original"])
-    assert not not_in_readme(table + frontier.comparisons(runs, "own", frontier.SEEDS))
+    assert not not_in_readme(
+        table
+        + frontier.comparisons(runs, "own", frontier.SEEDS)
+        + frontier.comparisons(runs, "foreign", frontier.SEEDS)
+    )
     document = (RESULTS / "README.md").read_text()
     assert f"**{len(runs)} of {len(names)} runs are done" in document
 
