@@ -444,10 +444,12 @@ def test_chunked_cross_entropy_equals_the_plain_one(rows, copied, monkeypatch):
 
 def test_cross_entropy_and_kl_never_hold_all_logits():
     class Largest(TorchDispatchMode):
-        numel = 0
+        numel = copied = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.logsumexp.default:  # copies what it is given
+                self.copied = max(self.copied, args[0].shape[0])
             for t in out if isinstance(out, tuple) else (out,):
                 self.numel = max(self.numel, t.numel() if isinstance(t, torch.Tensor) else 0)
             return out
@@ -461,6 +463,9 @@ def test_cross_entropy_and_kl_never_hold_all_logits():
         total.backward()
     assert 128 * 500 <= of_kl.numel < 1024 * 500 // 4
     assert 256 * 500 <= largest.numel < 1024 * 500 // 2
+    with Largest() as of_many_rows:
+        next_token_loss(hidden, weight, tokens(1, 1024, 500), chunk_rows=1024)
+    assert of_many_rows.copied == 512
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 8e-3)])

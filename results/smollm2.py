@@ -244,7 +244,7 @@ def groups(runs: dict) -> list[tuple[str, str, dict]]:
     return found
 
 
-def label(title: str, text: str) -> str:
+def row_name(title: str, text: str) -> str:
     """Return a row's name where its kind of short text has no column of its own."""
     return title if text in ("", "none") else f"{title}, {TEXTS[text]}"
 
@@ -282,7 +282,7 @@ def by_task(runs: dict) -> list[str]:
     for title, text, group in groups(runs):
         if group:
             cells = [f"{np.mean([r['tasks'][t] for r in group.values()]):.3f}" for t in ITEMS]
-            lines.append(f"| {label(title, text)} | {' | '.join(cells)} |")
+            lines.append(f"| {row_name(title, text)} | {' | '.join(cells)} |")
     return lines
 
 
@@ -306,7 +306,13 @@ def draw(runs: dict, path: Path) -> None:
         left.plot(*places.mean(0), "o", ms=7, color=color)
         gains = np.mean([[np.mean(run["copy"][str(d)]) for d in FAR] for run in group.values()], 0)
         right.plot(
-            [d // 1024 for d in FAR], gains, "o-", ms=4, lw=1, color=color, label=label(title, text)
+            [d // 1024 for d in FAR],
+            gains,
+            "o-",
+            ms=4,
+            lw=1,
+            color=color,
+            label=row_name(title, text),
         )
     left.set(xlabel="bits per byte of the tasks' right answers (left is better)")
     left.set(ylabel="nats a token copied, mean of 20K to 31K (up is better)")

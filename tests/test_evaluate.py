@@ -120,6 +120,8 @@ def test_a_passage_is_repeated_at_each_depth_and_new_in_the_control(length):
         want = [*(round(d * (length - 2 * passage)) for d in depths), None][i % 4]
         assert found == ([] if want is None else [want])
         assert len(set(before)) == len(before)
+        if i % 4 != depths.index(1.0):  # read again or new, it follows its own text
+            assert passage_ids[0] - before[-1] in (1, 1 - len(text))
 
 
 def test_the_loss_on_a_repeated_passage_equals_transformers(pairs, monkeypatch):

@@ -86,6 +86,16 @@ def test_a_divergence_is_no_cross_entropy(tmp_path):
     assert pictures.training_curves(both)["short", pictures.KL] == [("longred", [0.3] * 20)]
 
 
+def test_a_replays_steps_are_its_own(tmp_path):
+    from matplotlib import pyplot as plt
+
+    results = logged(tmp_path, "longrecipe", None, loss_replay=2.0)
+    with plt.rc_context({"figure.constrained_layout.use": True}):
+        figure = pictures.draw_training(plt, results, pictures.styles(results))
+    assert [axes.get_xlabel() for axes in figure.axes] == ["step", "step of replay"]
+    plt.close(figure)
+
+
 def test_without_results_there_are_no_pictures(tmp_path):
     assert pictures.draw([], tmp_path, 64, 128) == [] == [*tmp_path.iterdir()]
 

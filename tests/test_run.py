@@ -1,6 +1,7 @@
 """machine/run.py, keeper.py, states.py: a run that was stopped or killed goes on bit for bit."""
 
 import ast
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -71,6 +72,18 @@ def test_the_command_to_resume_starts_the_processes_of_one_node(monkeypatch):
         words = shlex.split(Keeper.resume_command(keeper, "--keep", "1"))
         assert words[:3] == ["torchrun", "--nproc_per_node", here]
         assert words[4:] == ["--resume", "my run", "--keep", "1"]
+
+
+def test_a_state_is_copied_on_the_gpu_that_it_is_on(monkeypatch):
+    """A thread's own GPU is the first, whichever the run has."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "stream")
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda x: seen.append(x) or contextlib.nullcontext())
+    keeper = types.SimpleNamespace(_write=lambda *state: seen.append("written"), failure=None)
+    gpu = torch.device("cuda", 1)
+    Keeper._write_in_thread(keeper, {"weight": types.SimpleNamespace(device=gpu)}, {})
+    assert seen == [gpu, "stream", "written"] and keeper.failure is None
 
 
 def test_a_stopped_run_resumes_bit_for_bit(ckpt, tmp_path, monkeypatch):
