@@ -10,6 +10,7 @@ import pytest
 
 from longred import parse_args, plan_streams
 from machine.formats import load_config
+from machine.samples import count
 from machine.settings import MachineConfig as Config
 from machine.settings import resolve
 from measure import frontier
@@ -72,6 +73,8 @@ def test_every_run_at_135m_is_accepted(smollm2, ckpt, tmp_path):
         text, method, seed = name.split("-")
         assert (c.method, c.seed, c.steps, c.original_len) == (method, int(seed), 70, 8192)
         assert set(plan_streams(c)) == ({"long"} if text == "none" else {"long", "short"})
+        if text == "own":
+            assert [count(spec) for spec in c.short_data] == [smollm2.OWN_TEXTS]
 
 
 def test_a_difference_is_paired_by_seed_and_one_without_a_run_decides_nothing(smollm2):
