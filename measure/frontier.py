@@ -65,8 +65,12 @@ TITLES = {  # of the methods that have a curve, and the flags that set a curve's
     "longred": ("LongReD-C", "--alpha_short {w:g}"),
     "longred_kl": ("LongReD-C + KL", "--alpha_kl {w:g}"),
 }
-ALONE = {  # settings without a curve: Long CPT, and LongReD-C with one change
+REPLAY = "--method longrecipe --replay_steps 20 --replay_batch 4"
+ALONE = {  # settings without a curve: Long CPT, LongRecipe, and LongReD-C with one change
     "long_cpt": ("Long CPT", "--method long_cpt"),
+    "longrecipe": ("LongRecipe", "--method longrecipe"),
+    "longrecipe_replay": ("LongRecipe, replay", REPLAY),
+    "longrecipe_merged": ("LongRecipe, replay, merged 0.5", f"{REPLAY} --merge 0.5"),
     "longred_u": ("LongReD-U", "--position_scheme uniform"),
     "longred_3_layers": ("LongReD-C, 3 layers by KL", "--n_distill_layers 3"),
     "longred_even": ("LongReD-C, layers 1, 3, 5", "--distill_layers 1 3 5"),
@@ -89,8 +93,9 @@ CURVES = [
     *points("longred", 1, 2, 5, 15),
     *points("longred_kl", 0.5, 1, 2),
 ]
-ABLATIONS = [Point(name) for name in ALONE if name != "long_cpt"]
-LONG_CPT = Point("long_cpt")
+ABLATIONS = [Point(name) for name in ALONE if name.startswith("longred_")]
+LONG_CPT, LONGRECIPE = Point("long_cpt"), Point("longrecipe")
+LONGRECIPE_REPLAY = [Point("longrecipe_replay"), Point("longrecipe_merged")]
 BLOCKS = [  # (short text, points, seeds), in the order in which they are run
     ("own", MAIN, [1]),
     ("foreign", [*points("soft_replay", 1), *points("mix_cpt", 1), *points("longred", 5)], [1]),
@@ -109,6 +114,8 @@ BLOCKS = [  # (short text, points, seeds), in the order in which they are run
     ("foreign", CURVES, [2, 3]),
     ("own", ABLATIONS, [1, 2, 3]),
     ("foreign", [Point("longred_u"), Point("longred_last")], [1, 2, 3]),
+    ("none", [LONGRECIPE], [1, 2, 3]),
+    ("own", LONGRECIPE_REPLAY, [1, 2, 3]),
 ]
 RUNS = list(dict.fromkeys((text, p, s) for text, ps, seeds in BLOCKS for s in seeds for p in ps))
 CELLS = list(dict.fromkeys((text, p) for text, p, _ in RUNS))
@@ -163,7 +170,9 @@ def flags_of(a, text: str, point: Point, seed: int) -> list[str]:
     flags = ["--ckpt", a.base, "--long_data", *a.long, *SETTING.split(), *method.split()]
     if text != "none":
         short = f"self:{OWN_TEXTS}" if text == "own" else str(a.out_dir / "prose.jsonl")
-        flags += ["--short_data", short, "--s2l_data", short]
+        replay = point in LONGRECIPE_REPLAY  # which reads short text in a stage of its own
+        for flag in ["--replay_data"] if replay else ["--short_data", "--s2l_data"]:
+            flags += [flag, short]
     out = a.out_dir / run_name(text, point, seed)
     return [*flags, "--seed", str(seed), "--out_dir", str(out), "--cache_dir", a.cache_dir]
 

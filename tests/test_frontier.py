@@ -160,6 +160,9 @@ def test_every_cell_is_a_run_that_is_accepted(ckpt, tmp_path, text, point):
     assert c.seed == 7 and c.steps == 80 and c.keep == 1
     left_out = {"longred_no_short": {"short"}, "longred_no_s2l": {"s2l"}}.get(point.method, set())
     expected = {"long"} if text == "none" else {"long", "short", "s2l"} - left_out
+    if point in frontier.LONGRECIPE_REPLAY:
+        expected = {"long", "replay"}
+        assert c.merge == (0.5 if point.method == "longrecipe_merged" else 0)
     assert set(plan_streams(c)) == expected
     weights = {name: s.weights for name, s in plan_streams(c).items()}
     if point.method == "mix_cpt":  # its weight is both alphas
@@ -222,7 +225,7 @@ def test_scores_alone_make_the_same_table_and_picture(tmp_path, capsys, monkeypa
         scores = tmp_path / ("a.json.gz" if out == "one" else "one/frontier.json.gz")
         main(["--scores", str(scores), "--out_dir", str(tmp_path / out)])
     one, two = ((tmp_path / out / "frontier.md").read_text() for out in ("one", "two"))
-    assert one == two and one in capsys.readouterr().out and "15 of 127 runs done" in one
+    assert one == two and one in capsys.readouterr().out and "15 of 136 runs done" in one
     assert (tmp_path / "two" / "frontier.png").stat().st_size > 10_000
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     main(["--scores", str(scores), "--out_dir", str(tmp_path / "two")])
