@@ -434,8 +434,9 @@ def comparisons(runs: dict, text: str, seeds: list[int]) -> list[str]:
         row = "NOT RUN | | | | | " + " ".join(by_seed(runs, text, c, seeds)) + " |"
         if f:
             ranges = [f"{low:+.4f} to {high:+.4f}" for low, high in (f["t"], f["bootstrap"])]
-            row = f"{f['mean']:+.4f} | {ranges[0]} | {p:.3f} | {ranges[1]} | {f['stories']:+.4f} |"
-            row += f" {verdict(f, p)} |"
+            p_text = "<0.001" if p < 0.001 else f"{p:.3f}"
+            row = f"{f['mean']:+.4f} | {ranges[0]} | {p_text} | {ranges[1]} |"
+            row += f" {f['stories']:+.4f} | {verdict(f, p)} |"
         lines.append(f"| {TITLES[c.rival][0]}, at {title(c.anchor)}'s story loss | {row}")
     return [*lines, ""]
 
