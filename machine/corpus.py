@@ -210,6 +210,7 @@ def _hub_files(spec: str) -> list[list]:
     import huggingface_hub
 
     owner, name, part = [*spec[3:].split("/", 2), "", ""][:3]
+    part = part.rstrip("/")
     name, _, revision = name.partition("@")
     repo = f"{owner}/{name}"
     try:

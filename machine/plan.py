@@ -496,7 +496,7 @@ def spread(q: Question) -> Plan | None:
 def smallest_spread(q: Question) -> Plan:
     """What each GPU holds, with fewer sequences in a pass where that fits, or one.
 
-    Every block is recomputed. 20 bytes a parameter, 18 with the teacher in bf16, are spread.
+    Every block is recomputed. 18 bytes a parameter are spread.
     """
     n, d = parameter_count(q.config), q.config.d_model
     block = parameter_count(replace(q.config, n_layers=1, vocab_size=0))
@@ -778,9 +778,11 @@ def preflight(c, model: ModelConfig, units: list[Unit], *, processes: int, freed
     if c.device.startswith("cuda"):
         trial(c.device)
     if c.device == "cpu":
-        tokens = max(unit.tokens for unit in units)
-        # fp32 student, teacher, gradients and the two moments; many processes hold a part each
-        check_memory(20 * n, processes * activation_bytes(model, tokens, c.recompute))
+        tokens = max(unit.tokens for unit in units) // c.context
+        # fp32 student, teacher, gradients and the two moments; many processes hold a part each, and
+        # recompute every block
+        recompute = c.recompute or not alone
+        check_memory(20 * n, processes * activation_bytes(model, tokens, recompute))
 
 
 def activation_bytes(model, tokens: int, recompute: bool) -> int:

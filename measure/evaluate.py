@@ -86,7 +86,7 @@ def repeat_scores(
     """Score the last `passage` tokens of each sequence, without the first `cue` of them.
 
     cue: if None, 8, or half of a passage under 16 tokens, so that some tokens are left to count.
-    sequences: (B, T) int64. pcd: predict by contrast, model.PCD's settings; a token outside its
+    sequences: (B, T) int64. pcd: predict by contrast, settings as in pcd.py; a token outside its
     gamma likeliest ones has probability 0 then, so that only first choices can be compared.
     Returns (B, 2) float64, means over the counted tokens: loss in nats; 1 where the first choice
     was the token that came, else 0.
@@ -559,7 +559,7 @@ def write_report(a: Namespace, texts: Texts, results: list, unfinished: list) ->
     report = "\n".join(lines)
     out_dir = Path(a.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    runs = [{"name": n, "checkpoint": str(f), **r} for n, f, r in results]
+    runs = [{"name": n, "checkpoint": f and str(f), **r} for n, f, r in results]
     content = {"settings": vars(a), "tables": named, "errors": errors, "runs": runs}
     text = json.dumps(finite(content | {"unfinished": unfinished}), indent=1, default=str)
     with whole_file(out_dir / "results.json") as f:  # str: of dtypes
@@ -703,7 +703,7 @@ def _add_flags(job: str, parser: argparse.ArgumentParser) -> None:
     long = "long text: files, .jsonl, folders, globs"
     long += " (default: the first run's)" if job == "compare" else ""
     add(both, "--data", nargs="+", required=job == "corpus", metavar="TEXT", help=long)
-    short = "short text, for what was kept (default: the first run's, else --data)"
+    short = "short text, for what was kept (default: --data; without that the first run's)"
     add("compare", "--short_data", nargs="+", metavar="TEXT", help=short)
     many = "held-out tokens of long and of short text" if job == "compare" else "tokens of --data"
     many += " (default: 65536)"

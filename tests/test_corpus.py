@@ -412,7 +412,7 @@ def test_hub_datasets_are_fetched_once_and_stay_as_they_were(tk, tmp_path):
         from machine.tokenizer import load_tokenizer
         tk = load_tokenizer(sys.argv[1])
         some = "hf:me/texts", "hf:me/texts/en/validation*#text", "hf:me/texts/raw/*.txt"
-        old = "hf:me/texts@v1.0", "hf:me/texts@0ld/en"
+        old = "hf:me/texts@v1.0", "hf:me/texts@0ld/en/"
         for spec in (*some, *old, *sys.argv[3:]):
             c = tokenize([spec], tk, sys.argv[2], log=lambda line: None)
             print(*[tk.decode(c.tokens[a:b - 1]) for a, b in zip(c.doc_starts, c.doc_starts[1:])])

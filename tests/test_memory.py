@@ -830,6 +830,18 @@ def test_the_memory_estimate_knows_recomputation_and_the_container():
         assert 2**20 < available_memory() <= os.sysconf("SC_PHYS_PAGES") * 4096
 
 
+def test_many_processes_are_charged_their_part_of_a_sequence_recomputed(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("machine.plan.check_memory", lambda weights, more: asked.append(more))
+    c = Config(device="cpu", out_dir=str(tmp_path), keep=0, recompute=False)
+    for processes, c.context in ((1, 1), (2, 1), (2, 2)):
+        units = [Unit("long", 2, 512)]
+        plan.preflight(c, tiny_config(), units, processes=processes, freed=0)
+    whole = activation_bytes(tiny_config(), 1024, False)
+    parts = [2 * activation_bytes(tiny_config(), n, True) for n in (1024, 512)]
+    assert asked == [whole, *parts]
+
+
 def control_groups(root, own: str, files: dict[str, str]):
     """A system of 100 GiB, of which 90 are available, seen from the group `own`."""
     files = {"proc/meminfo": f"MemTotal: {100 * 2**20} kB\nMemAvailable: {90 * 2**20} kB"} | files
