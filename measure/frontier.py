@@ -441,6 +441,23 @@ def comparisons(runs: dict, text: str, seeds: list[int]) -> list[str]:
     return [*lines, ""]
 
 
+def ablations(runs: dict) -> list[str]:
+    """Print LongReD-C with one change less LongReD-C 5, paired by seed, as a Markdown table."""
+    lines = ["| less LongReD-C 5 | short text | stories | books |", "|---|---|---:|---:|"]
+    for text, point in CELLS:
+        both = point, Point("longred", 5)
+        pairs = [[runs.get((text, p, seed)) for p in both] for seed in SEEDS]
+        if point not in ABLATIONS or any(None in pair for pair in pairs):
+            continue
+        cells = []
+        for losses in (story_losses, book_losses):
+            changes = [losses(a, 1).mean() - losses(b, 1).mean() for a, b in pairs]
+            mean, low, high, _ = paired_t(changes)
+            cells.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
+        lines.append(f"| {title(point)} | {text} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
 # ----------------------------------------------------------------------------------------- print
 
 
@@ -538,7 +555,7 @@ def show(a, runs: dict, original: dict) -> None:
     table = [*leaderboard(runs, original), ""]
     for text in ("own", "foreign"):
         table += comparisons(runs, text, SEEDS)
-    table += comparisons(runs, "own", MORE_SEEDS)
+    table += comparisons(runs, "own", MORE_SEEDS) + ablations(runs)
     table += [f"{len(runs)} of {len(RUNS)} runs done."]
     print("\n".join(table))
     with whole_file(a.out_dir / "frontier.md") as f:

@@ -319,6 +319,7 @@ def test_a_merge_is_one_more_row_of_averaged_weights(comparison, ckpt, tmp_path)
     rows = json.loads((out / "results.json").read_text())["runs"]
     names = ["original", *2 * ["ext", "ext, 0.25 original"]]
     assert [row["name"] for row in rows] == names
+    assert [row["checkpoint"] is None for row in rows] == ["," in name for name in names]
     edit_weights(tmp_path / "run0" / "hf", lambda w: w["model.norm.weight"].mul_(1.5))
     merged = model_module.merge_weights(
         load_checkpoint(tmp_path / "run0"), load_checkpoint(ckpt[0]), 0.25

@@ -133,6 +133,18 @@ def test_ahead_needs_equal_story_loss_or_a_lower_one():
     assert verdict(behind, 0.01) == "not at equal story loss"  # the rival forgot more
 
 
+def test_an_ablation_is_paired_by_seed_and_needs_all_of_them():
+    runs, changed = {}, Point("longred_last")
+    for seed in (1, 2, 3):  # the seeds' luck is ten times the change
+        runs["own", Point("longred", 5), seed] = made(1.5 + seed / 10, 3.0 + seed / 10)
+        runs["own", changed, seed] = made(1.51 + seed / 10, 2.99 + seed / 10)
+    (row,) = frontier.ablations(runs)[2:-1]
+    same = [f"{x:+.3f} ({x:+.3f} to {x:+.3f})" for x in (0.01, -0.01)]
+    assert row == f"| LongReD-C, last layer alone | own | {same[0]} | {same[1]} |"
+    del runs["own", changed, 2]
+    assert not frontier.ablations(runs)[2:-1]
+
+
 def test_a_cell_without_a_run_says_so():
     rows = leaderboard({("own", Point("mix_cpt", 1), 1): made(1.5, 3.0)}, made(1.4, 4.0))
     assert sum("NOT RUN" in row for row in rows) == len(CELLS) - 1
