@@ -458,6 +458,25 @@ def ablations(runs: dict) -> list[str]:
     return [*lines, ""]
 
 
+def curves(runs: dict) -> list[str]:
+    """Print soft replay's whole curve less each point of the others, as a Markdown table.
+
+    The curve is interpolated at the point's story loss, which favours the point by a little. A
+    difference of story losses other than 0 means that the curve does not reach the point.
+    """
+    head = ["| soft replay's curve less | short text | stories | books | 95% t |"]
+    head, lines = [*head, "|---|---|---:|---:|---:|"], []
+    soft = tuple(point for point in CURVES if point.method == "soft_replay")
+    for text in ("own", "foreign"):
+        for point in CURVES:
+            c = Comparison(point.method, point, soft)
+            if point not in soft and (found := compare(runs, text, c, SEEDS)):
+                low, high = found["t"]
+                books = f"{found['mean']:+.4f} | {low:+.4f} to {high:+.4f}"
+                lines.append(f"| {title(point)} | {text} | {found['stories']:+.4f} | {books} |")
+    return [*head, *lines, ""] if lines else []
+
+
 # ----------------------------------------------------------------------------------------- print
 
 
@@ -555,7 +574,7 @@ def show(a, runs: dict, original: dict) -> None:
     table = [*leaderboard(runs, original), ""]
     for text in ("own", "foreign"):
         table += comparisons(runs, text, SEEDS)
-    table += comparisons(runs, "own", MORE_SEEDS) + ablations(runs)
+    table += comparisons(runs, "own", MORE_SEEDS) + curves(runs) + ablations(runs)
     table += [f"{len(runs)} of {len(RUNS)} runs done."]
     print("\n".join(table))
     with whole_file(a.out_dir / "frontier.md") as f:

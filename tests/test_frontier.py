@@ -145,6 +145,23 @@ def test_an_ablation_is_paired_by_seed_and_needs_all_of_them():
     assert not frontier.ablations(runs)[2:-1]
 
 
+def test_soft_replays_whole_curve_is_read_at_every_point_of_the_others():
+    runs = {}
+    for seed in (1, 2, 3):
+        for i, weight in enumerate((4, 2, 1, 0.5)):  # stories 1.40, 1.45, 1.50, 1.55
+            soft = made(1.4 + i / 20, 3.2 - i / 10, 10 * i + seed)
+            runs["own", Point("soft_replay", weight), seed] = soft
+        runs["own", Point("longred_kl", 1), seed] = made(1.425, 3.2, 50 + seed)
+        runs["own", Point("mix_cpt", 0.5), seed] = made(1.6, 3.0, 60 + seed)
+    mixed, distilled = (row.split(" | ") for row in frontier.curves(runs)[2:-1])
+    assert mixed[:2] == ["| Mix CPT 0.5", "own"]  # beyond the curve, whose end is 1.55 and 2.9
+    assert [float(x) for x in mixed[2:4]] == pytest.approx([-0.05, -0.1], abs=1e-3)
+    assert distilled[:2] == ["| LongReD-C + KL 1", "own"]  # 3.15 on the curve
+    assert [float(x) for x in distilled[2:4]] == pytest.approx([0.0, -0.05], abs=1e-3)
+    del runs["own", Point("soft_replay", 4), 2]
+    assert not frontier.curves(runs)
+
+
 def test_a_cell_without_a_run_says_so():
     rows = leaderboard({("own", Point("mix_cpt", 1), 1): made(1.5, 3.0)}, made(1.4, 4.0))
     assert sum("NOT RUN" in row for row in rows) == len(CELLS) - 1

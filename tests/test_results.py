@@ -44,6 +44,7 @@ def test_the_second_comparison_is_that_of_its_scores():
         + frontier.comparisons(runs, "own", frontier.SEEDS)
         + frontier.comparisons(runs, "own", frontier.MORE_SEEDS)
         + frontier.comparisons(runs, "foreign", frontier.SEEDS)
+        + frontier.curves(runs)
         + frontier.ablations(runs)
     )
     document = (RESULTS / "README.md").read_text()
