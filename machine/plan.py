@@ -779,23 +779,27 @@ def preflight(c, model: ModelConfig, units: list[Unit], *, processes: int, freed
         trial(c.device)
     if c.device == "cpu":
         tokens = max(unit.tokens for unit in units) // c.context
-        # fp32 student, teacher, gradients and the two moments; many processes hold a part each, and
-        # recompute every block
+        # fp32: student, teacher, gradients and the two moments. bf16: student, teacher, remainder,
+        # fp32 gradients and the moments. Many processes hold a part each and recompute every block.
+        weights = (14 if bf16 else 18) if c.dtype else 20
         recompute = c.recompute or not alone
-        check_memory(20 * n, processes * activation_bytes(model, tokens, recompute))
+        passes = processes * activation_bytes(model, tokens, recompute, bool(c.dtype))
+        check_memory(weights * n, passes)
 
 
-def activation_bytes(model, tokens: int, recompute: bool) -> int:
-    """Estimate what one forward pass keeps for backward in fp32, at `tokens` tokens.
+def activation_bytes(model, tokens: int, recompute: bool, bf16: bool = False) -> int:
+    """Estimate what one forward pass keeps for backward, at `tokens` tokens.
 
     A block keeps about 9 vectors of width d_model (inputs and outputs of norms and attention, q, k,
-    v) and 4 of width d_ff (SmolLM2's shape, 6 layers, 512 tokens: 139 MB here, 140 MB measured).
-    With recompute it keeps its input only, and one block at a time is whole.
+    v) and 4 of width d_ff; in bf16 half of the 9 are still fp32 (SmolLM2's shape, 6 layers, 512
+    tokens: 139 MB here, 140 MB measured; in bf16 86 and 86). With recompute it keeps its input
+    only, and one block at a time is whole.
     """
-    block = 4 * tokens * (9 * model.d_model + 4 * model.d_ff)
+    narrow, wide = (3, 2) if bf16 else (4, 4)  # bytes of a number of the 9, and of the 4
+    block = tokens * (narrow * 9 * model.d_model + wide * 4 * model.d_ff)
     if not recompute:
         return model.n_layers * block
-    return 4 * tokens * model.d_model * model.n_layers + block
+    return wide * tokens * model.d_model * model.n_layers + block
 
 
 def forecast(c, config: ModelConfig, streams, steps: range, processes: int = 1) -> float:

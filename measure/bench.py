@@ -52,7 +52,8 @@ def main(argv=None):
         add = new.add_argument
         add("--device", type=torch.device, default=device, help=f"cuda or cpu (default: {device})")
         add("--out_dir", default="results", help="for the JSON (default: results)")
-        add("--rounds", type=int, default=rounds, help=f"runs of each (default: {rounds})")
+        if rounds:
+            add("--rounds", type=int, default=rounds, help=f"runs of each (default: {rounds})")
         return add
 
     add = command("rope", bench_rope, 25, "rotary kernel against peers and a copy; medians")
@@ -67,7 +68,7 @@ def main(argv=None):
         add("--gpu_gib", type=float, help="use no more than this (default: all)")
         add("--host_gib", type=float, help="plan for this (default: all free)")
         add("--moments", default="fp32", choices=MOMENTS, help="of AdamW's m and v")
-    add = command("prove", prove, 1, "all that is claimed of a GPU, against the targets")
+    add = command("prove", prove, None, "all that is claimed of a GPU, against the targets")
     for part in list(PARTS)[1:]:
         text = f"only these stages: {', '.join(PARTS[part].stages)}"
         add(f"--{part}", dest="part", action="store_const", const=part, default="first", help=text)

@@ -30,6 +30,7 @@ import argparse
 import functools
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -341,6 +342,7 @@ def find_run(spec: str) -> tuple[str, Path | None, str]:
     neither a checkpoint nor a run that will export one.
     """
     name, path = spec.split("=", 1) if "=" in spec and not Path(spec).exists() else ("", spec)
+    path = os.path.abspath(path) if Path(path).exists() else path  # "." has no name
     run = Path(path) / "longred.json"
     if run.is_file() and not (run.parent / "hf" / "config.json").is_file():
         config, log = read_run(run.parent)["config"], run.with_name("log.jsonl")
@@ -780,10 +782,12 @@ def open_texts(a: Namespace, base: Path, folders: list[Path], trained_on: list =
         )
     for folder, config in zip((base, *folders), configs, strict=True):
         open_weights(folder, config)
-    need, free = 2 * parameter_count(configs[0]) * a.dtype.itemsize, available_memory()
+    two = folders and (a.merge or "kept" in a.tasks)
+    need = (2 if two else 1) * parameter_count(configs[0]) * a.dtype.itemsize
+    free, held = available_memory(), "two models take" if two else "the model takes"
     if a.device == "cpu" and free is not None and need > free:
         raise ValueError(
-            f"memory: two models take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; try "
+            f"memory: {held} {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; try "
             "--dtype bfloat16, or a machine with more"
         )
     tokenizer = load_tokenizer(base, a.add_eos)

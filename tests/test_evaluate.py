@@ -19,6 +19,7 @@ import model as model_module
 from machine.corpus import tokenize
 from machine.files import lock_folder
 from machine.formats import load_checkpoint, save_checkpoint
+from machine.plan import parameter_count
 from machine.run import train
 from machine.tokenizer import load_tokenizer
 from measure import evaluate, losses, pcd, report, select_corpus
@@ -402,6 +403,28 @@ def test_bad_input_to_evaluate_ends_in_one_line(comparison, flag):
         evaluate.main([*argv, flag, value])
     message = str(end.value.code)
     assert said in message and "\n" not in message and not out.exists()
+
+
+def test_a_run_is_named_by_its_folder_also_from_within(ckpt, tmp_path, monkeypatch):
+    folder = shutil.copytree(ckpt[0], tmp_path / "mine")
+    (folder / "inner").mkdir()
+    for inside, path in ((folder, "."), (folder / "inner", "..")):
+        monkeypatch.chdir(inside)
+        assert evaluate.find_run(path)[0] == "mine"
+
+
+@pytest.mark.parametrize("more, models", [([], 1), (["kept"], 2), (["--merge", "0.5"], 2)])
+def test_memory_is_asked_for_the_models_that_are_held(ckpt, tmp_path, monkeypatch, more, models):
+    folder, long, _ = ckpt
+    asked = models * parameter_count(load_checkpoint(folder).config) * 4
+    monkeypatch.setattr(evaluate, "available_memory", lambda: asked - 1)
+    monkeypatch.setattr(evaluate, "measure_all", lambda *_: None)
+    argv = f"--base {folder} --ckpt run={folder} --data {long} --out_dir {tmp_path} --device cpu "
+    argv = [*f"{argv} --lengths 64 --original_len 64 --tasks position".split(), *more]
+    with pytest.raises(SystemExit, match=["the model takes", "two models take"][models - 1]):
+        evaluate.main(argv)
+    monkeypatch.setattr(evaluate, "available_memory", lambda: asked)
+    evaluate.main(argv)
 
 
 def test_metas_folder_can_be_the_original(ckpt, sentences, tmp_path, capsys):

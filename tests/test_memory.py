@@ -830,6 +830,35 @@ def test_the_memory_estimate_knows_recomputation_and_the_container():
         assert 2**20 < available_memory() <= os.sysconf("SC_PHYS_PAGES") * 4096
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_estimate_is_what_a_pass_keeps(dtype):
+    smollm2 = dict(d_model=576, n_layers=6, n_heads=9, n_kv_heads=3, head_dim=64, d_ff=1536)
+    config = replace(tiny_config(), **smollm2)
+    model, kept = Llama(config).to(dtype), {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(torch.zeros(1, 512, dtype=torch.int64))
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
+    estimate = activation_bytes(config, 512, False, dtype == torch.bfloat16)
+    assert estimate == pytest.approx(found, rel=0.03)
+
+
+def test_bf16_on_a_cpu_is_charged_its_own_bytes(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("machine.plan.check_memory", lambda *bytes: asked.append(bytes))
+    n, options = plan.parameter_count(tiny_config()), dict(device="cpu", out_dir=str(tmp_path))
+    for settings in ({}, {"dtype": "bf16"}, {"dtype": "bf16", "moments": "bf16"}):
+        c = Config(keep=0, context=1, recompute=False, **options, **settings)
+        plan.preflight(c, tiny_config(), [Unit("long", 1, 512)], processes=1, freed=0)
+    both = [activation_bytes(tiny_config(), 512, False, bf16) for bf16 in (False, True)]
+    assert asked == [(20 * n, both[0]), (18 * n, both[1]), (14 * n, both[1])]
+
+
 def test_many_processes_are_charged_their_part_of_a_sequence_recomputed(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr("machine.plan.check_memory", lambda weights, more: asked.append(more))
