@@ -710,10 +710,10 @@ def _add_flags(job: str, parser: argparse.ArgumentParser) -> None:
     many = "held-out tokens of long and of short text" if job == "compare" else "tokens of --data"
     many += " (default: 65536)"
     add(both, "--eval_tokens", default=65536, help=many, **integers)
-    eos = "documents end with EOS (default: where the tokenizer has one)"
+    run = " (default: as the first run; with --data " if job == "compare" else " (default: "
+    eos = f"documents end with EOS{run}where the tokenizer has one)"
     add(both, "--add_eos", action=argparse.BooleanOptionalAction, default=None, help=eos)
-    bad = "leave out and count malformed records"
-    bad += " (default: as the first run)" if job == "compare" else " (default: no)"
+    bad = f"leave out and count malformed records{run}no)"
     add(both, "--skip_bad_lines", action="store_true", help=bad)
     tokens = "where tokenised text is kept (default: out/tokens)"
     add(both, "--cache_dir", default="out/tokens", metavar="DIR", help=tokens)
