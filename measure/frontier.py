@@ -511,7 +511,8 @@ def leaderboard(runs: dict, original: dict) -> list[str]:
 def draw(runs: dict, original: dict, path: Path) -> None:
     """Draw story loss against book loss: a panel for each short text, a line for each method.
 
-    Large points are means over seeds and are labelled by the method's weight; pale ones are runs.
+    Large points are means over SEEDS, which all points have in the end, and are labelled by the
+    method's weight; pale ones are runs.
     """
     import matplotlib
 
@@ -530,10 +531,10 @@ def draw(runs: dict, original: dict, path: Path) -> None:
         for color, (method, (name, _)) in zip(COLORS, TITLES.items(), strict=False):
             means = []
             for point in [p for p in CURVES if p.method == method]:
-                found = [place(r) for (t, p, _), r in runs.items() if (t, p) == (text, point)]
-                if found:
-                    means.append((point, *np.mean(found, axis=0)))
-                    axes.plot(*zip(*found, strict=True), "o", ms=3, color=color, alpha=0.3)
+                found = {s: place(r) for (t, p, s), r in runs.items() if (t, p) == (text, point)}
+                if same := [found[seed] for seed in SEEDS if seed in found]:
+                    means.append((point, *np.mean(same, axis=0)))
+                    axes.plot(*zip(*found.values(), strict=True), "o", ms=3, color=color, alpha=0.3)
             if not means:
                 continue
             _, x, y = zip(*means, strict=True)
