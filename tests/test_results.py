@@ -51,6 +51,17 @@ def test_the_second_comparison_is_that_of_its_scores():
     assert f"**{len(runs)} of {len(names)} runs are done" in document
 
 
+def test_the_first_page_shows_rows_of_the_second_comparison():
+    page, found = (RESULTS.parent / "README.md").read_text(), []
+    shown = page.partition("| method | short text |")[2].partition("\n\n")[0].splitlines()[2:]
+    for line in (RESULTS / "README.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) == 12:  # with the number of seeds, each book and the seconds
+            found.append(cells[1:3] + cells[4:8])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown]
+    assert len(rows) == 12 and not [row for row in rows if row not in found]
+
+
 def test_the_comparison_at_135m_is_that_of_its_scores(smollm2, monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     scores = RESULTS / "smollm2.json.gz"
