@@ -342,15 +342,16 @@ def find_run(spec: str) -> tuple[str, Path | None, str]:
     neither a checkpoint nor a run that will export one.
     """
     name, path = spec.split("=", 1) if "=" in spec and not Path(spec).exists() else ("", spec)
-    path = os.path.abspath(path) if Path(path).exists() else path  # "." has no name
     run = Path(path) / "longred.json"
     if run.is_file() and not (run.parent / "hf" / "config.json").is_file():
         config, log = read_run(run.parent)["config"], run.with_name("log.jsonl")
         steps = int(config.get("steps") or 0) + int(config.get("replay_steps") or 0)
         done = len(log.read_bytes().splitlines()) if log.is_file() else 0
-        return name or run.parent.name, None, f"unfinished, {done} of {steps} steps"
+        name = name or Path(os.path.abspath(path)).name  # "." has none
+        return name, None, f"unfinished, {done} of {steps} steps"
     folder = resolve_checkpoint(path)
-    own = folder.parent if folder.name == "hf" else folder
+    own = Path(os.path.abspath(folder))
+    own = own.parent if own.name == "hf" else own
     return name or (own.name if Path(path).is_dir() else Path(path).name), folder, ""
 
 
@@ -710,7 +711,7 @@ def _add_flags(job: str, parser: argparse.ArgumentParser) -> None:
     many = "held-out tokens of long and of short text" if job == "compare" else "tokens of --data"
     many += " (default: 65536)"
     add(both, "--eval_tokens", default=65536, help=many, **integers)
-    run = " (default: as the first run; with --data " if job == "compare" else " (default: "
+    run = " (default: as the first run; with --data: " if job == "compare" else " (default: "
     eos = f"documents end with EOS{run}where the tokenizer has one)"
     add(both, "--add_eos", action=argparse.BooleanOptionalAction, default=None, help=eos)
     bad = f"leave out and count malformed records{run}no)"
