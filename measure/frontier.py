@@ -461,8 +461,9 @@ def ablations(runs: dict) -> list[str]:
 def curves(runs: dict) -> list[str]:
     """Print soft replay's whole curve less each point of the others, as a Markdown table.
 
-    The curve is interpolated at the point's story loss, which favours the point by a little. A
-    difference of story losses other than 0 means that the curve does not reach the point.
+    The curve is interpolated at the point's story loss, which favours the point by a little. Where
+    the difference of story losses is far from 0, the curve does not reach the point, and its end is
+    taken.
     """
     head = ["| soft replay's curve less | short text | stories | books | 95% t |"]
     head, lines = [*head, "|---|---|---:|---:|---:|"], []
@@ -511,8 +512,8 @@ def leaderboard(runs: dict, original: dict) -> list[str]:
 def draw(runs: dict, original: dict, path: Path) -> None:
     """Draw story loss against book loss: a panel for each short text, a line for each method.
 
-    Large points are means over SEEDS, which all points have in the end, and are labelled by the
-    method's weight; pale ones are runs.
+    Large points are means over SEEDS and are labelled by the method's weight; pale ones are runs.
+    A point that lacks one of SEEDS has the pale ones alone.
     """
     import matplotlib
 
@@ -532,9 +533,11 @@ def draw(runs: dict, original: dict, path: Path) -> None:
             means = []
             for point in [p for p in CURVES if p.method == method]:
                 found = {s: place(r) for (t, p, s), r in runs.items() if (t, p) == (text, point)}
-                if same := [found[seed] for seed in SEEDS if seed in found]:
+                for xy in found.values():
+                    axes.plot(*xy, "o", ms=3, color=color, alpha=0.3)
+                if found.keys() >= set(SEEDS):
+                    same = [found[seed] for seed in SEEDS]
                     means.append((point, *np.mean(same, axis=0)))
-                    axes.plot(*zip(*found.values(), strict=True), "o", ms=3, color=color, alpha=0.3)
             if not means:
                 continue
             _, x, y = zip(*means, strict=True)

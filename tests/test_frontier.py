@@ -148,16 +148,18 @@ def test_an_ablation_is_paired_by_seed_and_needs_all_of_them():
 def test_soft_replays_whole_curve_is_read_at_every_point_of_the_others():
     runs = {}
     for seed in (1, 2, 3):
-        for i, weight in enumerate((4, 2, 1, 0.5)):  # stories 1.40, 1.45, 1.50, 1.55
-            soft = made(1.4 + i / 20, 3.2 - i / 10, 10 * i + seed)
+        for i, (weight, books) in enumerate({4: 3.2, 2: 3.1, 1: 3.05, 0.5: 3.03}.items()):
+            soft = made(1.4 + i / 20, books, 10 * i + seed)  # stories 1.40, 1.45, 1.50, 1.55
             runs["own", Point("soft_replay", weight), seed] = soft
-        runs["own", Point("longred_kl", 1), seed] = made(1.425, 3.2, 50 + seed)
-        runs["own", Point("mix_cpt", 0.5), seed] = made(1.6, 3.0, 60 + seed)
+        runs["own", Point("longred_kl", 1), seed] = made(1.475, 3.1, 50 + seed)
+        runs["own", Point("mix_cpt", 0.5), seed] = made(1.6, 3.0 + seed / 100, 60 + seed)
     mixed, distilled = (row.split(" | ") for row in frontier.curves(runs)[2:-1])
-    assert mixed[:2] == ["| Mix CPT 0.5", "own"]  # beyond the curve, whose end is 1.55 and 2.9
-    assert [float(x) for x in mixed[2:4]] == pytest.approx([-0.05, -0.1], abs=1e-3)
-    assert distilled[:2] == ["| LongReD-C + KL 1", "own"]  # 3.15 on the curve
-    assert [float(x) for x in distilled[2:4]] == pytest.approx([0.0, -0.05], abs=1e-3)
+    assert mixed[:2] == ["| Mix CPT 0.5", "own"]  # beyond the curve, whose end is 1.55 and 3.03
+    assert [float(x) for x in mixed[2:4]] == pytest.approx([-0.05, 0.01], abs=1e-3)
+    ends = [float(x) for x in mixed[4].removesuffix(" |").split(" to ")]
+    assert ends == pytest.approx([0.01 - 0.0248, 0.01 + 0.0248], abs=2e-3)  # t of 0, 0.01, 0.02
+    assert distilled[:2] == ["| LongReD-C + KL 1", "own"]  # 3.075 on the curve
+    assert [float(x) for x in distilled[2:4]] == pytest.approx([0.0, -0.025], abs=1e-3)
     del runs["own", Point("soft_replay", 4), 2]
     assert not frontier.curves(runs)
 

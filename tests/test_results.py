@@ -39,16 +39,16 @@ def test_the_second_comparison_is_that_of_its_scores():
     names = {frontier.run_name(*run): run for run in frontier.RUNS}
     runs = {names[name]: scores for name, scores in content["runs"].items()}
     table = frontier.leaderboard(runs, content["original"])
-    assert not not_in_readme(
-        table
-        + frontier.comparisons(runs, "own", frontier.SEEDS)
-        + frontier.comparisons(runs, "own", frontier.MORE_SEEDS)
-        + frontier.comparisons(runs, "foreign", frontier.SEEDS)
-        + frontier.curves(runs)
-        + frontier.ablations(runs)
-    )
+    curves, ablations = frontier.curves(runs), frontier.ablations(runs)
+    tables = table + curves + ablations
+    for text in ("own", "foreign"):
+        tables += frontier.comparisons(runs, text, frontier.SEEDS)
+    tables += frontier.comparisons(runs, "own", frontier.MORE_SEEDS)
+    assert len(curves) > 16 and len(ablations) > 10 and not not_in_readme(tables)
     document = (RESULTS / "README.md").read_text()
     assert f"**{len(runs)} of {len(names)} runs are done" in document
+    shown = [line for line in document.splitlines() if line.count("|") == 11]
+    assert len(shown) > 20 and not [line for line in shown if line not in table]
 
 
 def test_the_first_page_shows_rows_of_the_second_comparison():
