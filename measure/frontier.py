@@ -442,18 +442,31 @@ def comparisons(runs: dict, text: str, seeds: list[int]) -> list[str]:
 
 
 def ablations(runs: dict) -> list[str]:
-    """Print LongReD-C with one change less LongReD-C 5, paired by seed, as a Markdown table."""
-    lines = ["| less LongReD-C 5 | short text | stories | books |", "|---|---|---:|---:|"]
+    """Print LongReD-C with one change less LongReD-C 5, paired by seed, as a Markdown table.
+
+    The last column is the books' loss less that of LongReD-C's whole curve at the same story loss;
+    empty where the curve lacks a run or does not reach that loss.
+    """
+    lines = ["| less LongReD-C 5 | short text | stories | books | books, at equal story loss |"]
+    lines += ["|---|---|---:|---:|---:|"]
     for text, point in CELLS:
         both = point, Point("longred", 5)
         pairs = [[runs.get((text, p, seed)) for p in both] for seed in SEEDS]
         if point not in ABLATIONS or any(None in pair for pair in pairs):
             continue
+        changes = [
+            [losses(a, 1).mean() - losses(b, 1).mean() for a, b in pairs]
+            for losses in (story_losses, book_losses)
+        ]
+        whole = Comparison("longred", point, tuple(p for p in CURVES if p.method == "longred"))
+        found = [differences(runs, text, whole, seed) for seed in SEEDS]
+        if None not in found and all(abs(d[1].mean()) < EQUAL for d in found):
+            changes.append([-d[0].mean() for d in found])  # the rival is the anchor: its own sign
         cells = []
-        for losses in (story_losses, book_losses):
-            changes = [losses(a, 1).mean() - losses(b, 1).mean() for a, b in pairs]
-            mean, low, high, _ = paired_t(changes)
+        for values in changes:
+            mean, low, high, _ = paired_t(values)
             cells.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
+        cells += [""] * (3 - len(cells))
         lines.append(f"| {title(point)} | {text} | {' | '.join(cells)} |")
     return [*lines, ""]
 

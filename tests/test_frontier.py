@@ -140,7 +140,18 @@ def test_an_ablation_is_paired_by_seed_and_needs_all_of_them():
         runs["own", changed, seed] = made(1.51 + seed / 10, 2.99 + seed / 10)
     (row,) = frontier.ablations(runs)[2:-1]
     same = [f"{x:+.3f} ({x:+.3f} to {x:+.3f})" for x in (0.01, -0.01)]
-    assert row == f"| LongReD-C, last layer alone | own | {same[0]} | {same[1]} |"
+    assert row == f"| LongReD-C, last layer alone | own | {same[0]} | {same[1]} |  |"
+    for seed in (1, 2, 3):  # the curve: 2.98 at the change's story loss
+        for weight, stories, books in ((1, 1.6, 2.9), (2, 1.52, 2.96), (15, 1.4, 3.2)):
+            runs["own", Point("longred", weight), seed] = made(
+                stories + seed / 10, books + seed / 10
+            )
+    (row,) = frontier.ablations(runs)[2:-1]
+    assert row.endswith("| +0.010 (+0.010 to +0.010) |")
+    for seed in (1, 2, 3):  # beyond it
+        runs["own", changed, seed] = made(1.61 + seed / 10, 2.99 + seed / 10)
+    (row,) = frontier.ablations(runs)[2:-1]
+    assert row.endswith("|  |")
     del runs["own", changed, 2]
     assert not frontier.ablations(runs)[2:-1]
 
