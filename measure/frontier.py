@@ -478,8 +478,8 @@ def curves(runs: dict) -> list[str]:
     the difference of story losses is far from 0, the curve does not reach the point, and its end is
     taken.
     """
-    head = ["| soft replay's curve less | short text | stories | books | 95% t |"]
-    head, lines = [*head, "|---|---|---:|---:|---:|"], []
+    head = "| soft replay's curve less | short text | stories | books | 95% t |"
+    rows = []
     soft = tuple(point for point in CURVES if point.method == "soft_replay")
     for text in ("own", "foreign"):
         for point in CURVES:
@@ -487,8 +487,8 @@ def curves(runs: dict) -> list[str]:
             if point not in soft and (found := compare(runs, text, c, SEEDS)):
                 low, high = found["t"]
                 books = f"{found['mean']:+.4f} | {low:+.4f} to {high:+.4f}"
-                lines.append(f"| {title(point)} | {text} | {found['stories']:+.4f} | {books} |")
-    return [*head, *lines, ""] if lines else []
+                rows.append(f"| {title(point)} | {text} | {found['stories']:+.4f} | {books} |")
+    return [head, "|---|---|---:|---:|---:|", *rows, ""] if rows else []
 
 
 # ----------------------------------------------------------------------------------------- print

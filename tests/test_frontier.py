@@ -276,6 +276,22 @@ def test_scores_alone_make_the_same_table_and_picture(tmp_path, capsys, monkeypa
     assert files[0].read_bytes() == files[1].read_bytes()  # no time of writing in them
 
 
+def test_the_picture_has_means_of_the_same_seeds_alone(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    import matplotlib.figure
+
+    drawn, runs = [], both_comparisons()
+    runs["own", Point("soft_replay", 1), 4] = made(2.0, 5.0)  # a seed that other points lack
+    del runs["own", Point("mix_cpt", 2), 3]
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda self, *a, **b: drawn.append(self)
+    )
+    frontier.draw(runs, made(1.4, 4.0), tmp_path / "a.png")
+    labels = {label.get_text(): label.xy for label in drawn[0].axes[0].texts}
+    assert labels.keys() == {"soft replay 0.5", "1", "Mix CPT 1", "LongReD-C 15"}
+    assert labels["1"] == pytest.approx((1.455, 2.95 + 0.5), abs=1e-3)  # books a and b, 1 apart
+
+
 @pytest.mark.parametrize(
     "content, said",
     [
