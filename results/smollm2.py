@@ -52,11 +52,15 @@ SETTING = (
     "--long_micro 1 --long_batch 1 --short_micro 1 --short_batch 1 --short_len 512 --s2l_micro 0 "
     "--eval_tokens 0 --keep 1 --save_every 35"
 )
+LONGRED = "--distill_layers 2 3 11 12 13 30"
+SHORT = "--method long_cpt --long_position_scheme ordinary --train_len 512"  # as the short stream
 METHODS = {  # name: title, flags
     "long_cpt": ("Long CPT", "--method long_cpt"),
     "mix_cpt": ("Mix CPT", "--method mix_cpt"),
-    "longred": ("LongReD, no short-to-long", "--distill_layers 2 3 11 12 13 30"),
+    "longred": ("LongReD, no short-to-long", LONGRED),
     "soft_replay": ("soft replay", "--method soft_replay"),
+    "longred_yarn": ("LongReD, no short-to-long, YaRN", f"{LONGRED} --rope_type yarn"),
+    "unextended": ("cross-entropy, theta kept", f"{SHORT} --rope_theta 100000"),
 }
 TEXTS = {"none": "none", "foreign": "Python's prose and sources", "own": "own samples"}
 ROWS = [
@@ -66,6 +70,7 @@ ROWS = [
     ("own", "mix_cpt"),
     ("own", "soft_replay"),
 ]
+ONCE = [("foreign", "unextended"), ("foreign", "longred_yarn")]  # with the first seed
 UNTRAINED = {"original": None, "ABF": ("ABF", 4), "YaRN": ("YaRN", 4)}
 SEEDS = [1, 2, 3]
 RUNS = [  # in the order in which they are run
@@ -75,6 +80,7 @@ RUNS = [  # in the order in which they are run
     for text, method in ROWS
     if text == kind
 ]
+RUNS += [f"{text}-{method}-{SEEDS[0]}" for text, method in ONCE]
 COMPARISONS = [  # the first less the second
     (("foreign", "longred"), ("foreign", "mix_cpt")),
     (("own", "soft_replay"), ("own", "mix_cpt")),
@@ -112,9 +118,11 @@ def flags_of(a, name: str) -> list[str]:
     """Return the flags of one run, as a user would type them."""
     text, method, seed = name.split("-")
     flags = ["--ckpt", a.base, "--long_data", a.long, *SETTING.split(), *METHODS[method][1].split()]
-    if text != "none":
-        short = f"self:{OWN_TEXTS}" if text == "own" else str(a.out_dir / "foreign.jsonl")
-        flags += ["--short_data", short]
+    foreign = str(a.out_dir / "foreign.jsonl")
+    if method == "unextended":
+        flags += ["--long_data", foreign]  # as the only text
+    elif text != "none":
+        flags += ["--short_data", f"self:{OWN_TEXTS}" if text == "own" else foreign]
     return [
         *flags, "--seed", seed, "--out_dir", str(a.out_dir / name), "--cache_dir", str(a.cache_dir)
     ]  # fmt: skip
@@ -238,7 +246,7 @@ def comparisons(runs: dict) -> list[str]:
 def groups(runs: dict) -> list[tuple[str, str, dict]]:
     """Return (title, kind of short text or "", {seed: scores}) of each row of the table."""
     found = [(name, "", {"": runs[name]} if name in runs else {}) for name in UNTRAINED]
-    for text, method in ROWS:
+    for text, method in [*ROWS, *ONCE]:
         there = {s: runs[name] for s in SEEDS if (name := f"{text}-{method}-{s}") in runs}
         found.append((METHODS[method][0], text, there))
     return found
@@ -297,7 +305,7 @@ def draw(runs: dict, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), constrained_layout=True)
-    colors = [GREY, *COLORS[:6], COLORS[7]]  # no black, whose pale points would be the original's
+    colors = [GREY, *COLORS[:6], *COLORS[7:10]]  # no black, whose pale points look grey
     for color, (title, text, group) in zip(colors, groups(runs), strict=True):
         if not group:
             continue

@@ -85,8 +85,13 @@ def test_every_run_at_135m_is_accepted(smollm2, ckpt, tmp_path):
     for name in smollm2.RUNS:
         c = resolve(parse_args(smollm2.flags_of(args, name), Config), model, folder)
         text, method, seed = name.split("-")
-        assert (c.method, c.seed, c.steps, c.original_len) == (method, int(seed), 70, 8192)
-        assert set(plan_streams(c)) == ({"long"} if text == "none" else {"long", "short"})
+        kind = {"unextended": "long_cpt", "longred_yarn": "longred"}.get(method, method)
+        assert (c.method, c.seed, c.steps, c.original_len) == (kind, int(seed), 70, 8192)
+        assert set(plan_streams(c)) == ({"long"} if kind == "long_cpt" else {"long", "short"})
+        assert (c.rope_type == "yarn") == (method == "longred_yarn")
+        if method == "unextended":  # one stream, which reads the short text as it is
+            assert (c.long_data, c.train_len) == ([str(tmp_path / "foreign.jsonl")], 512)
+            assert (c.rope_theta, c.long_position_scheme) == (100_000, "ordinary")
         if text == "own":
             assert [count(spec) for spec in c.short_data] == [smollm2.OWN_TEXTS]
 
