@@ -442,17 +442,19 @@ def comparisons(runs: dict, text: str, seeds: list[int]) -> list[str]:
 
 
 def ablations(runs: dict) -> list[str]:
-    """Print LongReD-C with one change less LongReD-C 5, paired by seed, as a Markdown table.
+    """Print LongReD-C with one change less LongReD-C 5, and LongRecipe less Long CPT, by seed.
 
-    The last column is the books' loss less that of LongReD-C's whole curve at the same story loss;
-    empty where the curve lacks a run or does not reach that loss.
+    A Markdown table. Its last column is the books' loss less that of LongReD-C's whole curve at the
+    same story loss; empty where the curve lacks a run or does not reach that loss.
     """
-    lines = ["| less LongReD-C 5 | short text | stories | books | books, at equal story loss |"]
-    lines += ["|---|---|---:|---:|---:|"]
+    lines = ["| method | short text | less | stories | books | books, at equal story loss |"]
+    lines += ["|---|---|---|---:|---:|---:|"]
     for text, point in CELLS:
-        both = point, Point("longred", 5)
-        pairs = [[runs.get((text, p, seed)) for p in both] for seed in SEEDS]
-        if point not in ABLATIONS or any(None in pair for pair in pairs):
+        other = (text, Point("longred", 5)) if point in ABLATIONS else ("none", LONG_CPT)
+        if point not in [*ABLATIONS, LONGRECIPE, *LONGRECIPE_REPLAY]:
+            continue
+        pairs = [[runs.get((*cell, seed)) for cell in ((text, point), other)] for seed in SEEDS]
+        if any(None in pair for pair in pairs):
             continue
         changes = [
             [losses(a, 1).mean() - losses(b, 1).mean() for a, b in pairs]
@@ -467,7 +469,7 @@ def ablations(runs: dict) -> list[str]:
             mean, low, high, _ = paired_t(values)
             cells.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
         cells += [""] * (3 - len(cells))
-        lines.append(f"| {title(point)} | {text} | {' | '.join(cells)} |")
+        lines.append(f"| {title(point)} | {text} | {title(other[1])} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 

@@ -140,7 +140,7 @@ def test_an_ablation_is_paired_by_seed_and_needs_all_of_them():
         runs["own", changed, seed] = made(1.51 + seed / 10, 2.99 + seed / 10)
     (row,) = frontier.ablations(runs)[2:-1]
     same = [f"{x:+.3f} ({x:+.3f} to {x:+.3f})" for x in (0.01, -0.01)]
-    assert row == f"| LongReD-C, last layer alone | own | {same[0]} | {same[1]} |  |"
+    assert row == f"| LongReD-C, last layer alone | own | LongReD-C 5 | {same[0]} | {same[1]} |  |"
     for seed in (1, 2, 3):  # the curve: 2.98 at the change's story loss
         for weight, stories, books in ((1, 1.6, 2.9), (2, 1.52, 2.96), (15, 1.4, 3.2)):
             runs["own", Point("longred", weight), seed] = made(
@@ -154,6 +154,11 @@ def test_an_ablation_is_paired_by_seed_and_needs_all_of_them():
     assert row.endswith("|  |")
     del runs["own", changed, 2]
     assert not frontier.ablations(runs)[2:-1]
+    for seed in (1, 2, 3):  # LongRecipe is compared with Long CPT, whatever its own short text
+        runs["none", Point("long_cpt"), seed] = made(2.0 + seed / 10, 3.0 + seed / 10)
+        runs["own", Point("longrecipe_replay"), seed] = made(1.9 + seed / 10, 3.1 + seed / 10)
+    (row,) = frontier.ablations(runs)[2:-1]
+    assert row.startswith("| LongRecipe, replay | own | Long CPT | -0.100 (-0.100 to -0.100) |")
 
 
 def test_soft_replays_whole_curve_is_read_at_every_point_of_the_others():
