@@ -795,6 +795,3 @@ class CountBytes(TorchDispatchMode):
     def _free(self, key, nbytes):
         self.living.discard(key)
         self.now -= nbytes
-
-
-# -------------------------------------------------------------------------------------- the command
