@@ -450,9 +450,9 @@ def ablations(runs: dict) -> list[str]:
     lines = ["| method | short text | less | stories | books | books, at equal story loss |"]
     lines += ["|---|---|---|---:|---:|---:|"]
     for text, point in CELLS:
-        other = (text, Point("longred", 5)) if point in ABLATIONS else ("none", LONG_CPT)
         if point not in [*ABLATIONS, LONGRECIPE, *LONGRECIPE_REPLAY]:
             continue
+        other = (text, Point("longred", 5)) if point in ABLATIONS else ("none", LONG_CPT)
         pairs = [[runs.get((*cell, seed)) for cell in ((text, point), other)] for seed in SEEDS]
         if any(None in pair for pair in pairs):
             continue
